@@ -1,0 +1,1 @@
+//! Postgres to repository: base backup, WAL stream, slot.

@@ -1,0 +1,1 @@
+//! Configuration: file, environment and flags become each module's own options, once.

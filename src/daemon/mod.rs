@@ -1,0 +1,1 @@
+//! The sidecar: everything supervised and scheduled.

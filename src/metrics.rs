@@ -1,0 +1,1 @@
+//! Counters and latency histograms that the engine keeps and others read.

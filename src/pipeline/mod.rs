@@ -1,0 +1,1 @@
+//! Plain blocks to sealed frames and back, on worker threads.

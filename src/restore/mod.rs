@@ -1,0 +1,1 @@
+//! Repository to Postgres: target, plan, files, replay.

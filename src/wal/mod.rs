@@ -1,0 +1,1 @@
+//! WAL pages, records, block references and landmarks; sans-I/O.

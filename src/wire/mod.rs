@@ -1,0 +1,1 @@
+//! Client of PostgreSQL's frontend/backend protocol, made for replication.
