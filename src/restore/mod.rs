@@ -1,1 +1,11 @@
-//! Repository to Postgres: target, plan, files, replay.
+//! Repository to Postgres: a target becomes a plan, the plan becomes a data directory that Postgres
+//! starts from.
+//!
+//! In: a [`Target`], the catalog of a repository, an identity. Out: a data directory whose recovery ends
+//! exactly at the target, or an error before anything was written that names the nearest instants that
+//! can be reached.
+
+pub mod target;
+pub mod time;
+
+pub use target::{Edge, Target, TimelineChoice};
