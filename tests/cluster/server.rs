@@ -1,0 +1,19 @@
+//! The harness itself: what the other tests stand on.
+
+use crate::harness::postgres::Stop;
+use crate::harness::{Binaries, Postgres, Settings};
+
+#[test]
+fn a_server_survives_a_crash_and_a_standby_can_be_promoted() {
+    let binaries = Binaries::of_this_run();
+    let primary = Postgres::start(&binaries, &Settings::default());
+    primary.psql("create table t (id int); insert into t values (1)");
+    primary.crash();
+    primary.run();
+    assert_eq!(primary.psql("select * from t"), "1");
+    let standby = primary.standby();
+    standby.promote();
+    assert_eq!(standby.psql("select * from t"), "1");
+    assert_eq!(standby.psql("select timeline_id from pg_control_checkpoint()"), "2");
+    primary.stop(Stop::Fast);
+}

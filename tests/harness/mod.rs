@@ -1,0 +1,13 @@
+//! What the tests that need real servers share: PostgreSQL, an S3 server, and the `tidemark` binary.
+//!
+//! Nothing here is a stand-in: servers are processes, started unprivileged in a folder of their own
+//! under the system's temporary folder, and stopped and deleted when dropped.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub mod account;
+pub mod postgres;
+pub mod sidecar;
+
+pub use account::Account;
+pub use postgres::{Binaries, Postgres, Settings};
+pub use sidecar::Tidemark;
