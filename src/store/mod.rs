@@ -1,1 +1,301 @@
 //! Objects: put once, put if absent, multipart, get range, list, delete, replace if unchanged.
+//!
+//! A [`Store`] keeps objects by name below one root. The promises below are the same for every driver
+//! and one contract suite (`tests/it/store_contract.rs`) holds each of them to it.
+//!
+//! # Invariants
+//! - **Written once.** [`Store::put_if_absent`] and [`Multipart::complete`] publish a whole object or
+//!   nothing, and never replace one. Of any number of rivals for a name exactly one is told
+//!   [`PutOutcome::Created`]. (An S3 server may accept the condition and ignore it;
+//!   [`Store::probe`] finds that out.)
+//! - **Seen when answered.** After a successful put every later get, head and list anywhere sees it.
+//! - **The only mutable object** is one written through [`Store::replace_if`] alone.
+//! - **Bounded.** A page of a listing, a get, a retry and the time it takes have maxima.
+//!
+//! # Durability
+//! When a put, a complete, a replace or a delete returns `Ok`, it survives a crash of this machine
+//! (directory: file and every folder on the way are fsynced; S3: the answer was received and checked).
+//! An error that [is transient](crate::error::Error::is_transient) leaves open whether it happened.
+//!
+//! # Retries
+//! A driver retries by itself what may pass (throttling, time-outs, broken connections), within
+//! [`StoreOptions`]; a caller that gets `unavailable` has seen all of that fail. Before it retries a
+//! put it learns whether the last try won, so its own object is never reported as a rival's within a
+//! call.
+//!
+//! # Cancel safety
+//! Dropping a future of a read stops it. Dropping that of a write leaves open whether it happened;
+//! what it leaves behind is never half an object, at most a temporary one for
+//! [`Store::abort_stale_multiparts`].
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use crate::clock::Clock;
+use crate::error::{Error, Kind, Result};
+
+pub mod memory;
+mod name;
+mod options;
+mod requests;
+
+pub use name::{NAME_BYTES_MAX, ObjectName};
+pub use options::{
+    Addressing, BODY_BYTES_PER_SECOND_MIN, Checksum, ServerSideEncryption, StaticCredentials,
+    StoreOptions,
+};
+pub use requests::{RequestCounts, Requests};
+
+/// Longest range one [`Store::get`] may ask for, and longest object it returns whole: the largest WAL
+/// segment PostgreSQL knows and room for our framing.
+pub const GET_BYTES_MAX: u64 = (1 << 30) + (16 << 20);
+
+/// Greatest number of a part, S3's own limit.
+pub const PART_NUMBER_MAX: u32 = 10_000;
+
+/// Smallest part but the last that every S3 server takes.
+pub const PART_BYTES_MIN: u64 = 5 << 20;
+
+/// Objects by name below one root; see the module for what every driver promises.
+#[async_trait]
+pub trait Store: Send + Sync + fmt::Debug {
+    /// The place as an operator writes it, without secrets: `s3://bucket/prefix` or a path.
+    fn describe(&self) -> String;
+
+    /// Puts `body` under `name` unless an object is there already, which is left as it is.
+    /// A lost answer is resolved by looking whether it was our try that won.
+    async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome>;
+
+    /// Begins an object that arrives in parts; nothing is visible before [`Multipart::complete`].
+    async fn begin_multipart(&self, name: &ObjectName) -> Result<Box<dyn Multipart>>;
+
+    /// The bytes of an object, or exactly those of `range`. `not found` when there is no such object,
+    /// `corrupt` when it ends before the range does.
+    async fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes>;
+
+    /// Size and time of an object, `None` when it does not exist.
+    async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>>;
+
+    /// One page of the objects whose name begins with `prefix` (any text, a folder by a slash at its
+    /// end, empty for all), in ascending byte order of names, those after `after` only.
+    async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage>;
+
+    /// Every page of [`Store::list`] in one vector: for places whose number of objects is bounded by
+    /// retention, such as the catalog of one cluster.
+    async fn list_all(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
+        let mut all: Vec<ObjectInfo> = Vec::new();
+        loop {
+            let page = self.list(prefix, all.last().map(|object| &object.name)).await?;
+            let progressed = !page.objects.is_empty();
+            all.extend(page.objects);
+            if !(page.more && progressed) {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Deletes the objects; one that does not exist is fine. After an error some may be gone.
+    async fn delete(&self, names: &[ObjectName]) -> Result<()>;
+
+    /// The small mutable object `name` with the tag of what was read, `None` when there is none.
+    async fn read_versioned(&self, name: &ObjectName) -> Result<Option<(Bytes, VersionTag)>>;
+
+    /// Replaces `name` by `body` if it is still as `expected` says (`None`: if it does not exist).
+    /// Bodies must never repeat: a tag may be a hash of the content, and a lost answer is resolved by
+    /// comparing it.
+    async fn replace_if(
+        &self,
+        name: &ObjectName,
+        body: Bytes,
+        expected: Option<VersionTag>,
+    ) -> Result<Replace>;
+
+    /// Finds out by trying what the place really does; writes and deletes a few tiny objects.
+    async fn probe(&self) -> Result<Capabilities>;
+
+    /// Removes what abandoned uploads below `prefix` left behind, if they were begun longer ago than
+    /// `older_than`; says how many.
+    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64>;
+
+    /// Requests made so far, by kind.
+    fn requests(&self) -> RequestCounts;
+}
+
+/// An object in the making. Dropping it leaves its parts for [`Store::abort_stale_multiparts`].
+#[async_trait]
+pub trait Multipart: Send + Sync {
+    /// Puts part `number`, counted from 1, up to [`PART_NUMBER_MAX`]. Parts may have any sizes (all
+    /// but the last at least [`PART_BYTES_MIN`]), come in any order and at the same time. Putting a
+    /// part again after an error replaces it.
+    async fn put_part(&self, number: u32, body: Bytes) -> Result<()>;
+
+    /// Publishes the parts, joined in the order of their numbers, unless an object of that name is
+    /// there already. The numbers must be 1 to the count of parts. When it fails for good the parts
+    /// are discarded as by [`Multipart::abort`], as far as the store can be reached.
+    async fn complete(&self) -> Result<PutOutcome>;
+
+    /// Discards the parts.
+    async fn abort(&self) -> Result<()>;
+}
+
+/// Who won a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// This call made the object.
+    Created,
+    /// An object of that name was there and is unchanged.
+    AlreadyThere,
+}
+
+/// What a [`Store::replace_if`] did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Replace {
+    /// The object holds our bytes, known by this tag.
+    Done(VersionTag),
+    /// The object was not as expected and is unchanged.
+    Lost,
+}
+
+/// Which content of a mutable object was seen; only equality means anything.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VersionTag(String);
+
+impl VersionTag {
+    /// A tag as the driver spells it.
+    #[must_use]
+    pub fn new(tag: impl Into<String>) -> Self {
+        Self(tag.into())
+    }
+
+    /// The driver's spelling.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// What a listing says about an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Its name relative to the root.
+    pub name: ObjectName,
+    /// Its size.
+    pub size_bytes: u64,
+    /// When it was made, by the store's clock.
+    pub modified: Timestamp,
+}
+
+/// A bounded piece of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListPage {
+    /// In ascending byte order of names.
+    pub objects: Vec<ObjectInfo>,
+    /// Whether there are names after the last of these.
+    pub more: bool,
+}
+
+/// What a place really does, found out by trying. `None` where the driver has no such thing or the
+/// answer could not be had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// Of rivals for one name exactly one wins, the others are refused.
+    pub conditional_put: bool,
+    /// The same for an object uploaded in parts.
+    pub conditional_complete: bool,
+    /// A replacement is refused when the object changed meanwhile, and done when it did not.
+    pub conditional_replace: bool,
+    /// An upload whose checksum is wrong is refused.
+    pub wrong_checksum_refused: Option<bool>,
+    /// A range is answered with exactly its bytes.
+    pub ranged_get: bool,
+    /// What was put is in the listing at once, in order.
+    pub consistent_list: bool,
+    /// Objects can be deleted with our rights.
+    pub delete: bool,
+    /// Old versions are kept by the store.
+    pub versioning: Option<bool>,
+    /// The bucket has Object Lock switched on.
+    pub object_lock: Option<bool>,
+    /// The store's clock minus ours.
+    pub clock_skew: Option<SignedDuration>,
+}
+
+/// Opens the place that `url` names: `s3://bucket/prefix`, `file:///folder`, an absolute or relative
+/// path, or `memory:` (tests). Nothing is asked of the place yet.
+///
+/// # Errors
+/// `config` when the URL or an option makes no sense.
+pub fn open(url: &str, options: &StoreOptions, clock: &Clock) -> Result<Arc<dyn Store>> {
+    let _ = options;
+    match url.split_once(':') {
+        Some(("memory", _)) => Ok(Arc::new(memory::Memory::new(clock))),
+        _ => Err(Error::new(Kind::Unsupported, format!("unable to open repository '{url}'"))),
+    }
+}
+
+/// The part of an object of `size_bytes` that `range` asks for, as indexes.
+fn checked_range(
+    name: &ObjectName,
+    range: Option<Range<u64>>,
+    size_bytes: u64,
+) -> Result<Range<usize>> {
+    let range = range.unwrap_or(0..size_bytes);
+    asked_bytes(name, &range)?;
+    if range.end > size_bytes {
+        return Err(too_short(name, &range, size_bytes));
+    }
+    match (usize::try_from(range.start), usize::try_from(range.end)) {
+        (Ok(start), Ok(end)) => Ok(start..end),
+        _ => Err(too_much(name, range.end - range.start)),
+    }
+}
+
+/// How many bytes `range` asks for.
+fn asked_bytes(name: &ObjectName, range: &Range<u64>) -> Result<u64> {
+    let bytes = range.end.checked_sub(range.start).ok_or_else(|| {
+        Error::new(Kind::Bug, format!("range {}..{} of object '{name}'", range.start, range.end))
+    })?;
+    if bytes > GET_BYTES_MAX { Err(too_much(name, bytes)) } else { Ok(bytes) }
+}
+
+fn too_much(name: &ObjectName, bytes: u64) -> Error {
+    Error::new(
+        Kind::Corrupt,
+        format!("unable to read {bytes} bytes of object '{name}' at once: at most {GET_BYTES_MAX}"),
+    )
+}
+
+fn too_short(name: &ObjectName, range: &Range<u64>, size_bytes: u64) -> Error {
+    Error::new(
+        Kind::Corrupt,
+        format!(
+            "unable to read bytes {}..{} of object '{name}': it has only {size_bytes}",
+            range.start, range.end
+        ),
+    )
+}
+
+/// Checks that the parts of an upload are numbered 1 to their count.
+fn joined(name: &ObjectName, numbers: impl Iterator<Item = u32>) -> Result<()> {
+    let mut count = 0;
+    for number in numbers {
+        count += 1;
+        if number != count {
+            return Err(Error::new(
+                Kind::Bug,
+                format!("unable to complete the upload of '{name}': part {count} is missing"),
+            ));
+        }
+    }
+    if count == 0 {
+        return Err(Error::new(Kind::Bug, format!("unable to upload '{name}' without parts")));
+    }
+    Ok(())
+}
