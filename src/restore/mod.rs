@@ -5,7 +5,11 @@
 //! exactly at the target, or an error before anything was written that names the nearest instants that
 //! can be reached.
 
+pub mod directory;
+pub mod settings;
 pub mod target;
 pub mod time;
 
+pub use directory::{Owner, TablespaceMapping};
+pub use settings::Action;
 pub use target::{Edge, Target, TimelineChoice};

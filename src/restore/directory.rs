@@ -1,0 +1,612 @@
+//! The directory a restore writes into: claimed before anything is written, finished by one rename.
+//!
+//! # Invariants
+//! - A directory with anything in it is refused, unless all of it was left by an interrupted restore.
+//! - While a restore runs, and after it was interrupted, the directory holds [`MARKER`] and has no
+//!   `global/pg_control`, without which no PostgreSQL starts. The marker *becomes* `global/pg_control`
+//!   by one rename as the last step: at every instant exactly one of the two exists, so a directory
+//!   that looks finished is finished, and one that does not can be cleared without asking.
+//! - The marker names the tablespace directories of its restore, which were empty when it was written;
+//!   only those are cleared together with the data directory.
+//! - The marker is locked while its restore runs: two never write into one directory.
+//!
+//! # Durability
+//! [`Directory::finish`] returns when the file systems of the data directory and of every tablespace
+//! have written everything out (`syncfs`, on descriptors opened before the first write, so that a write
+//! error in between is reported there) and only then renamed the marker and synced both folders.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Kind, Result};
+
+/// Name of the file that marks an unfinished restore.
+pub const MARKER: &str = "tidemark.restoring";
+
+/// The file without which PostgreSQL does not start.
+pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// Longest marker read: paths of tablespaces and a few facts.
+const MARKER_BYTES_MAX: u64 = 1 << 20;
+
+/// User and group that own what is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+impl Owner {
+    /// `user`, `user:group`, or numbers in place of either.
+    ///
+    /// # Errors
+    /// `usage` when this machine knows no such user or group.
+    pub fn parse(text: &str) -> Result<Self> {
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (text, None),
+        };
+        let unknown = |what: &str, name: &str| {
+            Error::new(Kind::Usage, format!("unable to find {what} '{name}' on this machine"))
+                .hint("Name the user that runs PostgreSQL, or write its numbers as uid:gid.")
+        };
+        let uid = account_number("-u", user).ok_or_else(|| unknown("user", user))?;
+        let gid = match group {
+            Some(group) => group_number(group).ok_or_else(|| unknown("group", group))?,
+            None => account_number("-g", user).ok_or_else(|| unknown("the group of user", user))?,
+        };
+        Ok(Self { uid, gid })
+    }
+
+    /// Whether this process runs as root.
+    #[must_use]
+    pub fn process_is_root() -> bool {
+        rustix::process::geteuid().is_root()
+    }
+
+    /// Gives `path` (not what a link points to) to this owner.
+    pub(crate) fn give(self, path: &Path) -> Result<()> {
+        std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))
+            .context(|| format!("unable to change the owner of '{}'", path.display()))
+    }
+}
+
+/// What `id` says of a user; it asks every source of accounts the machine has.
+fn account_number(what: &str, user: &str) -> Option<u32> {
+    if let Ok(number) = user.parse() {
+        return Some(number);
+    }
+    if user.is_empty() || user.starts_with('-') {
+        return None;
+    }
+    let answer = Command::new("id").args([what, "--", user]).output().ok()?;
+    let text = String::from_utf8(answer.stdout).ok()?;
+    answer.status.success().then(|| text.trim().parse().ok()).flatten()
+}
+
+fn group_number(group: &str) -> Option<u32> {
+    if let Ok(number) = group.parse() {
+        return Some(number);
+    }
+    let answer = Command::new("getent").args(["group", "--", group]).output().ok()?;
+    let text = String::from_utf8(answer.stdout).ok()?;
+    text.split(':').nth(2)?.trim().parse().ok()
+}
+
+/// A tablespace directory of the backup and the one that takes its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TablespaceMapping {
+    /// Where it was when the backup was taken.
+    pub old: PathBuf,
+    /// Where it is restored to.
+    pub new: PathBuf,
+}
+
+impl FromStr for TablespaceMapping {
+    type Err = Error;
+
+    /// `OLD=NEW`, both absolute; `\=` is an equals sign inside a path, as `pg_basebackup` has it.
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = vec![String::new()];
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            match (c, parts.last_mut()) {
+                ('\\', Some(part)) if chars.peek() == Some(&'=') => {
+                    part.push('=');
+                    chars.next();
+                }
+                ('=', _) => parts.push(String::new()),
+                (c, Some(part)) => part.push(c),
+                (_, None) => {}
+            }
+        }
+        match parts.as_slice() {
+            [old, new] if old.starts_with('/') && new.starts_with('/') => {
+                Ok(Self { old: tidy(Path::new(old)), new: tidy(Path::new(new)) })
+            }
+            _ => Err(Error::new(
+                Kind::Usage,
+                format!("unable to read '{text}' as a tablespace mapping"),
+            )
+            .hint("Write --tablespace /old/place=/new/place with two absolute paths.")),
+        }
+    }
+}
+
+/// The path without `.` parts and a slash at its end.
+fn tidy(path: &Path) -> PathBuf {
+    path.components().filter(|part| !matches!(part, Component::CurDir)).collect()
+}
+
+/// A tablespace as it will be in the restored cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TablespacePlace {
+    /// Its OID: the name of its link in `pg_tblspc`.
+    pub oid: u32,
+    /// Where it was when the backup was taken.
+    pub old: PathBuf,
+    /// Where it goes; relative for one inside the data directory (`allow_in_place_tablespaces`).
+    pub new: PathBuf,
+}
+
+/// Applies `mappings` to the tablespaces of a backup, given as OID and location.
+///
+/// # Errors
+/// `usage` when a mapping names no tablespace, or two tablespaces would share a directory.
+pub fn map_tablespaces(
+    tablespaces: &[(u32, PathBuf)],
+    mappings: &[TablespaceMapping],
+) -> Result<Vec<TablespacePlace>> {
+    for mapping in mappings {
+        if !tablespaces.iter().any(|(_, location)| tidy(location) == mapping.old) {
+            let known: Vec<String> =
+                tablespaces.iter().map(|(_, location)| location.display().to_string()).collect();
+            return Err(Error::new(
+                Kind::Usage,
+                format!(
+                    "unable to move tablespace '{}': the backup has none there",
+                    mapping.old.display()
+                ),
+            )
+            .hint(if known.is_empty() {
+                "This backup has no tablespaces; leave --tablespace out.".to_owned()
+            } else {
+                format!("Its tablespaces are at {}.", known.join(", "))
+            }));
+        }
+    }
+    let mut places: Vec<TablespacePlace> = Vec::new();
+    for (oid, location) in tablespaces {
+        let old = tidy(location);
+        let mapped = mappings.iter().rev().find(|mapping| mapping.old == old);
+        let new = mapped.map_or_else(|| old.clone(), |mapping| mapping.new.clone());
+        if new.is_absolute() && places.iter().any(|other| other.new == new) {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("unable to restore two tablespaces into '{}'", new.display()),
+            )
+            .hint("Give each its own directory with --tablespace OLD=NEW."));
+        }
+        places.push(TablespacePlace { oid: *oid, old, new });
+    }
+    Ok(places)
+}
+
+/// What the marker says, for the next restore and for whoever finds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marker {
+    /// For people.
+    pub note: String,
+    /// The cluster being restored.
+    pub cluster: String,
+    /// The backup being restored.
+    pub backup: String,
+    /// Tablespace directories outside the data directory, empty when this was written.
+    pub tablespace_directories: Vec<PathBuf>,
+}
+
+impl Marker {
+    /// A marker for the restore of `backup` of `cluster`.
+    #[must_use]
+    pub fn new(cluster: &str, backup: &str, places: &[TablespacePlace]) -> Self {
+        let outside = places.iter().map(|place| &place.new).filter(|path| path.is_absolute());
+        Self {
+            note: "An interrupted restore left this directory incomplete. It cannot be started. \
+                   Run the same restore again: it clears the directory and starts over."
+                .to_owned(),
+            cluster: cluster.to_owned(),
+            backup: backup.to_owned(),
+            tablespace_directories: outside.cloned().collect(),
+        }
+    }
+}
+
+/// A claimed directory.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    marker: File,
+    owner: Option<Owner>,
+    /// One descriptor in each file system written to, for `syncfs`.
+    synced: Vec<File>,
+}
+
+impl Directory {
+    /// Claims `path` and the tablespace directories of `marker`: makes them if missing, clears what an
+    /// interrupted restore left, and refuses anything else.
+    ///
+    /// # Errors
+    /// `conflict` when a directory is not empty or another restore is writing into it.
+    pub fn claim(path: &Path, marker: &Marker, owner: Option<Owner>) -> Result<Self> {
+        let path = std::path::absolute(path)
+            .context(|| format!("unable to find the directory '{}'", path.display()))?;
+        refuse_overlap(&path, &marker.tablespace_directories)?;
+        make_directory(&path, owner)?;
+        let marker_path = path.join(MARKER);
+        let file = if marker_path.symlink_metadata().is_ok() {
+            let file = clear_interrupted(&path, &marker_path)?;
+            check_empty_places(&marker.tablespace_directories)?;
+            file
+        } else {
+            check_empty(&path, "restore into")?;
+            check_empty_places(&marker.tablespace_directories)?;
+            create_marker(&marker_path)?
+        };
+        lock(&file, &path)?;
+        let mut this = Self { path, marker: file, owner, synced: Vec::new() };
+        this.write_marker(marker)?;
+        this.synced.push(open_directory(&this.path)?);
+        for place in &marker.tablespace_directories {
+            make_directory(place, owner)?;
+            this.synced.push(open_directory(place)?);
+        }
+        Ok(this)
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who owns what is written.
+    #[must_use]
+    pub fn owner(&self) -> Option<Owner> {
+        self.owner
+    }
+
+    /// The place of a file of the backup.
+    ///
+    /// # Errors
+    /// `corrupt` when the name would lead out of the directory.
+    pub fn place_of(&self, name: &str) -> Result<PathBuf> {
+        let relative = Path::new(name);
+        let inside = !name.is_empty()
+            && !name.contains('\0')
+            && relative.components().all(|part| matches!(part, Component::Normal(_)));
+        if !inside || name == MARKER {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("unable to restore '{name}': not a name inside a data directory"),
+            ));
+        }
+        Ok(self.path.join(relative))
+    }
+
+    fn write_marker(&mut self, marker: &Marker) -> Result<()> {
+        let text = serde_json::to_vec_pretty(marker).map_err(|error| {
+            Error::new(Kind::Bug, format!("unable to write the marker: {error}"))
+        })?;
+        self.fill_marker(&text)?;
+        open_directory(&self.path)?.sync_all().context(|| self.describe("sync"))
+    }
+
+    fn fill_marker(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut fill = || {
+            self.marker.set_len(0)?;
+            self.marker.seek(SeekFrom::Start(0))?;
+            self.marker.write_all(bytes)?;
+            self.marker.sync_all()
+        };
+        fill().context(|| format!("unable to write '{}'", self.path.join(MARKER).display()))
+    }
+
+    fn describe(&self, verb: &str) -> String {
+        format!("unable to {verb} '{}'", self.path.display())
+    }
+
+    /// Makes everything durable, and then the directory complete, by turning the marker into
+    /// `global/pg_control` with the content `control`; see the module for why in this order.
+    ///
+    /// # Errors
+    /// As the file system says; the directory is then still marked as incomplete.
+    pub fn finish(mut self, control: &[u8], control_mode: u32) -> Result<()> {
+        for folder in &self.synced {
+            sync_file_system(folder).context(|| self.describe("write out all of"))?;
+        }
+        self.fill_marker(control)?;
+        let marker_path = self.path.join(MARKER);
+        if let Some(owner) = self.owner {
+            owner.give(&marker_path)?;
+        }
+        fs::set_permissions(&marker_path, Permissions::from_mode(control_mode & 0o777))
+            .context(|| format!("unable to set the mode of '{}'", marker_path.display()))?;
+        self.marker.sync_all().context(|| self.describe("sync"))?;
+        let control_path = self.path.join(CONTROL_FILE);
+        fs::rename(&marker_path, &control_path)
+            .context(|| format!("unable to rename the marker to '{}'", control_path.display()))?;
+        for folder in [self.path.join("global"), self.path.clone()] {
+            let synced = open_directory(&folder).and_then(|open| {
+                open.sync_all().context(|| format!("unable to sync '{}'", folder.display()))
+            });
+            synced?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes out everything of the file system that `folder` is in.
+fn sync_file_system(folder: &File) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    return rustix::fs::syncfs(folder).map_err(Into::into);
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = folder;
+        rustix::fs::sync();
+        Ok(())
+    }
+}
+
+fn open_directory(path: &Path) -> Result<File> {
+    File::open(path).context(|| format!("unable to open directory '{}'", path.display()))
+}
+
+/// A tablespace inside the data directory, or the other way round, would be cleared or refused later.
+fn refuse_overlap(path: &Path, places: &[PathBuf]) -> Result<()> {
+    match places.iter().find(|place| place.starts_with(path) || path.starts_with(place)) {
+        None => Ok(()),
+        Some(place) => Err(Error::new(
+            Kind::Usage,
+            format!(
+                "unable to restore a tablespace into '{}' and the data directory into '{}': one is inside the other",
+                place.display(),
+                path.display()
+            ),
+        )
+        .hint("Choose another place with --tablespace OLD=NEW.")),
+    }
+}
+
+/// Makes the directory, and those above it, if missing; PostgreSQL wants it closed to others.
+fn make_directory(path: &Path, owner: Option<Owner>) -> Result<()> {
+    let attempted = || format!("unable to make directory '{}'", path.display());
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).context(attempted)?;
+    }
+    DirBuilder::new().mode(0o700).create(path).context(attempted)?;
+    owner.map_or(Ok(()), |owner| owner.give(path))?;
+    let parent = path.parent().map(open_directory).transpose()?;
+    parent.map_or(Ok(()), |parent| parent.sync_all()).context(attempted)
+}
+
+fn check_empty_places(places: &[PathBuf]) -> Result<()> {
+    places
+        .iter()
+        .filter(|place| place.exists())
+        .try_for_each(|place| check_empty(place, "restore a tablespace into"))
+}
+
+fn check_empty(path: &Path, verb: &str) -> Result<()> {
+    let attempted = || format!("unable to {verb} '{}'", path.display());
+    let first = fs::read_dir(path).context(attempted)?.next().transpose().context(attempted)?;
+    let Some(first) = first else { return Ok(()) };
+    let found = first.file_name();
+    Err(Error::new(
+        Kind::Conflict,
+        format!("{}: it is not empty (it has '{}')", attempted(), found.to_string_lossy()),
+    )
+    .hint("Name a new or empty directory. Tidemark never overwrites one with anything in it."))
+}
+
+fn create_marker(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    options.open(path).context(|| format!("unable to create '{}'", path.display()))
+}
+
+fn lock(marker: &File, path: &Path) -> Result<()> {
+    marker.try_lock().map_err(|error| match error {
+        fs::TryLockError::WouldBlock => Error::new(
+            Kind::Conflict,
+            format!(
+                "unable to restore into '{}': another restore is writing into it",
+                path.display()
+            ),
+        )
+        .hint("Wait for it, or stop it, and run this again."),
+        fs::TryLockError::Error(error) => {
+            Error::io(format!("unable to lock '{}'", path.display()), &error)
+        }
+    })
+}
+
+/// Removes what an interrupted restore left, all but its marker, which is returned locked.
+///
+/// # Durability
+/// The marker stays until the end, so that being interrupted here is the same state again. Nothing of
+/// value can be lost: with the marker there and no `pg_control`, no server ever ran on these files.
+fn clear_interrupted(path: &Path, marker_path: &Path) -> Result<File> {
+    let attempted = || format!("unable to clear the interrupted restore in '{}'", path.display());
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    let mut file = options.open(marker_path).context(attempted)?;
+    lock(&file, path)?;
+    if path.join(CONTROL_FILE).exists() || path.join("postmaster.pid").exists() {
+        return Err(Error::new(
+            Kind::Conflict,
+            format!(
+                "{}: it has both '{MARKER}' and '{CONTROL_FILE}' or a running server",
+                attempted()
+            ),
+        )
+        .hint("This is not what an interrupted restore leaves. Name another directory."));
+    }
+    let mut text = Vec::new();
+    (&mut file).take(MARKER_BYTES_MAX).read_to_end(&mut text).context(attempted)?;
+    // A marker that is not readable was interrupted in the last step, when it holds pg_control and
+    // every link to a tablespace is there, or before anything was written.
+    let places = match serde_json::from_slice::<Marker>(&text) {
+        Ok(marker) => marker.tablespace_directories,
+        Err(_) => linked_tablespaces(path),
+    };
+    for place in places.iter().filter(|place| place.is_dir()) {
+        clear(place, None)?;
+    }
+    clear(path, Some(MARKER))?;
+    Ok(file)
+}
+
+fn linked_tablespaces(path: &Path) -> Vec<PathBuf> {
+    let links = fs::read_dir(path.join("pg_tblspc")).into_iter().flatten();
+    links.filter_map(|link| fs::read_link(link.ok()?.path()).ok()).collect()
+}
+
+fn clear(path: &Path, keep: Option<&str>) -> Result<()> {
+    let attempted = || format!("unable to clear '{}'", path.display());
+    for entry in fs::read_dir(path).context(attempted)? {
+        let entry = entry.context(attempted)?;
+        if keep.is_some_and(|keep| entry.file_name() == keep) {
+            continue;
+        }
+        let is_directory = entry.file_type().context(attempted)?.is_dir();
+        let place = entry.path();
+        let removed =
+            if is_directory { fs::remove_dir_all(&place) } else { fs::remove_file(&place) };
+        removed.context(attempted)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marker(places: &[&Path]) -> Marker {
+        let places: Vec<TablespacePlace> = places
+            .iter()
+            .map(|path| TablespacePlace { oid: 1, old: "/x".into(), new: path.to_path_buf() })
+            .collect();
+        Marker::new("main", "b", &places)
+    }
+
+    #[test]
+    fn a_directory_with_anything_in_it_is_refused_and_untouched() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("precious"), "x").unwrap();
+        let error = Directory::claim(dir.path(), &marker(&[]), None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        assert!(error.message().contains("'precious'"), "{error}");
+        let names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["precious"]);
+
+        let space = tempfile::tempdir().unwrap();
+        fs::write(space.path().join("PG_15"), "x").unwrap();
+        let fresh = dir.path().join("a/b");
+        let error = Directory::claim(&fresh, &marker(&[space.path()]), None).unwrap_err();
+        assert!(error.message().contains("tablespace"), "{error}");
+        assert!(!fresh.join(MARKER).exists());
+    }
+
+    #[test]
+    fn an_interrupted_restore_cannot_start_and_can_be_run_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+        let first = Directory::claim(&data, &marker(&[&space]), None).unwrap();
+        fs::create_dir(data.join("global")).unwrap();
+        fs::write(data.join("PG_VERSION"), "15").unwrap();
+        fs::write(space.join("left"), "x").unwrap();
+
+        let error = Directory::claim(&data, &marker(&[&space]), None).unwrap_err();
+        assert!(error.message().contains("another restore"), "{error}");
+        drop(first);
+
+        let again = Directory::claim(&data, &marker(&[&space]), None).unwrap();
+        assert!(!data.join("PG_VERSION").exists() && !space.join("left").exists());
+        drop(again);
+
+        // Interrupted between filling the marker with pg_control and renaming it.
+        fs::create_dir(data.join("pg_tblspc")).unwrap();
+        std::os::unix::fs::symlink(&space, data.join("pg_tblspc/16400")).unwrap();
+        fs::write(space.join("left"), "x").unwrap();
+        fs::write(data.join(MARKER), [0xff; 8192]).unwrap();
+        let again = Directory::claim(&data, &marker(&[&space]), None).unwrap();
+        assert!(!space.join("left").exists());
+        fs::create_dir(data.join("global")).unwrap();
+        assert!(!data.join(CONTROL_FILE).exists());
+        again.finish(b"control", 0o600).unwrap();
+        assert_eq!(fs::read(data.join(CONTROL_FILE)).unwrap(), b"control");
+        assert!(!data.join(MARKER).exists());
+
+        // Complete now: never cleared again.
+        let error = Directory::claim(&data, &marker(&[]), None).unwrap_err();
+        assert!(error.message().contains("not empty"), "{error}");
+    }
+
+    #[test]
+    fn a_marker_beside_a_control_file_is_not_taken_for_an_interrupted_restore() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("global")).unwrap();
+        fs::write(dir.path().join(CONTROL_FILE), "x").unwrap();
+        fs::write(dir.path().join(MARKER), "{}").unwrap();
+        let error = Directory::claim(dir.path(), &marker(&[]), None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        assert!(dir.path().join(CONTROL_FILE).exists());
+    }
+
+    #[test]
+    fn names_that_lead_out_of_the_directory_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let claimed = Directory::claim(&dir.path().join("d"), &marker(&[]), None).unwrap();
+        for bad in ["", "/etc/passwd", "../x", "a/../../x", "./a", MARKER, "a\0b"] {
+            assert_eq!(claimed.place_of(bad).unwrap_err().kind(), Kind::Corrupt, "{bad:?}");
+        }
+        assert!(claimed.place_of("base/1/2619_fsm").is_ok());
+    }
+
+    #[test]
+    fn tablespaces_are_mapped_by_their_old_place() {
+        let mapping: TablespaceMapping = r"/old\=x/=/new".parse().unwrap();
+        assert_eq!(mapping, TablespaceMapping { old: "/old=x".into(), new: "/new".into() });
+        for bad in ["/a", "a=/b", "/a=b", "/a=/b=/c", ""] {
+            assert!(bad.parse::<TablespaceMapping>().is_err(), "{bad}");
+        }
+        let spaces = [(16400, PathBuf::from("/old=x")), (16401, PathBuf::from("/other"))];
+        let places = map_tablespaces(&spaces, std::slice::from_ref(&mapping)).unwrap();
+        assert_eq!(places[0].new, Path::new("/new"));
+        assert_eq!(places[1].new, Path::new("/other"));
+        let error = map_tablespaces(&[], &[mapping]).unwrap_err();
+        assert!(error.hint_text().unwrap().contains("no tablespaces"));
+        let both: Vec<TablespaceMapping> =
+            ["/old\\=x=/n", "/other=/n"].iter().map(|text| text.parse().unwrap()).collect();
+        assert!(map_tablespaces(&spaces, &both).is_err());
+    }
+
+    #[test]
+    fn the_owner_may_be_numbers_or_names() {
+        assert_eq!(Owner::parse("12:34").unwrap(), Owner { uid: 12, gid: 34 });
+        assert_eq!(Owner::parse("root").unwrap(), Owner { uid: 0, gid: 0 });
+        assert_eq!(Owner::parse("no-such-user").unwrap_err().kind(), Kind::Usage);
+    }
+}

@@ -1,0 +1,295 @@
+//! The recovery settings of a restored data directory, and the edit of `postgresql.auto.conf` that
+//! puts them there.
+//!
+//! In: a file as the backup has it. Out: the same file without any earlier recovery setting, followed by
+//! one block of ours. Editing an edited file gives the same file again.
+//!
+//! # Invariants
+//! The target comes last. PostgreSQL keeps one variable for the kind of target, and assigning an empty
+//! value to any of the five settings clears it (`assign_recovery_target_*`), in the order of the file.
+//! The four others are set to empty first, so that one left in `postgresql.conf` cannot end in "multiple
+//! recovery targets specified" or replace ours.
+//!
+//! # Source
+//! `src/backend/access/transam/xlogrecovery.c` (15 to 18), `src/backend/utils/misc/guc.c` (13, 14);
+//! file syntax: `src/backend/utils/misc/guc-file.l`.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pg::{Lsn, TimelineId};
+
+/// Settings that belong to a recovery and are never taken over from an earlier one.
+const RECOVERY_SETTINGS: [&str; 11] = [
+    "restore_command",
+    "recovery_end_command",
+    "archive_cleanup_command",
+    "recovery_target",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_xid",
+    "recovery_target_lsn",
+    "recovery_target_inclusive",
+    "recovery_target_timeline",
+    "recovery_target_action",
+];
+
+/// The five settings of which at most one may have a value.
+const TARGET_SETTINGS: [&str; 5] = [
+    "recovery_target",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_xid",
+    "recovery_target_lsn",
+];
+
+const BLOCK_HEAD: &str =
+    "# tidemark restore: begin (recovery settings, of no effect after recovery)";
+const BLOCK_END: &str = "# tidemark restore: end";
+
+/// What Postgres does when the target is reached (`recovery_target_action`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Become a primary on a new timeline.
+    #[default]
+    Promote,
+    /// Stay read-only at the target, for somebody to look around and then decide.
+    Pause,
+    /// Stop at the target; the next start goes on from there.
+    Shutdown,
+}
+
+impl Action {
+    /// PostgreSQL's word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Promote => "promote",
+            Self::Pause => "pause",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// Where Postgres is told to stop.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Stop {
+    /// Nowhere: it replays all WAL it is given.
+    EndOfWal,
+    /// As soon as it is consistent.
+    Immediate,
+    /// Before the first record that starts at `lsn` or after.
+    Before {
+        /// Start of that record.
+        lsn: Lsn,
+    },
+    /// After the first record that starts at `lsn` or after.
+    After {
+        /// Start of that record.
+        lsn: Lsn,
+    },
+}
+
+impl Stop {
+    /// The setting and its value, and `recovery_target_inclusive` where it matters.
+    fn setting(&self) -> Option<(&'static str, String, Option<&'static str>)> {
+        match self {
+            Self::EndOfWal => None,
+            Self::Immediate => Some(("recovery_target", "immediate".into(), None)),
+            Self::Before { lsn } => Some(("recovery_target_lsn", lsn.to_string(), Some("off"))),
+            Self::After { lsn } => Some(("recovery_target_lsn", lsn.to_string(), Some("on"))),
+        }
+    }
+}
+
+/// Everything our block says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoverySettings {
+    /// Shell command that hands a WAL file to Postgres; never empty, recovery requires one.
+    pub restore_command: String,
+    /// Shell command run once when recovery has ended.
+    pub recovery_end_command: Option<String>,
+    /// Where to stop.
+    pub stop: Stop,
+    /// The timeline to follow; `None` is the newest, for a standby.
+    pub timeline: Option<TimelineId>,
+    /// What to do at the stop.
+    pub action: Action,
+    /// Connection to a primary, for a standby that is to stream.
+    pub primary_conninfo: Option<String>,
+}
+
+impl RecoverySettings {
+    /// `existing` without earlier recovery settings and with these at its end.
+    #[must_use]
+    pub fn apply(&self, existing: &str) -> String {
+        let mut text = without_recovery_settings(existing, self.primary_conninfo.is_some());
+        text.push_str(BLOCK_HEAD);
+        text.push('\n');
+        for (name, value) in self.lines() {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{name} = {}", quote(&value));
+        }
+        text.push_str(BLOCK_END);
+        text.push('\n');
+        text
+    }
+
+    fn lines(&self) -> Vec<(&'static str, String)> {
+        let mut lines = vec![("restore_command", self.restore_command.clone())];
+        lines.extend(self.recovery_end_command.clone().map(|text| ("recovery_end_command", text)));
+        lines.push(("archive_cleanup_command", String::new()));
+        let timeline = self.timeline.map_or_else(|| "latest".to_owned(), |id| id.to_string());
+        lines.push(("recovery_target_timeline", timeline));
+        lines.push(("recovery_target_action", self.action.as_str().to_owned()));
+        if let Some(primary) = &self.primary_conninfo {
+            lines.push(("primary_conninfo", primary.clone()));
+        } else {
+            // A delay meant for a standby would stall a restore for as long.
+            lines.push(("recovery_min_apply_delay", "0".to_owned()));
+        }
+        let stop = self.stop.setting();
+        let chosen = stop.as_ref().map(|(name, ..)| *name);
+        let others = TARGET_SETTINGS.iter().filter(|name| Some(**name) != chosen);
+        lines.extend(others.map(|name| (*name, String::new())));
+        if let Some((name, value, inclusive)) = stop {
+            lines.extend(inclusive.map(|value| ("recovery_target_inclusive", value.to_owned())));
+            lines.push((name, value));
+        }
+        lines
+    }
+}
+
+/// The file without recovery settings and without a block of ours; ends with a newline unless empty.
+fn without_recovery_settings(existing: &str, replace_primary: bool) -> String {
+    let mut kept = String::with_capacity(existing.len());
+    let mut inside_block = false;
+    for line in existing.lines() {
+        let trimmed = line.trim();
+        match trimmed {
+            BLOCK_HEAD => inside_block = true,
+            BLOCK_END => inside_block = false,
+            _ => {
+                let name = setting_name(trimmed);
+                let dropped = name.is_some_and(|name| {
+                    inside_block
+                        || RECOVERY_SETTINGS.iter().any(|known| name.eq_ignore_ascii_case(known))
+                        || replace_primary && name.eq_ignore_ascii_case("primary_conninfo")
+                });
+                if !dropped {
+                    kept.push_str(line);
+                    kept.push('\n');
+                }
+            }
+        }
+    }
+    kept
+}
+
+/// The setting that a line of a configuration file sets.
+fn setting_name(line: &str) -> Option<&str> {
+    let end = line.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))?;
+    line.get(..end).filter(|name| !name.is_empty())
+}
+
+/// A value as the configuration file takes it: quotes doubled, backslashes doubled.
+fn quote(value: &str) -> String {
+    let mut quoted = String::with_capacity(value.len() + 2);
+    quoted.push('\'');
+    for c in value.chars() {
+        match c {
+            '\'' => quoted.push_str("''"),
+            '\\' => quoted.push_str("\\\\"),
+            '\n' => quoted.push_str("\\n"),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('\'');
+    quoted
+}
+
+/// One word of a shell command, and of a `restore_command`: single quotes around it when needed, `%`
+/// doubled, since PostgreSQL replaces `%f` and `%p` before the shell sees the line.
+#[must_use]
+pub fn shell_word(word: &str) -> String {
+    let plain = |c: char| {
+        c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-' | ':' | '=' | '+' | ',')
+    };
+    let quoted = if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    };
+    quoted.replace('%', "%%")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(stop: Stop) -> RecoverySettings {
+        RecoverySettings {
+            restore_command: "tidemark wal-get %f %p".into(),
+            recovery_end_command: None,
+            stop,
+            timeline: TimelineId::new(3),
+            action: Action::Pause,
+            primary_conninfo: None,
+        }
+    }
+
+    #[test]
+    fn earlier_recovery_settings_go_and_all_else_stays() {
+        let before = "# Do not edit this file manually!\n\
+                      work_mem = '64MB'\n\
+                      recovery_target_time = '2020-01-01'\n  Restore_Command='cp it''s %p'\n\
+                      primary_conninfo = 'host=a'\nrecovery_min_apply_delay = '5min'";
+        let after = settings(Stop::Before { lsn: Lsn(0x1_0000_0028) }).apply(before);
+        insta::assert_snapshot!(after, @r"
+        # Do not edit this file manually!
+        work_mem = '64MB'
+        primary_conninfo = 'host=a'
+        recovery_min_apply_delay = '5min'
+        # tidemark restore: begin (recovery settings, of no effect after recovery)
+        restore_command = 'tidemark wal-get %f %p'
+        archive_cleanup_command = ''
+        recovery_target_timeline = '3'
+        recovery_target_action = 'pause'
+        recovery_min_apply_delay = '0'
+        recovery_target = ''
+        recovery_target_name = ''
+        recovery_target_time = ''
+        recovery_target_xid = ''
+        recovery_target_inclusive = 'off'
+        recovery_target_lsn = '1/28'
+        # tidemark restore: end
+        ");
+    }
+
+    #[test]
+    fn editing_twice_is_editing_once_and_the_target_is_the_last_setting() {
+        for stop in [Stop::EndOfWal, Stop::Immediate, Stop::After { lsn: Lsn(9) }] {
+            let once =
+                settings(Stop::Before { lsn: Lsn(7) }).apply("a = 1\n# recovery_target = x\n");
+            let twice = settings(stop.clone()).apply(&once);
+            assert_eq!(settings(stop.clone()).apply(&twice), twice);
+            assert_eq!(twice, settings(stop.clone()).apply("a = 1\n# recovery_target = x\n"));
+            let last = twice.lines().rev().nth(1).unwrap();
+            match stop.setting() {
+                Some((name, value, _)) => assert_eq!(last, format!("{name} = '{value}'")),
+                None => assert!(last.ends_with("= ''"), "{last}"),
+            }
+        }
+    }
+
+    #[test]
+    fn words_survive_postgres_the_shell_and_the_configuration_file() {
+        assert_eq!(shell_word("/usr/bin/tidemark"), "/usr/bin/tidemark");
+        assert_eq!(shell_word("it's 100%"), r"'it'\''s 100%%'");
+        assert_eq!(shell_word(""), "''");
+        assert_eq!(quote(r"a'b\c"), r"'a''b\\c'");
+    }
+}
