@@ -1,0 +1,64 @@
+//! CRC-32C, the checksum of WAL records, `pg_control` and backup manifests.
+//!
+//! # Source
+//! `src/include/port/pg_crc32c.h`: polynomial Castagnoli, reflected, initial and final value
+//! `0xFFFFFFFF`, the same in PostgreSQL 13 to 18.
+
+use crc_fast::{CrcAlgorithm, Digest};
+
+/// CRC-32C of `bytes`.
+#[must_use]
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::crc32_iscsi(bytes)
+}
+
+/// CRC-32C of bytes that come in pieces.
+#[derive(Clone)]
+pub struct Crc32c(Digest);
+
+impl Crc32c {
+    /// The state before the first byte.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Digest::new(CrcAlgorithm::Crc32Iscsi))
+    }
+
+    /// Takes in the next `bytes`.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all bytes so far.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "a 32-bit CRC in a 64-bit integer")]
+    pub fn value(&self) -> u32 {
+        self.0.finalize() as u32
+    }
+}
+
+impl Default for Crc32c {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for Crc32c {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Crc32c({:08x})", self.value())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn check_value_of_the_polynomial() {
+        assert_eq!(crc32c(b"123456789"), 0xE306_9283);
+        let mut pieces = Crc32c::new();
+        pieces.update(b"1234");
+        pieces.update(b"");
+        pieces.update(b"56789");
+        assert_eq!(pieces.value(), 0xE306_9283);
+    }
+}

@@ -1,0 +1,58 @@
+//! Resource managers: which part of PostgreSQL a record belongs to.
+//!
+//! # Source
+//! `src/include/access/rmgrlist.h`: the same 22 in 13 to 18; custom ones (128 to 255) since 15.
+
+use std::fmt;
+
+/// A record's resource manager (`RmgrId`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RmgrId(pub u8);
+
+const NAMES: [&str; 22] = [
+    "XLOG",
+    "Transaction",
+    "Storage",
+    "CLOG",
+    "Database",
+    "Tablespace",
+    "MultiXact",
+    "RelMap",
+    "Standby",
+    "Heap2",
+    "Heap",
+    "Btree",
+    "Hash",
+    "Gin",
+    "Gist",
+    "Sequence",
+    "SPGist",
+    "BRIN",
+    "CommitTs",
+    "ReplicationOrigin",
+    "Generic",
+    "LogicalMessage",
+];
+
+impl RmgrId {
+    /// `RM_XLOG_ID`
+    pub const XLOG: RmgrId = RmgrId(0);
+    /// `RM_XACT_ID`
+    pub const XACT: RmgrId = RmgrId(1);
+
+    /// Whether a server may have written it (`RmgrIdIsValid`).
+    #[must_use]
+    pub fn is_valid(self) -> bool {
+        usize::from(self.0) < NAMES.len() || self.0 >= 128
+    }
+}
+
+impl fmt::Display for RmgrId {
+    /// As `pg_waldump` names it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match NAMES.get(usize::from(self.0)) {
+            Some(name) => f.pad(name),
+            None => write!(f, "custom{:03}", self.0),
+        }
+    }
+}
