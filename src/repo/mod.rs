@@ -1,1 +1,4 @@
 //! What the objects of a store mean.
+
+pub mod lease;
+mod process;
