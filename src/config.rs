@@ -1,1 +1,0 @@
-//! Configuration: file, environment and flags become each module's own options, once.

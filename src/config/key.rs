@@ -1,0 +1,306 @@
+//! The table of settings: one row says a setting's name, form, default, flag and help, and the file
+//! reader, the environment, the command line, `config show` and the error messages all follow it.
+//!
+//! # Shape
+//! A name is `section.key`, or `key` alone at the top of the file. Its environment variable is
+//! `TIDEMARK_` and the name in capitals, the dot an underscore.
+
+/// What a setting's text must look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Any text.
+    Text,
+    /// Text that is never shown.
+    Secret,
+    /// A libpq connection string: its password is never shown.
+    ConnectionString,
+    /// The place of a repository: `s3://bucket/prefix` or a directory.
+    RepositoryUrl,
+    /// A path of this machine.
+    Path,
+    /// A whole number within bounds, both inclusive.
+    Integer {
+        /// The least number accepted.
+        min: i64,
+        /// The greatest number accepted.
+        max: i64,
+    },
+    /// A number of bytes: `64 MiB`, `1.5 GB`, `4096`.
+    Size,
+    /// A length of time: `500ms`, `1m 30s`, `7d`; a day has 24 hours.
+    Duration,
+    /// `true` or `false`.
+    Switch,
+    /// One of a closed list of words.
+    Choice(&'static [&'static str]),
+    /// Several texts.
+    List,
+}
+
+/// Which commands take a setting as a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Every command.
+    Everywhere,
+    /// Commands that talk to PostgreSQL.
+    Postgres,
+    /// Commands that talk to a repository.
+    Repository,
+    /// Commands that write to a repository.
+    Sealing,
+    /// Commands that read what is sealed in a repository.
+    Opening,
+    /// Commands that stream WAL.
+    Stream,
+    /// Commands that take base backups.
+    Backup,
+    /// Commands that restore.
+    Restore,
+    /// Commands that delete by age and count.
+    Retention,
+    /// The supervisor.
+    Run,
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// `section.key`.
+    pub name: &'static str,
+    /// What its text must look like.
+    pub form: Form,
+    /// What holds when nothing sets it; `None` is "not set".
+    pub default: Option<&'static str>,
+    /// The flag without its two dashes, where a person would type it.
+    pub flag: Option<&'static str>,
+    /// Which commands take the flag.
+    pub group: Group,
+    /// Help: the first sentence alone is shown by `-h`.
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, form: Form, group: Group, help: &'static str) -> Key {
+    Key { name, form, default: None, flag: None, group, help }
+}
+
+impl Key {
+    const fn default(mut self, default: &'static str) -> Self {
+        self.default = Some(default);
+        self
+    }
+
+    const fn flag(mut self, flag: &'static str) -> Self {
+        self.flag = Some(flag);
+        self
+    }
+
+    /// The environment variable that sets it.
+    #[must_use]
+    pub fn variable(&self) -> String {
+        format!("TIDEMARK_{}", self.name.replace('.', "_").to_ascii_uppercase())
+    }
+
+    /// The section of the file it stands in; empty at the top.
+    #[must_use]
+    pub fn section(&self) -> &'static str {
+        self.name.split_once('.').map_or("", |(section, _)| section)
+    }
+
+    /// Its name inside its section.
+    #[must_use]
+    pub fn leaf(&self) -> &'static str {
+        self.name.split_once('.').map_or(self.name, |(_, leaf)| leaf)
+    }
+
+    /// What stands for its value in help texts.
+    #[must_use]
+    pub fn value_name(&self) -> &'static str {
+        match self.form {
+            Form::Text | Form::Secret | Form::List => "TEXT",
+            Form::ConnectionString | Form::RepositoryUrl => "URL",
+            Form::Path => "FILE",
+            Form::Integer { .. } => "N",
+            Form::Size => "SIZE",
+            Form::Duration => "DURATION",
+            Form::Switch => "BOOL",
+            Form::Choice(_) => "WORD",
+        }
+    }
+}
+
+/// The section whose blocks are a list in the file: `[[repository]]`.
+pub const LIST_SECTION: &str = "repository";
+
+/// Every setting there is, in the order `config show` prints them.
+pub const KEYS: &[Key] = &[
+    key(
+        "cluster",
+        Form::Text,
+        Group::Repository,
+        "Name of the database cluster inside the repository. One repository may hold many.",
+    )
+    .default("main")
+    .flag("cluster"),
+    key(
+        "encryption",
+        Form::Choice(&["age", "none"]),
+        Group::Sealing,
+        "How what is written is sealed. 'age' encrypts every object with a key that only the \
+         recipients' identities can unwrap; 'none' stores it compressed and readable by anybody who \
+         can read the repository.",
+    )
+    .default("age")
+    .flag("encryption"),
+    key(
+        "postgres.url",
+        Form::ConnectionString,
+        Group::Postgres,
+        "The PostgreSQL server, as a libpq URI or key=value string. What it leaves out comes from \
+         the PG* environment variables, the service file and .pgpass, as with psql.",
+    )
+    .flag("postgres"),
+    key(
+        "postgres.slot",
+        Form::Text,
+        Group::Stream,
+        "Name of the physical replication slot, made when missing and kept for ever after.",
+    )
+    .default("tidemark")
+    .flag("slot"),
+    key(
+        "repository.url",
+        Form::RepositoryUrl,
+        Group::Repository,
+        "Where backups and WAL are kept: s3://bucket/prefix, or a directory.",
+    )
+    .flag("repository"),
+    key(
+        "repository.endpoint",
+        Form::Text,
+        Group::Repository,
+        "URL of an S3 server that is not Amazon's, for example http://127.0.0.1:9000.",
+    )
+    .flag("s3-endpoint"),
+    key(
+        "repository.region",
+        Form::Text,
+        Group::Repository,
+        "S3 region. Without it the AWS environment and profile decide.",
+    )
+    .flag("s3-region"),
+    key(
+        "keys.recipients",
+        Form::List,
+        Group::Sealing,
+        "Public key (age1...) that may open what is written; may be given several times. With none \
+         configured, the first write makes an identity file and uses its public key.",
+    )
+    .flag("recipient"),
+    key(
+        "keys.identity_file",
+        Form::Path,
+        Group::Opening,
+        "File with the secret key (AGE-SECRET-KEY-...) that opens the repository. Without it \
+         $XDG_CONFIG_HOME/tidemark/identity.txt, else ~/.config/tidemark/identity.txt, is read.",
+    )
+    .flag("identity"),
+    key(
+        "keys.passphrase",
+        Form::Secret,
+        Group::Sealing,
+        "Passphrase that seals and opens the repository besides, or instead of, key pairs.",
+    ),
+    key(
+        "keys.passphrase_file",
+        Form::Path,
+        Group::Sealing,
+        "File whose first line is the passphrase that seals and opens the repository.",
+    )
+    .flag("passphrase-file"),
+    key(
+        "log.level",
+        Form::Text,
+        Group::Everywhere,
+        "What is logged to standard error: error, warn, info, debug, trace, or a filter such as \
+         'info,tidemark::wire=debug'.",
+    )
+    .default("warn")
+    .flag("log-level"),
+    key(
+        "log.format",
+        Form::Choice(&["text", "json"]),
+        Group::Everywhere,
+        "Form of log lines: for people, or one JSON object a line.",
+    )
+    .default("text")
+    .flag("log-format"),
+];
+
+/// The row named `name`.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// Similarity from which a name is worth suggesting; 1 is equal. Two letters wrong of ten pass.
+const SUGGEST_SIMILARITY_MIN: f64 = 0.75;
+
+/// The candidate nearest to `given`, when there is one worth suggesting.
+pub fn nearest<'a>(given: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::normalized_damerau_levenshtein(given, candidate), candidate))
+        .filter(|(similarity, _)| *similarity >= SUGGEST_SIMILARITY_MIN)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+/// The setting a wrong name was probably meant to be: near as a whole, or right but in another
+/// section.
+#[must_use]
+pub fn suggestion(given: &str) -> Option<&'static str> {
+    let leaf = given.rsplit('.').next().unwrap_or(given);
+    nearest(given, KEYS.iter().map(|key| key.name))
+        .or_else(|| KEYS.iter().find(|key| key.leaf() == leaf).map(|key| key.name))
+        .or_else(|| {
+            let leaf = nearest(leaf, KEYS.iter().map(Key::leaf))?;
+            KEYS.iter().find(|key| key.leaf() == leaf).map(|key| key.name)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_flags_and_variables_are_unique_and_sections_contiguous() {
+        let distinct = |mut all: Vec<String>| {
+            let count = all.len();
+            all.sort();
+            all.dedup();
+            all.len() == count
+        };
+        assert!(distinct(KEYS.iter().map(|key| key.name.to_owned()).collect()));
+        assert!(distinct(KEYS.iter().map(Key::variable).collect()));
+        assert!(distinct(KEYS.iter().filter_map(|key| key.flag.map(str::to_owned)).collect()));
+        let mut sections: Vec<&str> = KEYS.iter().map(Key::section).collect();
+        sections.dedup();
+        assert!(distinct(sections.into_iter().map(str::to_owned).collect()));
+    }
+
+    #[test]
+    fn help_ends_as_a_sentence() {
+        for key in KEYS {
+            assert!(key.help.ends_with('.'), "{}", key.name);
+            assert!(!key.help.contains("  "), "{}", key.name);
+        }
+    }
+
+    #[test]
+    fn a_misspelt_or_misplaced_name_finds_the_right_one() {
+        assert_eq!(suggestion("postgres.slott"), Some("postgres.slot"));
+        assert_eq!(suggestion("postgres.recipients"), Some("keys.recipients"));
+        assert_eq!(suggestion("identity_fil"), Some("keys.identity_file"));
+        assert_eq!(suggestion("zzz"), None);
+    }
+}
