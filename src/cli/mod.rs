@@ -1,1 +1,196 @@
-//! The command line: one file a command.
+//! The command line: one file a command, each turning flags and settings into a call of the engine
+//! and its result into words or JSON.
+//!
+//! # Invariants
+//! Standard output carries only what was asked for; progress, logs and errors go to standard
+//! error. A command that deletes prints its plan first.
+
+mod backup;
+mod check;
+mod completions;
+mod config;
+mod demo;
+mod expire;
+mod flags;
+mod init;
+mod inspect;
+mod invocation;
+mod keygen;
+mod list;
+mod render;
+mod restore;
+mod run;
+
+mod stream;
+mod terminal;
+mod verify;
+mod wal_get;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::config::{Config, Environment};
+use crate::error::Result;
+use invocation::Invocation;
+use terminal::{Terminal, When};
+
+/// Streaming backup and point-in-time recovery for PostgreSQL.
+///
+/// Tidemark copies a running PostgreSQL cluster and every byte of its WAL over the replication
+/// protocol into S3 or a directory, compressed and encrypted, and brings the cluster back at any
+/// moment in between.
+#[derive(Debug, Parser)]
+#[command(name = "tidemark", version, after_long_help = after_help(), max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: Global,
+}
+
+/// What every command takes besides its settings.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Global options")]
+struct Global {
+    /// Configuration file. An empty name reads none.
+    ///
+    /// Without it TIDEMARK_CONFIG names the file; else the first that exists of
+    /// $XDG_CONFIG_HOME/tidemark/tidemark.toml (~/.config when unset) and
+    /// /etc/tidemark/tidemark.toml is read. [env: TIDEMARK_CONFIG]
+    #[arg(long, global = true, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+    config: Option<PathBuf>,
+    /// When to colour what is written to standard error.
+    ///
+    /// 'auto' colours on a terminal unless NO_COLOR is set. [default: auto] [env: NO_COLOR]
+    #[arg(
+        long,
+        global = true,
+        value_name = "WHEN",
+        value_enum,
+        default_value_t,
+        hide_default_value = true
+    )]
+    color: When,
+    /// Print no progress and no remarks, only results and errors.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Demo(demo::Args),
+    Init(init::Args),
+    Keygen(keygen::Args),
+    Check(check::Args),
+    Backup(backup::Args),
+    Stream(stream::Args),
+    Run(run::Args),
+    Restore(Box<restore::Args>),
+    List(list::Args),
+    Verify(verify::Args),
+    Expire(expire::Args),
+    WalGet(wal_get::Args),
+    Inspect(inspect::Args),
+    Config(config::Args),
+    Completions(completions::Args),
+}
+
+impl Command {
+    /// Whether the result, and an error, are wanted as JSON on standard output.
+    fn json(&self) -> bool {
+        match self {
+            Self::Init(args) => args.json,
+            Self::Keygen(args) => args.json,
+            Self::Check(args) => args.json,
+            Self::Backup(args) => args.json,
+            Self::Restore(args) => args.json,
+            Self::List(args) => args.json,
+            Self::Verify(args) => args.json,
+            Self::Expire(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Config(args) => args.json(),
+            Self::Demo(args) => args.json,
+            Self::Stream(_) | Self::Run(_) | Self::WalGet(_) | Self::Completions(_) => false,
+        }
+    }
+}
+
+fn after_help() -> String {
+    format!(
+        "Settings come from flags, environment variables, the configuration file and defaults, in \
+         this order;\n'tidemark config show' prints each with its origin.\n\n{}",
+        render::exit_code_table()
+    )
+}
+
+/// The command line's grammar with the flags of all settings in place.
+fn grammar() -> clap::Command {
+    flags::add(Cli::command())
+}
+
+/// Runs the command that `arguments` (the program's name first) ask for, and reports its error.
+pub async fn run(
+    arguments: Vec<OsString>,
+    environment: Environment,
+    stop: CancellationToken,
+) -> ExitCode {
+    let matches = match grammar().try_get_matches_from(arguments) {
+        Ok(matches) => matches,
+        Err(error) => return render::clap_error(&error),
+    };
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => return render::clap_error(&error),
+    };
+    let json = cli.command.json();
+    let terminal = Terminal::new(cli.global.color, cli.global.quiet, json, &environment);
+    let result = async {
+        let given = flags::given(&matches);
+        let config = Config::load(cli.global.config.as_deref(), given, environment)?;
+        let invocation = Invocation::begin(config, terminal.clone(), stop)?;
+        dispatch(cli.command, invocation).await
+    }
+    .await;
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            render::error(&error, &terminal);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+async fn dispatch(command: Command, invocation: Invocation) -> Result<()> {
+    match command {
+        Command::Demo(args) => demo::run(args, invocation).await,
+        Command::Init(args) => init::run(args, invocation).await,
+        Command::Keygen(args) => keygen::run(args, invocation),
+        Command::Check(args) => check::run(args, invocation).await,
+        Command::Backup(args) => backup::run(args, invocation).await,
+        Command::Stream(args) => stream::run(args, invocation).await,
+        Command::Run(args) => run::run(args, invocation).await,
+        Command::Restore(args) => restore::run(*args, invocation).await,
+        Command::List(args) => list::run(args, invocation).await,
+        Command::Verify(args) => verify::run(args, invocation).await,
+        Command::Expire(args) => expire::run(args, invocation).await,
+        Command::WalGet(args) => wal_get::run(args, invocation).await,
+        Command::Inspect(args) => inspect::run(args, invocation).await,
+        Command::Config(args) => config::run(args, invocation),
+        Command::Completions(args) => completions::run(args, invocation),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grammar_holds_together() {
+        grammar().debug_assert();
+    }
+}

@@ -100,6 +100,17 @@ impl Key {
         format!("TIDEMARK_{}", self.name.replace('.', "_").to_ascii_uppercase())
     }
 
+    /// All environment variables that set it, the one that wins last: what a section is mainly
+    /// about, its `url`, is also set by the section's name alone.
+    #[must_use]
+    pub fn variables(&self) -> Vec<String> {
+        let full = self.variable();
+        match full.strip_suffix("_URL") {
+            Some(short) => vec![short.to_owned(), full],
+            None => vec![full],
+        }
+    }
+
     /// The section of the file it stands in; empty at the top.
     #[must_use]
     pub fn section(&self) -> &'static str {
@@ -189,6 +200,91 @@ pub const KEYS: &[Key] = &[
     )
     .flag("s3-region"),
     key(
+        "repository.addressing",
+        Form::Choice(&["auto", "path", "virtual-host"]),
+        Group::Repository,
+        "How the S3 bucket is named in requests. 'auto' is virtual-host on Amazon and path style \
+         with an endpoint.",
+    )
+    .default("auto")
+    .flag("s3-addressing"),
+    key(
+        "repository.profile",
+        Form::Text,
+        Group::Repository,
+        "Profile of ~/.aws/config to take region and credentials from.",
+    )
+    .flag("s3-profile"),
+    key(
+        "repository.access_key_id",
+        Form::Text,
+        Group::Repository,
+        "S3 access key. Without it the standard AWS chain is asked: environment, profile, web \
+         identity, instance.",
+    ),
+    key(
+        "repository.secret_access_key",
+        Form::Secret,
+        Group::Repository,
+        "Secret of the S3 access key.",
+    ),
+    key(
+        "repository.session_token",
+        Form::Secret,
+        Group::Repository,
+        "Session token of temporary S3 credentials.",
+    ),
+    key(
+        "repository.ca_file",
+        Form::Path,
+        Group::Repository,
+        "PEM file with certificate authorities to trust for S3 besides those of the machine.",
+    )
+    .flag("s3-ca-file"),
+    key(
+        "repository.server_side_encryption",
+        Form::Text,
+        Group::Repository,
+        "Encryption by the S3 store itself: bucket-default, sse-s3, sse-kms or sse-kms:KEY. It is \
+         independent of ours.",
+    )
+    .default("bucket-default"),
+    key(
+        "repository.storage_class",
+        Form::Text,
+        Group::Repository,
+        "S3 storage class of new objects, such as STANDARD_IA. Without it the bucket decides.",
+    ),
+    key(
+        "repository.checksum",
+        Form::Choice(&["auto", "crc64nvme", "crc32c", "none"]),
+        Group::Repository,
+        "Checksum sent with every S3 upload for the store to verify. 'auto' is CRC-32C, and none \
+         once the store has said that it does not know it.",
+    )
+    .default("auto"),
+    key(
+        "repository.attempt_timeout",
+        Form::Duration,
+        Group::Repository,
+        "Longest time for one try of an S3 request, besides the time its body needs.",
+    )
+    .default("30s"),
+    key(
+        "repository.overall_timeout",
+        Form::Duration,
+        Group::Repository,
+        "Longest time for an S3 call with all its tries and pauses.",
+    )
+    .default("5m"),
+    key(
+        "repository.attempts_max",
+        Form::Integer { min: 1, max: 100 },
+        Group::Repository,
+        "Most tries of one S3 call.",
+    )
+    .default("8"),
+    key(
         "keys.recipients",
         Form::List,
         Group::Sealing,
@@ -217,6 +313,14 @@ pub const KEYS: &[Key] = &[
         "File whose first line is the passphrase that seals and opens the repository.",
     )
     .flag("passphrase-file"),
+    key(
+        "restore.time_zone",
+        Form::Text,
+        Group::Restore,
+        "Time zone of times that name none, such as Europe/Berlin or 'local'. Without it such a \
+         time is refused.",
+    )
+    .flag("time-zone"),
     key(
         "log.level",
         Form::Text,
@@ -281,7 +385,7 @@ mod tests {
             all.len() == count
         };
         assert!(distinct(KEYS.iter().map(|key| key.name.to_owned()).collect()));
-        assert!(distinct(KEYS.iter().map(Key::variable).collect()));
+        assert!(distinct(KEYS.iter().flat_map(Key::variables).collect()));
         assert!(distinct(KEYS.iter().filter_map(|key| key.flag.map(str::to_owned)).collect()));
         let mut sections: Vec<&str> = KEYS.iter().map(Key::section).collect();
         sections.dedup();

@@ -115,8 +115,10 @@ impl Settings {
         }
         settings.warnings.extend(misspelt(environment));
         for key in KEYS {
-            let name = key.variable();
-            if let Some(text) = environment.get(&name).filter(|text| !text.is_empty()) {
+            for name in key.variables() {
+                let Some(text) = environment.get(&name).filter(|text| !text.is_empty()) else {
+                    continue;
+                };
                 let value = if key.form == Form::List {
                     Value::List(
                         text.split([',', ' '])
@@ -294,7 +296,7 @@ fn mask_user_info(text: &str) -> String {
 /// Variables that look like a misspelt setting of ours. Only near misses are reported: Kubernetes
 /// puts variables such as `TIDEMARK_SERVICE_HOST` into every container beside a service so named.
 fn misspelt(environment: &Environment) -> Vec<String> {
-    let known: Vec<String> = KEYS.iter().map(Key::variable).collect();
+    let known: Vec<String> = KEYS.iter().flat_map(Key::variables).collect();
     let reserved = ["TIDEMARK_CONFIG"];
     let given = environment.names().filter(|name| name.starts_with("TIDEMARK_"));
     given

@@ -12,15 +12,15 @@ use jiff::{Span, SpanRelativeTo};
 /// What was expected, to be put behind the setting's name.
 pub fn duration(text: &str) -> Result<Duration, String> {
     const EXPECTED: &str = "expected a length of time such as '500ms', '90s', '1h 30m' or '7d'";
-    let span: Span = text.trim().parse().map_err(|_: jiff::Error| EXPECTED.to_owned())?;
+    let span: Span = text.trim().parse().map_err(|_error: jiff::Error| EXPECTED.to_owned())?;
     if span.get_months() != 0 || span.get_years() != 0 {
         return Err("months and years have no fixed length; write days, as in '30d'".to_owned());
     }
     let length = span
         .to_duration(SpanRelativeTo::days_are_24_hours())
-        .map_err(|_: jiff::Error| EXPECTED.to_owned())?;
+        .map_err(|_error: jiff::Error| EXPECTED.to_owned())?;
     Duration::try_from(length)
-        .map_err(|_: jiff::Error| "expected a length of time that is not negative".to_owned())
+        .map_err(|_error: jiff::Error| "expected a length of time that is not negative".to_owned())
 }
 
 /// A number of bytes: `64 MiB` (powers of 1024), `64 MB` (powers of 1000), `4096`.
@@ -31,7 +31,7 @@ pub fn size_bytes(text: &str) -> Result<u64, String> {
     text.trim()
         .parse::<ByteSize>()
         .map(|size| size.as_u64())
-        .map_err(|_: String| "expected a size such as '64 MiB', '1.5 GB' or '4096'".to_owned())
+        .map_err(|_error: String| "expected a size such as '64 MiB', '1.5 GB' or '4096'".to_owned())
 }
 
 /// `true` or `false`, also as PostgreSQL and systemd spell them.

@@ -1,0 +1,87 @@
+//! How errors look: `error: what happened`, then `hint: what to do`; with `--json` an object on
+//! standard output too.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::terminal::Terminal;
+use crate::error::{Error, Kind};
+
+/// What each kind means to whoever reads the exit status.
+fn meaning(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Usage => "the command line makes no sense",
+        Kind::Config => "a setting (file, environment, flag, server) must be changed first",
+        Kind::Unavailable => "something needed does not answer; trying again may help",
+        Kind::Denied => "credentials or rights are missing or wrong",
+        Kind::NotFound => "the thing named does not exist",
+        Kind::Conflict => "somebody else holds it, or it exists already",
+        Kind::Corrupt => "bytes are not what their checksum or format says",
+        Kind::Unsupported => "a version or feature this build does not handle",
+        Kind::Cancelled => "stopped on request before the work was done",
+        Kind::Bug => "a defect of tidemark; please report it",
+    }
+}
+
+/// The documented table of exit statuses.
+pub(super) fn exit_code_table() -> String {
+    let rows = Kind::all().map(|kind| (kind.exit_code(), kind.name(), meaning(kind)));
+    let lines = [(0, "success", "all that was asked for is done")].into_iter().chain(rows);
+    lines.fold("Exit status:".to_owned(), |text, (code, name, meaning)| {
+        format!("{text}\n  {code:>2}  {name:<12} {meaning}")
+    })
+}
+
+/// Reports an error to the person, and to the program that asked for JSON.
+pub(super) fn error(error: &Error, terminal: &Terminal) {
+    if terminal.json() {
+        let object = json!({ "error": {
+            "kind": error.kind().name(),
+            "message": error.message(),
+            "hint": error.hint_text(),
+            "exit_code": error.kind().exit_code(),
+        }});
+        // The text below tells the person; nothing more can be done when standard output is gone.
+        drop(terminal.data(&format!("{object}\n")));
+    }
+    terminal.finish_progress();
+    terminal.error_text(&text(error, terminal.colour()));
+}
+
+fn text(error: &Error, colour: bool) -> String {
+    let (red, cyan, off) =
+        if colour { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
+    let mut text = format!("{red}error:{off} {}\n", error.message());
+    if let Some(hint) = error.hint_text() {
+        text.push_str(&format!("{cyan}hint:{off} {hint}\n"));
+    }
+    if error.kind() == Kind::Bug {
+        text.push_str(&format!(
+            "{cyan}hint:{off} This is a defect of tidemark. Please report it with the log \
+             (--log-level debug).\n"
+        ));
+    }
+    text
+}
+
+/// Prints what the parser of the command line has to say: its help, or what was wrong.
+pub(super) fn clap_error(error: &clap::Error) -> ExitCode {
+    // Nobody is left to tell when standard error itself cannot be written.
+    drop(error.print());
+    drop(std::io::stdout().flush());
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Kind::Usage.exit_code()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_and_its_hint_another() {
+        let error = Error::new(Kind::Denied, "unable to log in").hint("Check the password.");
+        assert_eq!(text(&error, false), "error: unable to log in\nhint: Check the password.\n");
+        assert!(text(&error, true).starts_with("\x1b[1;31merror:\x1b[0m unable"));
+    }
+}
