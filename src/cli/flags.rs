@@ -1,6 +1,7 @@
 //! Flags that set settings: made from the table of settings, so that a flag's help, default,
 //! environment variable and place in the file are written once.
 
+use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 
 use crate::config::key::{self, Form, Group, KEYS, Key};
@@ -98,7 +99,7 @@ fn arg(key: &'static Key) -> Option<Arg> {
     arg = match key.form {
         Form::List => arg.action(ArgAction::Append),
         Form::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
-        Form::Choice(words) => arg.value_name(words.join("|")),
+        Form::Choice(words) => arg.value_parser(PossibleValuesParser::new(words)),
         Form::Path => arg.value_hint(ValueHint::FilePath),
         _ => arg,
     };
