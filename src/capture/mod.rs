@@ -1,1 +1,4 @@
 //! Postgres to repository: base backup, WAL stream, slot.
+
+pub mod base;
+pub mod stream;

@@ -1,0 +1,279 @@
+//! Decides where a stream begins, from what the repository holds, what the slot keeps, and which
+//! history the server has.
+//!
+//! Pure: the engine asks the questions, this module weighs the answers, and the engine tries the
+//! attempts in order until the server serves one.
+//!
+//! # Invariants
+//! 1. Nothing that the repository lacks is skipped while the server may still have it: an attempt
+//!    with a gap comes after every attempt without.
+//! 2. What an attempt gives up is written in it ([`Attempt::gap`]), so that no gap is silent.
+//! 3. Streaming begins early enough that every record which ends after the durable end is decoded
+//!    whole: at the slot's position, which is a record boundary, or a whole segment earlier.
+//! 4. A chain that begins anew begins at a segment start: PostgreSQL reads the first page of every
+//!    segment it opens.
+
+use crate::pg::timeline::TimelineHistory;
+use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
+
+/// Pages of the WAL, `XLOG_BLCKSZ`: where the decoder can begin.
+const WAL_PAGE_BYTES: u64 = 8192;
+
+/// Most ends of earlier chains that are tried before a gap is accepted: each costs a connection.
+const CHAIN_ENDS_MAX: usize = 4;
+
+/// What the decision rests on.
+#[derive(Clone, Debug)]
+pub struct Situation<'a> {
+    /// The way to the server's timeline.
+    pub history: &'a TimelineHistory,
+    /// What the repository holds of each timeline on that way, in any order.
+    pub stored: &'a [(TimelineId, LsnRange)],
+    /// Oldest position the slot keeps.
+    pub slot_restart_lsn: Lsn,
+    /// Size of the server's WAL segments.
+    pub segment_size: SegmentSize,
+    /// Whether WAL the slot does not keep is worth asking for.
+    pub older: OlderWal,
+}
+
+/// What to do about WAL that is missing in the repository and older than the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OlderWal {
+    /// Ask the server for it; it may still have it.
+    Ask,
+    /// Leave it: the stream runs only for one base backup.
+    Leave,
+}
+
+/// One way to begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// Timeline to ask for.
+    pub timeline: TimelineId,
+    /// Position to stream from; a page boundary, not after `store_from`.
+    pub stream_from: Lsn,
+    /// First position to store: everything before is durable or given up.
+    pub store_from: Lsn,
+    /// Ranges after `store_from` that the repository holds already, ascending, not touching.
+    pub known: Vec<LsnRange>,
+    /// WAL that is lost if this attempt is the one that works.
+    pub gap: Option<LsnRange>,
+}
+
+/// The ways to begin, best first; never empty.
+#[must_use]
+pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
+    let stored = stored_on_path(situation);
+    let slot = situation.slot_restart_lsn;
+    if let Some(chain) = stored.iter().find(|range| range.start() <= slot && slot <= range.end()) {
+        // The slot trails the durable end by what was in flight, or, after a crash of the server,
+        // by up to a checkpoint: no need to read all of that again.
+        let segment = situation.segment_size;
+        let enough = segment.start_of(Lsn(segment.start_of(chain.end()).0.saturating_sub(1)));
+        let stream_from = slot.align_down(WAL_PAGE_BYTES).max(enough);
+        return vec![attempt(situation, &stored, stream_from, chain.end(), None)];
+    }
+    let segment_start = situation.segment_size.start_of(slot);
+    let ends: Vec<Lsn> = stored.iter().map(|range| range.end()).filter(|end| *end < slot).collect();
+    let mut found = Vec::new();
+    for end in ends.iter().skip(ends.len().saturating_sub(CHAIN_ENDS_MAX)) {
+        let kept = segment_start <= *end;
+        if kept || situation.older == OlderWal::Ask {
+            let stream_from = situation.segment_size.start_of(*end);
+            found.push(attempt(situation, &stored, stream_from, *end, None));
+        }
+    }
+    if ends.last().is_none_or(|end| *end < segment_start) {
+        let gap = ends.last().and_then(|end| LsnRange::new(*end, segment_start));
+        found.push(attempt(situation, &stored, segment_start, segment_start, gap));
+    }
+    found
+}
+
+fn attempt(
+    situation: &Situation<'_>,
+    stored: &[LsnRange],
+    stream_from: Lsn,
+    store_from: Lsn,
+    gap: Option<LsnRange>,
+) -> Attempt {
+    let known = stored.iter().filter(|range| range.end() > store_from).copied().collect();
+    let timeline = situation.history.timeline_at(stream_from);
+    Attempt { timeline, stream_from, store_from, known, gap }
+}
+
+/// The parts of the repository's WAL that lie on the path, joined where they touch.
+fn stored_on_path(situation: &Situation<'_>) -> Vec<LsnRange> {
+    let mut clipped = Vec::new();
+    for part in situation.history.path() {
+        let part_end = part.end.unwrap_or(Lsn(u64::MAX));
+        for (_, range) in situation.stored.iter().filter(|(timeline, _)| *timeline == part.timeline)
+        {
+            let range =
+                LsnRange::new(range.start().max(part.start), range.end().min(part_end));
+            clipped.extend(range.filter(|range| !range.is_empty()));
+        }
+    }
+    join(clipped)
+}
+
+/// Sorts ranges and joins those that touch or overlap.
+#[must_use]
+pub fn join(mut ranges: Vec<LsnRange>) -> Vec<LsnRange> {
+    ranges.sort_unstable();
+    let mut joined: Vec<LsnRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start() <= last.end() => {
+                let end = last.end().max(range.end());
+                *last = LsnRange::new(last.start(), end).unwrap_or(*last);
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEG: u64 = 16 << 20;
+
+    fn range(start: u64, end: u64) -> LsnRange {
+        LsnRange::new(Lsn(start), Lsn(end)).unwrap()
+    }
+
+    fn timeline(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn decide(history: &TimelineHistory, stored: &[(u32, u64, u64)], slot: u64) -> Vec<Attempt> {
+        let stored: Vec<_> =
+            stored.iter().map(|(t, start, end)| (timeline(*t), range(*start, *end))).collect();
+        attempts(&Situation {
+            history,
+            stored: &stored,
+            slot_restart_lsn: Lsn(slot),
+            segment_size: SegmentSize::DEFAULT,
+            older: OlderWal::Ask,
+        })
+    }
+
+    fn first() -> TimelineHistory {
+        TimelineHistory::first_timeline_only(timeline(1))
+    }
+
+    #[test]
+    fn an_empty_repository_begins_at_the_segment_of_the_slot() {
+        let found = decide(&first(), &[], 5 * SEG + 1000);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].stream_from, Lsn(5 * SEG));
+        assert_eq!(found[0].store_from, Lsn(5 * SEG));
+        assert_eq!(found[0].gap, None);
+    }
+
+    #[test]
+    fn a_restart_reads_from_the_slot_and_stores_from_the_durable_end() {
+        let slot = 5 * SEG + 8192 + 40;
+        let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG + 70_000)], slot);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].stream_from, Lsn(5 * SEG + 8192));
+        assert_eq!(found[0].store_from, Lsn(5 * SEG + 70_000));
+        assert_eq!(found[0].gap, None);
+    }
+
+    #[test]
+    fn a_slot_far_behind_costs_at_most_the_segment_before_the_durable_end() {
+        let found = decide(&first(), &[(1, 2 * SEG, 50 * SEG + 70_000)], 3 * SEG + 77);
+        assert_eq!(found[0].stream_from, Lsn(49 * SEG));
+        let found = decide(&first(), &[(1, 2 * SEG, 50 * SEG)], 3 * SEG + 77);
+        assert_eq!(found[0].stream_from, Lsn(49 * SEG));
+    }
+
+    #[test]
+    fn a_hole_of_uploads_in_flight_is_filled_and_what_follows_is_known() {
+        let stored = [(1, 2 * SEG, 5 * SEG), (1, 5 * SEG + 500, 5 * SEG + 900)];
+        let found = decide(&first(), &stored, 5 * SEG - 100);
+        assert_eq!(found[0].store_from, Lsn(5 * SEG));
+        assert_eq!(found[0].known, vec![range(5 * SEG + 500, 5 * SEG + 900)]);
+    }
+
+    #[test]
+    fn a_new_slot_ahead_of_the_repository_asks_for_the_older_wal_first() {
+        let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG + 16)], 9 * SEG + 100);
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0].store_from, Lsn(5 * SEG + 16));
+        assert_eq!(found[0].stream_from, Lsn(5 * SEG));
+        assert_eq!(found[0].gap, None);
+        assert_eq!(found[1].store_from, Lsn(9 * SEG));
+        assert_eq!(found[1].gap, Some(range(5 * SEG + 16, 9 * SEG)));
+    }
+
+    #[test]
+    fn a_new_slot_in_the_segment_of_the_durable_end_loses_nothing() {
+        let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG + 16)], 5 * SEG + 100);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].gap, None);
+        assert_eq!(found[0].store_from, Lsn(5 * SEG + 16));
+    }
+
+    #[test]
+    fn a_stream_for_one_backup_leaves_the_older_wal() {
+        let history = first();
+        let found = attempts(&Situation {
+            history: &history,
+            stored: &[(timeline(1), range(SEG, 2 * SEG))],
+            slot_restart_lsn: Lsn(9 * SEG + 100),
+            segment_size: SegmentSize::DEFAULT,
+            older: OlderWal::Leave,
+        });
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].store_from, Lsn(9 * SEG));
+    }
+
+    #[test]
+    fn after_a_promotion_the_old_timeline_is_finished_first() {
+        let history = TimelineHistory::decode(timeline(2), b"1\t0/5000100\twhy\n").unwrap();
+        let found = decide(&history, &[(1, 2 * SEG, 5 * SEG)], 5 * SEG + 0x200);
+        assert_eq!(found[0].timeline, timeline(1));
+        assert_eq!(found[0].store_from, Lsn(5 * SEG));
+    }
+
+    #[test]
+    fn wal_past_the_switch_point_is_a_dead_branch() {
+        let history = TimelineHistory::decode(timeline(2), b"1\t0/5000100\twhy\n").unwrap();
+        let found = decide(&history, &[(1, 2 * SEG, 5 * SEG + 0x9000)], 5 * SEG + 0x200);
+        assert_eq!(found[0].store_from, Lsn(5 * SEG + 0x100));
+        assert_eq!(found[0].timeline, timeline(1));
+        assert_eq!(found[0].stream_from, Lsn(5 * SEG));
+        let more = [(1, 2 * SEG, 5 * SEG + 0x9000), (2, 5 * SEG + 0x100, 5 * SEG + 0x300)];
+        let found = decide(&history, &more, 5 * SEG + 0x200);
+        assert_eq!(found[0].store_from, Lsn(5 * SEG + 0x300));
+    }
+
+    #[test]
+    fn an_unrelated_branch_counts_for_nothing() {
+        let history = TimelineHistory::decode(timeline(3), b"1\t0/3000100\twhy\n").unwrap();
+        let stored = [(1, 2 * SEG, 4 * SEG), (2, 4 * SEG, 7 * SEG)];
+        let found = decide(&history, &stored, 6 * SEG + 4);
+        assert_eq!(found[0].store_from, Lsn(3 * SEG + 0x100));
+        assert_eq!(found[1].gap, Some(range(3 * SEG + 0x100, 6 * SEG)));
+    }
+
+    #[test]
+    fn every_attempt_begins_on_a_page_not_after_what_it_stores() {
+        let history = TimelineHistory::decode(timeline(2), b"1\t0/5000100\twhy\n").unwrap();
+        for slot in (SEG..8 * SEG).step_by(777_777) {
+            let stored = [(1, 2 * SEG, 3 * SEG + 8), (1, 4 * SEG, 4 * SEG + 99)];
+            let found = decide(&history, &stored, slot);
+            assert!(!found.is_empty());
+            for attempt in found {
+                assert_eq!(attempt.stream_from.0 % 8192, 0);
+                assert!(attempt.stream_from <= attempt.store_from);
+                assert!(attempt.known.iter().all(|known| known.start() > attempt.store_from));
+            }
+        }
+    }
+}

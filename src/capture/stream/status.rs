@@ -1,0 +1,288 @@
+//! What a stream tells about itself while it runs, and the one thing it can be asked for.
+//!
+//! The engine writes, anybody reads: a progress line, metrics, the command that waits for a backup's
+//! WAL. Nothing here influences the engine except [`Status::request_flush`].
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::error::{Error, Kind, Result};
+use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
+
+/// Longest latency the histogram tells apart: beyond an hour, minutes do not matter.
+const LATENCY_MAX_MICROS: u64 = 3_600_000_000;
+/// Most gaps kept for display; the repository's listing has all of them.
+const GAPS_MAX: usize = 32;
+
+/// What the engine is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// No connection to the server yet, or not again.
+    #[default]
+    Connecting,
+    /// WAL arrives and leaves.
+    Streaming,
+    /// The memory budget is used up: nothing is read until the repository takes something.
+    WaitingForRepository,
+    /// Asked to stop; what was received is being stored.
+    Stopping,
+    /// Not running.
+    Stopped,
+}
+
+/// WAL that the repository will never have.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct WalGap {
+    /// Timeline of the missing WAL.
+    pub timeline: TimelineId,
+    /// First missing position.
+    pub start_lsn: Lsn,
+    /// First position that is there again.
+    pub end_lsn: Lsn,
+    /// Why it is missing.
+    pub reason: String,
+    /// When this was found out.
+    pub noticed_at: Timestamp,
+}
+
+/// The slot as the server shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct SlotHealth {
+    /// `pg_replication_slots.wal_status`: reserved, extended, unreserved or lost.
+    pub wal_status: Option<String>,
+    /// `pg_replication_slots.safe_wal_size`: bytes that may still be written before the slot is at
+    /// risk; `None` when nothing limits it.
+    pub safe_wal_bytes: Option<i64>,
+    /// `pg_stat_replication.sync_state`: async, potential, sync or quorum.
+    pub sync_state: Option<String>,
+}
+
+/// The state of a stream at one moment. Every position is an end: the first byte not yet there.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Snapshot {
+    /// What the engine is doing.
+    pub phase: Phase,
+    /// The timeline that is streamed.
+    pub timeline: Option<TimelineId>,
+    /// End of the WAL the server has, as it last said.
+    pub server_end_lsn: Lsn,
+    /// End of the WAL received.
+    pub received_end_lsn: Lsn,
+    /// End of the contiguous WAL the repository holds.
+    pub durable_end_lsn: Lsn,
+    /// Flush position last told to the server.
+    pub acknowledged_end_lsn: Lsn,
+    /// First position of the chain without a gap that ends at `durable_end_lsn`, as far as this
+    /// process knows.
+    pub chain_start_lsn: Lsn,
+    /// Time of the newest commit that is durable.
+    #[serde(serialize_with = "serialize_time")]
+    pub newest_durable_commit: Option<PgTime>,
+    /// When everything the server had was last seen durable.
+    pub caught_up_at: Option<Timestamp>,
+    /// Uploads running.
+    pub uploads_in_flight: usize,
+    /// Compressed bytes held in memory until the store has them.
+    pub unstored_bytes: u64,
+    /// Extents stored by this process.
+    pub extent_count: u64,
+    /// Plain bytes of those extents.
+    pub plain_bytes: u64,
+    /// Stored bytes of those extents.
+    pub stored_bytes: u64,
+    /// Times the connection to the server was made.
+    pub connection_count: u64,
+    /// The trouble the engine is in now; `None` when all is well.
+    pub last_error: Option<String>,
+    /// Commits wait for this stream (`synchronous_standby_names`), so they are flushed at once.
+    pub synchronous: bool,
+    /// The slot as the server shows it.
+    pub slot: SlotHealth,
+    /// Gaps this process has found or made; the listing shows all.
+    pub gaps: Vec<WalGap>,
+    /// A gap was made after the last base backup: a new one is needed to restore to later times.
+    pub base_backup_needed: bool,
+}
+
+impl Snapshot {
+    /// Bytes the server has and the repository has not.
+    #[must_use]
+    pub fn lag_bytes(&self) -> u64 {
+        self.server_end_lsn.saturating_since(self.durable_end_lsn)
+    }
+}
+
+fn serialize_time<S: serde::Serializer>(time: &Option<PgTime>, to: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => to.collect_str(time),
+        None => to.serialize_none(),
+    }
+}
+
+/// Observable state of a stream; share it by `Arc`.
+#[derive(Debug)]
+pub struct Status {
+    snapshot: watch::Sender<Snapshot>,
+    flush_request: watch::Sender<Lsn>,
+    latency: Mutex<Histogram<u64>>,
+}
+
+impl Default for Status {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Status {
+    /// The status of a stream that has not begun.
+    #[must_use]
+    pub fn new() -> Self {
+        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_MICROS, 3)
+            .expect("the bounds of the latency histogram are constants");
+        Self {
+            snapshot: watch::Sender::new(Snapshot::default()),
+            flush_request: watch::Sender::new(Lsn::INVALID),
+            latency: Mutex::new(latency),
+        }
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// A receiver that wakes with every change.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.subscribe()
+    }
+
+    /// Commit-to-durable latency in microseconds, of the commits sampled so far: from the time in
+    /// the commit record (the server's clock) to the moment the store confirmed it (ours).
+    #[must_use]
+    pub fn latency(&self) -> Histogram<u64> {
+        self.latency.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks the engine to store what it receives before `end` at once, without waiting for the
+    /// flush intervals.
+    pub fn request_flush(&self, end: Lsn) {
+        self.flush_request.send_if_modified(|requested| {
+            let later = *requested < end;
+            *requested = end.max(*requested);
+            later
+        });
+    }
+
+    /// Waits until everything before `end` that follows on the chain is durable; gives the state.
+    ///
+    /// # Errors
+    /// `unavailable` when the stream stopped first.
+    ///
+    /// # Cancel safety
+    /// Only reads.
+    pub async fn wait_durable(&self, end: Lsn) -> Result<Snapshot> {
+        let mut changes = self.subscribe();
+        let reached = |now: &Snapshot| now.durable_end_lsn >= end || now.phase == Phase::Stopped;
+        let stopped = |_| Error::new(Kind::Bug, "the status of the stream went away");
+        let now = changes.wait_for(reached).await.map_err(stopped)?.clone();
+        if now.durable_end_lsn >= end {
+            return Ok(now);
+        }
+        let found = now.durable_end_lsn;
+        Err(Error::new(Kind::Unavailable, format!("the WAL stream stopped at {found}, before {end}")))
+    }
+
+    /// What the engine was asked to flush.
+    pub(super) fn flush_requests(&self) -> watch::Receiver<Lsn> {
+        self.flush_request.subscribe()
+    }
+
+    /// Changes the state.
+    pub(super) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
+        self.snapshot.send_modify(change);
+    }
+
+    /// Takes note of a gap; `base_backup_needed` until a new base backup is complete.
+    pub(super) fn add_gap(&self, gap: WalGap) {
+        self.update(|now| {
+            if now.gaps.len() >= GAPS_MAX {
+                now.gaps.remove(0);
+            }
+            now.gaps.push(gap);
+            now.base_backup_needed = true;
+        });
+    }
+
+    /// A base backup that began after every known gap is complete.
+    pub fn base_backup_taken(&self) {
+        self.update(|now| now.base_backup_needed = false);
+    }
+
+    /// Records how long a commit waited until it was durable.
+    pub(super) fn record_latency(&self, waited: Duration) {
+        let micros = u64::try_from(waited.as_micros()).unwrap_or(LATENCY_MAX_MICROS);
+        let mut latency = self.latency.lock().unwrap_or_else(PoisonError::into_inner);
+        latency.saturating_record(micros.clamp(1, LATENCY_MAX_MICROS));
+    }
+
+    /// The gap of a range that will not be stored.
+    pub(super) fn gap(timeline: TimelineId, range: LsnRange, reason: &str, at: Timestamp) -> WalGap {
+        WalGap {
+            timeline,
+            start_lsn: range.start(),
+            end_lsn: range.end(),
+            reason: reason.to_owned(),
+            noticed_at: at,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waiting_for_a_position_ends_when_it_is_durable_or_the_stream_stops() {
+        let status = Status::new();
+        status.update(|now| now.durable_end_lsn = Lsn(50));
+        assert_eq!(status.wait_durable(Lsn(50)).await.unwrap().durable_end_lsn, Lsn(50));
+        status.update(|now| now.phase = Phase::Stopped);
+        let error = status.wait_durable(Lsn(51)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+    }
+
+    #[test]
+    fn flush_requests_only_grow() {
+        let status = Status::new();
+        let requests = status.flush_requests();
+        status.request_flush(Lsn(9));
+        status.request_flush(Lsn(5));
+        assert_eq!(*requests.borrow(), Lsn(9));
+    }
+
+    #[test]
+    fn latencies_beyond_the_scale_are_kept_as_the_greatest() {
+        let status = Status::new();
+        status.record_latency(Duration::from_micros(1500));
+        status.record_latency(Duration::from_secs(100_000));
+        let latency = status.latency();
+        assert_eq!(latency.len(), 2);
+        assert!(latency.max() >= LATENCY_MAX_MICROS);
+    }
+
+    #[test]
+    fn a_snapshot_is_json_a_person_can_read() {
+        let mut snapshot = Snapshot { durable_end_lsn: Lsn(0x1_0000_0010), ..Snapshot::default() };
+        snapshot.newest_durable_commit = Some(PgTime(0));
+        let json = serde_json::to_value(&snapshot).unwrap();
+        assert_eq!(json["durable_end_lsn"], "1/10");
+        assert_eq!(json["newest_durable_commit"], "2000-01-01T00:00:00Z");
+    }
+}
