@@ -69,9 +69,19 @@ pub enum TarEvent {
 #[derive(Debug)]
 enum State {
     Header,
-    Content { left: u64, padding: u64 },
-    Extension { kind: u8, value: BytesMut, left: u64, padding: u64 },
-    Padding { left: u64 },
+    Content {
+        left: u64,
+        padding: u64,
+    },
+    Extension {
+        kind: u8,
+        value: BytesMut,
+        left: u64,
+        padding: u64,
+    },
+    Padding {
+        left: u64,
+    },
     /// A zero block was seen: nothing but zero bytes may follow.
     Ended,
 }
@@ -354,9 +364,9 @@ fn number(field: &[u8]) -> Option<u64> {
     if !rest.first().is_none_or(|byte| matches!(byte, 0 | b' ')) {
         return None;
     }
-    digits.iter().try_fold(0_u64, |value, digit| {
-        value.checked_mul(8)?.checked_add(u64::from(digit - b'0'))
-    })
+    digits
+        .iter()
+        .try_fold(0_u64, |value, digit| value.checked_mul(8)?.checked_add(u64::from(digit - b'0')))
 }
 
 /// Sum of a header's bytes with the checksum field taken as spaces (`tarChecksum`).

@@ -50,7 +50,8 @@ impl Prefix {
 
     /// A record ends at `boundary` (and the next one, if any, begins there).
     pub fn note_boundary(&mut self, boundary: Lsn) {
-        if self.boundaries.back().is_none_or(|last| *last < boundary) && self.passed < Some(boundary)
+        if self.boundaries.back().is_none_or(|last| *last < boundary)
+            && self.passed < Some(boundary)
         {
             self.boundaries.push_back(boundary);
         }

@@ -13,7 +13,7 @@
 //! 4. A chain that begins anew begins at a segment start: PostgreSQL reads the first page of every
 //!    segment it opens.
 
-use crate::pg::timeline::TimelineHistory;
+use crate::pg::TimelineHistory;
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
 
 /// Pages of the WAL, `XLOG_BLCKSZ`: where the decoder can begin.
@@ -110,8 +110,7 @@ fn stored_on_path(situation: &Situation<'_>) -> Vec<LsnRange> {
         let part_end = part.end.unwrap_or(Lsn(u64::MAX));
         for (_, range) in situation.stored.iter().filter(|(timeline, _)| *timeline == part.timeline)
         {
-            let range =
-                LsnRange::new(range.start().max(part.start), range.end().min(part_end));
+            let range = LsnRange::new(range.start().max(part.start), range.end().min(part_end));
             clipped.extend(range.filter(|range| !range.is_empty()));
         }
     }

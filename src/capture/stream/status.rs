@@ -196,7 +196,10 @@ impl Status {
             return Ok(now);
         }
         let found = now.durable_end_lsn;
-        Err(Error::new(Kind::Unavailable, format!("the WAL stream stopped at {found}, before {end}")))
+        Err(Error::new(
+            Kind::Unavailable,
+            format!("the WAL stream stopped at {found}, before {end}"),
+        ))
     }
 
     /// What the engine was asked to flush.
@@ -233,7 +236,12 @@ impl Status {
     }
 
     /// The gap of a range that will not be stored.
-    pub(super) fn gap(timeline: TimelineId, range: LsnRange, reason: &str, at: Timestamp) -> WalGap {
+    pub(super) fn gap(
+        timeline: TimelineId,
+        range: LsnRange,
+        reason: &str,
+        at: Timestamp,
+    ) -> WalGap {
         WalGap {
             timeline,
             start_lsn: range.start(),
