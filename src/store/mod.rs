@@ -30,6 +30,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,9 +42,11 @@ use serde::Serialize;
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 
+pub mod directory;
 pub mod memory;
 mod name;
 mod options;
+mod probe;
 mod requests;
 
 pub use name::{NAME_BYTES_MAX, ObjectName};
@@ -233,10 +236,54 @@ pub struct Capabilities {
 /// # Errors
 /// `config` when the URL or an option makes no sense.
 pub fn open(url: &str, options: &StoreOptions, clock: &Clock) -> Result<Arc<dyn Store>> {
-    let _ = options;
-    match url.split_once(':') {
-        Some(("memory", _)) => Ok(Arc::new(memory::Memory::new(clock))),
-        _ => Err(Error::new(Kind::Unsupported, format!("unable to open repository '{url}'"))),
+    match Place::parse(url)? {
+        Place::S3 { bucket, prefix } => {
+            let _ = (bucket, prefix, options);
+            Err(Error::new(Kind::Unsupported, format!("unable to open repository '{url}'")))
+        }
+        Place::Directory(root) => Ok(Arc::new(directory::Directory::new(root, clock))),
+        Place::Memory => Ok(Arc::new(memory::Memory::new(clock))),
+    }
+}
+
+/// What a URL names.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    S3 { bucket: String, prefix: String },
+    Directory(PathBuf),
+    Memory,
+}
+
+impl Place {
+    fn parse(url: &str) -> Result<Self> {
+        let refused = |flaw: String| {
+            Error::new(Kind::Config, format!("unable to use '{url}' as a repository: {flaw}"))
+                .hint("Write s3://BUCKET/PREFIX, file:///FOLDER or the path of a folder.")
+        };
+        if url == "memory:" {
+            return Ok(Self::Memory);
+        }
+        if let Some(rest) = url.strip_prefix("s3://") {
+            let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+            let prefix = prefix.trim_end_matches('/');
+            if bucket.is_empty() || bucket.contains(|c: char| "@?#%:".contains(c)) {
+                return Err(refused(format!("'{bucket}' is not the name of a bucket")));
+            }
+            if !prefix.is_empty() {
+                ObjectName::new(prefix).map_err(|error| refused(error.message().to_owned()))?;
+            }
+            return Ok(Self::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() });
+        }
+        let path = match url.split_once("://") {
+            Some(("file", path)) if path.starts_with('/') => path,
+            Some(("file", _)) => return Err(refused("a file URL needs an absolute path".into())),
+            Some((scheme, _)) => return Err(refused(format!("unknown scheme '{scheme}'"))),
+            None => url,
+        };
+        if path.is_empty() {
+            return Err(refused("it is empty".into()));
+        }
+        Ok(Self::Directory(PathBuf::from(path)))
     }
 }
 
@@ -298,4 +345,41 @@ fn joined(name: &ObjectName, numbers: impl Iterator<Item = u32>) -> Result<()> {
         return Err(Error::new(Kind::Bug, format!("unable to upload '{name}' without parts")));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_name_places() {
+        let s3 = |bucket: &str, prefix: &str| Place::S3 {
+            bucket: bucket.to_owned(),
+            prefix: prefix.to_owned(),
+        };
+        assert_eq!(Place::parse("s3://b").unwrap(), s3("b", ""));
+        assert_eq!(Place::parse("s3://b.c-d/").unwrap(), s3("b.c-d", ""));
+        assert_eq!(Place::parse("s3://b/p/q/").unwrap(), s3("b", "p/q"));
+        for url in ["file:///var/b", "/var/b"] {
+            assert_eq!(Place::parse(url).unwrap(), Place::Directory(PathBuf::from("/var/b")));
+        }
+        assert_eq!(Place::parse("b/c").unwrap(), Place::Directory(PathBuf::from("b/c")));
+        for url in ["", "s3://", "s3:///p", "s3://k:s@b/p", "s3://b//p", "gs://b", "file://b"] {
+            let error = Place::parse(url).unwrap_err();
+            assert_eq!(error.kind(), Kind::Config, "{url}");
+            assert!(error.hint_text().is_some());
+        }
+    }
+
+    #[test]
+    fn ranges_beyond_the_end_are_refused_not_shortened() {
+        let name = ObjectName::new("a").unwrap();
+        assert_eq!(checked_range(&name, None, 5).unwrap(), 0..5);
+        assert_eq!(checked_range(&name, Some(2..5), 5).unwrap(), 2..5);
+        assert_eq!(checked_range(&name, Some(2..6), 5).unwrap_err().kind(), Kind::Corrupt);
+        assert_eq!(
+            checked_range(&name, None, GET_BYTES_MAX + 1).unwrap_err().kind(),
+            Kind::Corrupt
+        );
+    }
 }

@@ -1,0 +1,127 @@
+//! Files in the making, in the root's `.incoming`.
+//!
+//! # Invariants
+//! The owner holds a lock on the file for as long as it lives, so a sweep knows the abandoned ones;
+//! a file that was swept before its owner could lock it is noticed by having no name.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::{make_with_parents, modified};
+use crate::clock::Clock;
+use crate::error::{Context, Error, Kind, Result};
+
+/// Name of the folder below the root.
+const FOLDER: &str = ".incoming";
+
+/// A file without an object's name; dropping it removes it.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    file: File,
+    path: PathBuf,
+    named: bool,
+}
+
+impl Incoming {
+    /// A new empty file, open for reading and writing.
+    pub(super) fn new(root: &Path, clock: &Clock) -> Result<Self> {
+        let folder = root.join(FOLDER);
+        let attempted = || format!("unable to make a file in '{}'", folder.display());
+        for _ in 0..10 {
+            let path = folder.join(format!("{:032x}", u128::from_le_bytes(clock.random()?)));
+            let file = match create_new(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    make_with_parents(&folder).context(attempted)?;
+                    continue;
+                }
+                created => created.context(attempted)?,
+            };
+            if file.try_lock().is_ok() && file.metadata().context(attempted)?.nlink() > 0 {
+                return Ok(Self { file, path, named: false });
+            }
+        }
+        Err(Error::new(Kind::Unavailable, "a sweep keeps removing it").context(attempted()))
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn file_mut(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Gives the file the name `target`, or fails with `AlreadyExists` when that is taken. One atomic
+    /// step either way; where the file system lacks `RENAME_NOREPLACE` (NFS) a hard link does it.
+    pub(super) fn rename_no_replace(&self, target: &Path) -> io::Result<()> {
+        match renameat_with(CWD, &self.path, CWD, target, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(()),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::hard_link(&self.path, target)?;
+                // Ours under both names: what is left of this one on an error is swept.
+                let _ = fs::remove_file(&self.path);
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts the file in the place of `target`.
+    pub(super) fn rename(mut self, target: &Path) -> io::Result<()> {
+        fs::rename(&self.path, target)?;
+        self.named = true;
+        Ok(())
+    }
+
+    /// Says that the file has its name now.
+    pub(super) fn published(mut self) {
+        self.named = true;
+    }
+
+    /// Removes the files that nobody holds and that have not been written to for `older_than`.
+    pub(super) fn sweep(root: &Path, clock: &Clock, older_than: Duration) -> Result<u64> {
+        let folder = root.join(FOLDER);
+        let attempted = || format!("unable to sweep '{}'", folder.display());
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            entries => entries.context(attempted)?,
+        };
+        let mut swept = 0;
+        for entry in entries {
+            let path = entry.context(attempted)?.path();
+            let Ok(file) = File::open(&path) else { continue };
+            let metadata = file.metadata().context(attempted)?;
+            let age = clock.now().duration_since(modified(&metadata)?);
+            let age = Duration::try_from(age).unwrap_or_default();
+            if metadata.is_file() && age >= older_than && file.try_lock().is_ok() {
+                fs::remove_file(&path).context(attempted)?;
+                swept += 1;
+            }
+        }
+        Ok(swept)
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if !self.named {
+            // What cannot be removed is left for the sweep.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn create_new(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o640).open(path)
+}
+
+/// Opens the file, making it if it is missing, without touching what it holds.
+pub(super) fn create_or_open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o640).open(path)
+}

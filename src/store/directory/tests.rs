@@ -1,0 +1,110 @@
+//! What is particular to the directory driver; the promises all drivers share are in the contract
+//! suite.
+
+use super::*;
+use crate::error::Kind;
+
+fn name(text: &str) -> ObjectName {
+    ObjectName::new(text).unwrap()
+}
+
+fn store() -> (tempfile::TempDir, Directory) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Directory::new(folder.path().join("repository"), &Clock::system());
+    (folder, store)
+}
+
+#[tokio::test]
+async fn a_put_leaves_one_file_and_nothing_in_the_making() {
+    let (_folder, store) = store();
+    store.put_if_absent(&name("c/wal/a"), Bytes::from_static(b"x")).await.unwrap();
+    store.put_if_absent(&name("c/wal/a"), Bytes::from_static(b"y")).await.unwrap();
+    assert_eq!(fs::read(store.0.root.join("c/wal/a")).unwrap(), b"x");
+    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn the_sweep_takes_what_a_crash_left_and_nothing_that_is_held() {
+    let (_folder, store) = store();
+    let held = store.begin_multipart(&name("c/held")).await.unwrap();
+    held.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+    fs::write(store.0.root.join(".incoming/left-behind"), b"half").unwrap();
+    assert_eq!(store.abort_stale_multiparts("", Duration::from_secs(60)).await.unwrap(), 0);
+    assert_eq!(store.abort_stale_multiparts("", Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(held.complete().await.unwrap(), PutOutcome::Created);
+    assert_eq!(store.get(&name("c/held"), None).await.unwrap().as_ref(), b"x");
+}
+
+#[tokio::test]
+async fn dropping_an_upload_removes_its_files() {
+    let (_folder, store) = store();
+    let upload = store.begin_multipart(&name("c/x")).await.unwrap();
+    upload.put_part(2, Bytes::from_static(b"early")).await.unwrap();
+    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 2);
+    drop(upload);
+    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_root_that_was_replaced_is_not_written_to() {
+    let (folder, store) = store();
+    store.put_if_absent(&name("a"), Bytes::new()).await.unwrap();
+    fs::rename(&store.0.root, folder.path().join("unmounted")).unwrap();
+    let error = store.put_if_absent(&name("b"), Bytes::new()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    fs::create_dir(&store.0.root).unwrap();
+    let error = store.put_if_absent(&name("b"), Bytes::new()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.hint_text().unwrap().contains("Mount"), "{error:?}");
+}
+
+#[tokio::test]
+async fn empty_folders_go_with_their_last_object_and_come_back() {
+    let (_folder, store) = store();
+    for _ in 0..2 {
+        store.put_if_absent(&name("c/base/b/manifest"), Bytes::new()).await.unwrap();
+        store.delete(&[name("c/base/b/manifest"), name("c/none")]).await.unwrap();
+        assert!(!store.0.root.join("c").exists());
+        assert!(store.0.root.exists());
+    }
+}
+
+#[tokio::test]
+async fn pages_are_in_byte_order_of_whole_names_and_complete() {
+    let (_folder, store) = store();
+    let mut names = ["a-b", "a/b", "a/b-c", "a/c/d", "a/c.d", "ab", "a.b", "b/0", "b/1/2", "b/10"]
+        .map(str::to_owned)
+        .to_vec();
+    names.sort();
+    for text in &names {
+        store.put_if_absent(&name(text), Bytes::new()).await.unwrap();
+    }
+    for count_max in 1..=names.len() {
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let page = walk::page(&store.0.root, "", after.as_ref(), count_max).unwrap();
+            found.extend(page.objects.iter().map(|object| object.name.to_string()));
+            if !page.more {
+                break;
+            }
+            assert_eq!(page.objects.len(), count_max);
+            after = page.objects.last().map(|object| object.name.clone());
+        }
+        assert_eq!(found, names, "pages of {count_max}");
+    }
+    let page = walk::page(&store.0.root, "a/c", None, 100).unwrap();
+    assert_eq!(page.objects.len(), 2);
+    let page = walk::page(&store.0.root, "a/", Some(&name("a/b")), 100).unwrap();
+    assert_eq!(page.objects.len(), 3);
+    assert!(walk::page(&store.0.root, "none/", None, 100).unwrap().objects.is_empty());
+}
+
+#[tokio::test]
+async fn an_object_cannot_take_the_place_of_a_folder() {
+    let (_folder, store) = store();
+    store.put_if_absent(&name("a/b"), Bytes::new()).await.unwrap();
+    let error = store.put_if_absent(&name("a"), Bytes::new()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict, "{error}");
+    assert_eq!(store.get(&name("a"), None).await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(store.head(&name("a")).await.unwrap(), None);
+}

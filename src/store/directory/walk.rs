@@ -1,0 +1,129 @@
+//! Listing a tree of files in the byte order of object names, a page at a time.
+//!
+//! `a-b` sorts before `a/b` and that before `ab`, so a folder sorts by its name with the slash.
+//!
+//! # Invariants
+//! Memory is bounded by the page, not by the folder: of each folder only the first names that could
+//! still be on the page are kept.
+
+use std::fs;
+use std::path::Path;
+
+use super::{is_missing, object_info};
+use crate::error::{Context, Error, Result};
+use crate::store::{ListPage, ObjectInfo, ObjectName};
+
+/// The first `count_max` objects with `prefix` after `after`.
+pub(super) fn page(
+    root: &Path,
+    prefix: &str,
+    after: Option<&ObjectName>,
+    count_max: usize,
+) -> Result<ListPage> {
+    let after = after.map_or("", ObjectName::as_str);
+    let start = prefix.rfind('/').map_or("", |slash| prefix.split_at(slash + 1).0);
+    let mut walk = Walk { root, prefix, after, count_max, objects: Vec::new(), more: false };
+    walk.folder(start)?;
+    Ok(ListPage { objects: walk.objects, more: walk.more })
+}
+
+/// Names gathered beyond need before the surplus is thrown out.
+const SORT_BATCH: usize = 1024;
+
+/// Whether a folder has more names than were kept.
+enum Rest {
+    None,
+    LeftOut,
+}
+
+struct Walk<'a> {
+    root: &'a Path,
+    prefix: &'a str,
+    after: &'a str,
+    count_max: usize,
+    objects: Vec<ObjectInfo>,
+    more: bool,
+}
+
+impl Walk<'_> {
+    /// Lists the folder of that name ("" or ending with a slash) and those below it.
+    fn folder(&mut self, folder: &str) -> Result<()> {
+        let mut floor = String::new();
+        loop {
+            let (names, rest) = self.entries(folder, &floor)?;
+            for name in &names {
+                if self.more {
+                    return Ok(());
+                }
+                if name.ends_with('/') {
+                    self.folder(name)?;
+                } else {
+                    self.object(name)?;
+                }
+            }
+            // Names were left out to bound the memory, and those kept did not fill the page: files
+            // vanished, or folders were empty.
+            match (rest, names.last()) {
+                (Rest::LeftOut, Some(last)) if !self.more => floor.clone_from(last),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn object(&mut self, name: &str) -> Result<()> {
+        let Ok(name) = ObjectName::new(name) else { return Ok(()) };
+        let metadata = match fs::metadata(self.root.join(name.as_str())) {
+            Ok(metadata) => metadata,
+            Err(error) if is_missing(&error) => return Ok(()),
+            Err(error) => {
+                return Err(Error::io(format!("unable to look at object '{name}'"), &error));
+            }
+        };
+        if self.objects.len() == self.count_max {
+            self.more = true;
+        } else {
+            self.objects.push(object_info(name, &metadata)?);
+        }
+        Ok(())
+    }
+
+    /// Names of files and, with a slash, of folders in `folder` that the page may need, sorted, from
+    /// after `floor` on.
+    fn entries(&self, folder: &str, floor: &str) -> Result<(Vec<String>, Rest)> {
+        let attempted = || format!("unable to list folder '{}'", self.root.join(folder).display());
+        let entries = match fs::read_dir(self.root.join(folder)) {
+            Err(error) if is_missing(&error) => return Ok((Vec::new(), Rest::None)),
+            entries => entries.context(attempted)?,
+        };
+        // One more than fits tells that there is more.
+        let keep = self.count_max - self.objects.len() + 1;
+        let (mut names, mut rest) = (Vec::new(), Rest::None);
+        for entry in entries {
+            let entry = entry.context(attempted)?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if name.starts_with('.') {
+                continue;
+            }
+            let is_folder = entry.file_type().context(attempted)?.is_dir();
+            let name = format!("{folder}{name}{}", if is_folder { "/" } else { "" });
+            if name.as_str() > floor && self.wanted(&name) {
+                names.push(name);
+            }
+            if names.len() >= 2 * keep + SORT_BATCH {
+                names.select_nth_unstable(keep);
+                names.truncate(keep);
+                rest = Rest::LeftOut;
+            }
+        }
+        names.sort_unstable();
+        Ok((names, rest))
+    }
+
+    /// Whether the file or anything in the folder of this name belongs on the page.
+    fn wanted(&self, name: &str) -> bool {
+        let is_folder = name.ends_with('/');
+        let in_prefix = name.starts_with(self.prefix) || is_folder && self.prefix.starts_with(name);
+        let is_after = name > self.after || is_folder && self.after.starts_with(name);
+        in_prefix && is_after
+    }
+}
