@@ -17,7 +17,7 @@ pub mod version;
 pub use backup_label::BackupLabel;
 pub use backup_manifest::BackupManifest;
 pub use control::{Checkpoint, ClusterState, ControlFile};
-pub use crc::{Crc32c, crc32c};
+pub use crc::{Crc32c, crc32c, crc32c_combine};
 pub use lsn::{Lsn, LsnRange};
 pub use segment::{SegmentNumber, SegmentSize, TimelineId};
 pub use system_id::SystemId;

@@ -21,6 +21,18 @@ impl PgTime {
         Timestamp::from_microsecond(self.0.checked_add(PG_EPOCH_UNIX_MICROS)?).ok()
     }
 
+    /// Microseconds since 1970, saturating.
+    #[must_use]
+    pub fn to_unix_micros(self) -> i64 {
+        self.0.saturating_add(PG_EPOCH_UNIX_MICROS)
+    }
+
+    /// The instant so many microseconds after 1970, saturating.
+    #[must_use]
+    pub fn from_unix_micros(micros: i64) -> Self {
+        Self(micros.saturating_sub(PG_EPOCH_UNIX_MICROS))
+    }
+
     /// The instant, rounded down to a microsecond.
     #[must_use]
     pub fn from_timestamp(time: Timestamp) -> Self {

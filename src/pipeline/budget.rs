@@ -1,0 +1,214 @@
+//! The memory budget: what each command may hold, computed in one place.
+//!
+//! # Shape
+//! Limits are on the resident memory of the whole process with default settings. `PROCESS_BYTES` is
+//! what the process holds before the first block (binary, runtime, TLS roots, HTTP client, buffers of
+//! the connection to PostgreSQL). The rest is shared out here, and every buffer that holds data is
+//! paid for by a [`Permits`](super::Permits) of one of these amounts.
+//!
+//! | command | limit | what it is spent on |
+//! |---|---|---|
+//! | backup | 128 MiB | threads × (context + part being filled) + parts being uploaded + blocks waiting |
+//! | stream | 48 MiB | extent being filled (twice, while the next begins) + extents being uploaded |
+//! | restore | 96 MiB | batches being fetched (twice, while the driver joins them) + threads × (context + block) |
+//!
+//! A passphrase as recipient costs 128 MiB once at start on top, for about 0.3 s: that is what makes
+//! it expensive to guess (scrypt). X25519 recipients cost nothing.
+
+use super::codec::{Level, compressed_bytes_max};
+use super::frame::{BLOCK_BYTES, FRAME_OVERHEAD_BYTES};
+
+const MIB: u64 = 1 << 20;
+
+/// Whole-process limit of `backup` with defaults.
+pub const BACKUP_BYTES: u64 = 128 * MIB;
+/// Whole-process limit of `stream` with defaults.
+pub const STREAM_BYTES: u64 = 48 * MIB;
+/// Whole-process limit of `restore` with defaults.
+pub const RESTORE_BYTES: u64 = 96 * MIB;
+/// What the process holds besides data, and what the allocator loses.
+pub const PROCESS_BYTES: u64 = 24 * MIB;
+
+/// Smallest part all stores take.
+pub const PART_BYTES_MIN: u64 = 5 * MIB;
+/// Part size unless memory is short: large enough that a request's latency is small beside its
+/// transfer, small enough that several fit.
+pub const PART_BYTES_DEFAULT: u64 = 8 * MIB;
+/// Batch of frames fetched by one request.
+pub const BATCH_BYTES: u64 = 4 * MIB;
+/// Most threads one command uses unless told otherwise: the rest of the machine is the database's.
+pub const THREADS_MAX: u64 = 16;
+
+/// Shares of the memory of one command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Worker threads.
+    pub thread_count: usize,
+    /// A part is handed to the uploader when it has reached this size.
+    pub part_bytes: usize,
+    /// Part buffers that may exist, being filled or uploaded.
+    pub parts_max: usize,
+    /// Plain blocks that may wait for a worker or be with one.
+    pub blocks_max: usize,
+    /// WAL: an extent is cut when its sealed form has reached this size.
+    pub extent_bytes_cut: usize,
+    /// WAL: sealed bytes of extents that may wait or be uploaded.
+    pub extent_bytes_in_flight: u64,
+    /// Bytes one request fetches at most.
+    pub batch_bytes: usize,
+    /// Batches that may be fetched or opened at once.
+    pub batches_max: usize,
+}
+
+impl Budget {
+    /// Shares for `backup` within `limit_bytes` on `cores` cores.
+    #[must_use]
+    pub fn backup(limit_bytes: u64, cores: usize, level: Level) -> Self {
+        let data = limit_bytes.saturating_sub(PROCESS_BYTES).max(4 * PART_BYTES_MIN);
+        let part = if data >= 6 * PART_BYTES_DEFAULT { PART_BYTES_DEFAULT } else { PART_BYTES_MIN };
+        // A part runs over by at most one frame before it is handed on.
+        let part_whole = part + frame_bytes_max();
+        let thread = context_bytes(level) + part_whole + 2 * BLOCK_BYTES as u64;
+        // Uploads get two fifths: at least two parts, so that one is filled while another travels.
+        let uploads = (data * 2 / 5 / part_whole).max(2);
+        let threads = data.saturating_sub(uploads * part_whole) / thread;
+        let threads = threads.clamp(1, THREADS_MAX.min(cores.max(1) as u64));
+        // What the threads do not need goes to uploads.
+        let left = data.saturating_sub(threads * thread);
+        let uploads = (left / part_whole).clamp(2, 32);
+        Self {
+            thread_count: to_count(threads),
+            part_bytes: to_count(part),
+            parts_max: to_count(threads + uploads),
+            blocks_max: to_count(2 * threads),
+            ..Self::none()
+        }
+    }
+
+    /// Shares for `stream` within `limit_bytes`.
+    #[must_use]
+    pub fn stream(limit_bytes: u64) -> Self {
+        let data = limit_bytes.saturating_sub(PROCESS_BYTES).max(8 * MIB);
+        // A quarter for the extent being filled, the rest for those on their way.
+        let cut = (data / 4).clamp(MIB, 16 * MIB);
+        Self {
+            thread_count: 1,
+            blocks_max: 2,
+            extent_bytes_cut: to_count(cut),
+            extent_bytes_in_flight: data - cut - context_bytes(Level::default()),
+            ..Self::none()
+        }
+    }
+
+    /// Shares for `restore` within `limit_bytes` on `cores` cores.
+    #[must_use]
+    pub fn restore(limit_bytes: u64, cores: usize) -> Self {
+        let data = limit_bytes.saturating_sub(PROCESS_BYTES).max(4 * BATCH_BYTES);
+        let threads = (cores.max(1) as u64).clamp(1, THREADS_MAX.min(data / 4 / (2 * MIB)));
+        // A batch exists twice while the driver joins the pieces of a response.
+        let batches = (data - threads * 2 * MIB) / (2 * BATCH_BYTES);
+        Self {
+            thread_count: to_count(threads),
+            batch_bytes: to_count(BATCH_BYTES),
+            batches_max: to_count(batches.max(1)),
+            ..Self::none()
+        }
+    }
+
+    fn none() -> Self {
+        Self {
+            thread_count: 1,
+            part_bytes: to_count(PART_BYTES_DEFAULT),
+            parts_max: 1,
+            blocks_max: 1,
+            extent_bytes_cut: to_count(MIB),
+            extent_bytes_in_flight: 0,
+            batch_bytes: to_count(BATCH_BYTES),
+            batches_max: 1,
+        }
+    }
+
+    /// Most bytes a backup's buffers hold under this budget.
+    #[must_use]
+    pub fn backup_bytes(&self, level: Level) -> u64 {
+        let part = self.part_bytes as u64 + frame_bytes_max();
+        self.parts_max as u64 * part
+            + self.blocks_max as u64 * BLOCK_BYTES as u64
+            + self.thread_count as u64 * context_bytes(level)
+    }
+}
+
+/// Most bytes a frame of one block takes while it is made.
+fn frame_bytes_max() -> u64 {
+    (compressed_bytes_max(BLOCK_BYTES) + FRAME_OVERHEAD_BYTES) as u64
+}
+
+/// Bytes of a compression context with its window and tables for blocks of 1 MiB, measured and
+/// rounded up (the test beside this file holds it to the truth).
+#[must_use]
+pub fn context_bytes(level: Level) -> u64 {
+    match level.get() {
+        ..=2 => 3 * MIB,
+        3..=8 => 6 * MIB,
+        9..=15 => 14 * MIB,
+        _ => 18 * MIB,
+    }
+}
+
+/// A count or size that fits this machine.
+fn to_count(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::super::codec::Compressor;
+    use super::*;
+
+    #[test]
+    fn a_backup_stays_in_its_limit_whatever_the_machine() {
+        for cores in [1, 2, 4, 16, 128] {
+            for level in [Level::MIN, 1, 3, 9, Level::MAX] {
+                let level = Level::new(level).unwrap();
+                for limit in [BACKUP_BYTES, 256 * MIB, 1024 * MIB] {
+                    let budget = Budget::backup(limit, cores, level);
+                    let used = budget.backup_bytes(level) + PROCESS_BYTES;
+                    assert!(used <= limit, "{cores} cores, {level:?}, {limit}: {used} {budget:?}");
+                    assert!(budget.parts_max > budget.thread_count);
+                }
+            }
+        }
+        let usual = Budget::backup(BACKUP_BYTES, 2, Level::default());
+        assert_eq!((usual.thread_count, usual.part_bytes), (2, 8 << 20));
+    }
+
+    #[test]
+    fn contexts_cost_no_more_than_the_budget_says() {
+        let noise: Vec<u8> = (0..BLOCK_BYTES as u32 / 4)
+            .flat_map(|n| (n.wrapping_mul(2_654_435_761)).to_le_bytes())
+            .collect();
+        for level in [Level::MIN, 1, 2, 3, 6, 8, 9, 12, 15, 16, Level::MAX] {
+            let level = Level::new(level).unwrap();
+            let mut compressor = Compressor::new(level).unwrap();
+            let mut out = Vec::new();
+            compressor.append(&[Bytes::from(noise.clone())], &mut out).unwrap();
+            let bytes = compressor.memory_bytes() as u64;
+            assert!(bytes <= context_bytes(level), "{level:?}: {bytes}");
+        }
+    }
+
+    #[test]
+    fn stream_and_restore_stay_in_their_limits() {
+        let stream = Budget::stream(STREAM_BYTES);
+        let used = stream.extent_bytes_cut as u64 + stream.extent_bytes_in_flight + PROCESS_BYTES;
+        assert!(used <= STREAM_BYTES && stream.extent_bytes_in_flight > 8 * MIB);
+        for cores in [1, 2, 64] {
+            let restore = Budget::restore(RESTORE_BYTES, cores);
+            let batches = restore.batches_max as u64 * 2 * restore.batch_bytes as u64;
+            let used = batches + restore.thread_count as u64 * 2 * MIB + PROCESS_BYTES;
+            assert!(used <= RESTORE_BYTES, "{restore:?}");
+        }
+    }
+}

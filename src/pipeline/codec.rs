@@ -1,0 +1,258 @@
+//! Compression: the one file that names zstd.
+//!
+//! # Shape
+//! Plain blocks come as slices of whatever buffers they arrived in; compressed bytes are appended to
+//! the caller's buffer, which is never moved while it has room ([`compressed_bytes_max`]).
+
+use bytes::Bytes;
+use zstd::zstd_safe::{self, CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirective};
+
+use crate::error::{Error, Kind, Result};
+
+/// A zstd level, from -7 (fast) to 19.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Level(i32);
+
+impl Level {
+    /// The fastest level.
+    pub const MIN: i32 = -7;
+    /// The strongest level: those above need far more memory for less than a percent.
+    pub const MAX: i32 = 19;
+
+    /// This level, or `None` outside [`Level::MIN`] to [`Level::MAX`].
+    #[must_use]
+    pub fn new(level: i32) -> Option<Self> {
+        (Self::MIN..=Self::MAX).contains(&level).then_some(Self(level))
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn get(self) -> i32 {
+        self.0
+    }
+}
+
+impl Default for Level {
+    /// Level 1: measured on database pages and WAL it keeps 95 to 98 % of level 3's ratio at about
+    /// twice the speed; level 6 costs six times as much for 7 %.
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+/// How the payload of a frame is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codec {
+    /// As it is: what does not shrink.
+    Stored,
+    /// One zstd frame.
+    Zstd,
+}
+
+impl Codec {
+    pub(super) fn to_byte(self) -> u8 {
+        match self {
+            Codec::Stored => 0,
+            Codec::Zstd => 1,
+        }
+    }
+
+    pub(super) fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            0 => Some(Codec::Stored),
+            1 => Some(Codec::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// Room that compressing `plain_len` bytes may need, before the result is found to be larger than
+/// its input and replaced by it.
+#[must_use]
+pub fn compressed_bytes_max(plain_len: usize) -> usize {
+    zstd_safe::compress_bound(plain_len)
+}
+
+/// A compression context; costs about 1.3 MiB at level 1 and 1 MiB blocks, up to 13 MiB at 19.
+pub struct Compressor {
+    context: CCtx<'static>,
+    level: Level,
+}
+
+impl Compressor {
+    /// A context for `level`.
+    ///
+    /// # Errors
+    /// `unavailable` when there is no memory for it.
+    pub fn new(level: Level) -> Result<Self> {
+        let mut context = CCtx::try_create().ok_or_else(no_memory)?;
+        context
+            .set_parameter(CParameter::CompressionLevel(level.0))
+            .and_then(|_| context.set_parameter(CParameter::ContentSizeFlag(true)))
+            .map_err(|code| failed("set the level of", code))?;
+        Ok(Self { context, level })
+    }
+
+    /// The level.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// Bytes this context holds now.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.context.sizeof()
+    }
+
+    /// Appends the `plain` slices, one after the other, to `out`: compressed, or as they are when
+    /// that is not smaller.
+    ///
+    /// # Errors
+    /// `bug` when the codec refuses, which only a broken build makes it do.
+    pub fn append(&mut self, plain: &[Bytes], out: &mut Vec<u8>) -> Result<Codec> {
+        let start = out.len();
+        let plain_len: usize = plain.iter().map(Bytes::len).sum();
+        out.reserve(compressed_bytes_max(plain_len));
+        self.compress(plain, plain_len, out).map_err(|code| failed("compress", code))?;
+        if out.len() - start < plain_len {
+            return Ok(Codec::Zstd);
+        }
+        out.truncate(start);
+        for slice in plain {
+            out.extend_from_slice(slice);
+        }
+        Ok(Codec::Stored)
+    }
+
+    fn compress(
+        &mut self,
+        plain: &[Bytes],
+        plain_len: usize,
+        out: &mut Vec<u8>,
+    ) -> zstd_safe::SafeResult {
+        self.context.reset(ResetDirective::SessionOnly)?;
+        self.context.set_pledged_src_size(Some(plain_len as u64))?;
+        let start = out.len();
+        let mut output = OutBuffer::around_pos(out, start);
+        for slice in plain {
+            let mut input = InBuffer::around(slice);
+            while input.pos() < slice.len() {
+                self.context.compress_stream(&mut output, &mut input)?;
+            }
+        }
+        loop {
+            // The room was reserved, so this ends with 0 left to flush.
+            let left = self.context.end_stream(&mut output)?;
+            if left == 0 {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+/// A decompression context of about 160 KiB.
+pub struct Decompressor {
+    context: DCtx<'static>,
+}
+
+impl Decompressor {
+    /// A context.
+    ///
+    /// # Errors
+    /// `unavailable` when there is no memory for it.
+    pub fn new() -> Result<Self> {
+        Ok(Self { context: DCtx::try_create().ok_or_else(no_memory)? })
+    }
+
+    /// Replaces `out` by the plain bytes of `payload`, which must be exactly `plain_len`.
+    ///
+    /// # Errors
+    /// `corrupt` when they are not, or when `payload` is not a zstd frame.
+    pub fn decompress(
+        &mut self,
+        payload: &[u8],
+        plain_len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        out.clear();
+        out.reserve(plain_len);
+        self.context.decompress(out, payload).map_err(|code| {
+            let name = zstd_safe::get_error_name(code);
+            Error::new(Kind::Corrupt, format!("unable to decompress: {name}"))
+        })?;
+        if out.len() == plain_len {
+            return Ok(());
+        }
+        let found = out.len();
+        Err(Error::new(
+            Kind::Corrupt,
+            format!("decompressed to {found} bytes where {plain_len} were expected"),
+        ))
+    }
+}
+
+fn no_memory() -> Error {
+    Error::new(Kind::Unavailable, "unable to allocate a compression context")
+}
+
+fn failed(verb: &str, code: zstd_safe::ErrorCode) -> Error {
+    let name = zstd_safe::get_error_name(code);
+    Error::new(Kind::Bug, format!("unable to {verb} a block: {name}"))
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Compressor(level {})", self.level.0)
+    }
+}
+
+impl std::fmt::Debug for Decompressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Decompressor")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_and_chunking_round_trips() {
+        let plain: Vec<u8> = (0..200_000_u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        for level in [Level::MIN, -1, 1, 3, Level::MAX] {
+            let mut compressor = Compressor::new(Level::new(level).unwrap()).unwrap();
+            for chunk in [1_000, 65_536, plain.len()] {
+                let slices: Vec<Bytes> =
+                    plain.chunks(chunk).map(|c| Bytes::copy_from_slice(c)).collect();
+                let mut out = b"head".to_vec();
+                assert_eq!(compressor.append(&slices, &mut out).unwrap(), Codec::Zstd);
+                let mut back = Vec::new();
+                let mut decompressor = Decompressor::new().unwrap();
+                decompressor.decompress(&out[4..], plain.len(), &mut back).unwrap();
+                assert!(back == plain && out.starts_with(b"head"), "level {level} chunk {chunk}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_stored() {
+        let mut compressor = Compressor::new(Level::default()).unwrap();
+        let mut out = Vec::new();
+        let codec = compressor.append(&[Bytes::from_static(b"ab")], &mut out).unwrap();
+        assert_eq!((codec, out.as_slice()), (Codec::Stored, b"ab".as_slice()));
+    }
+
+    #[test]
+    fn a_wrong_length_or_damaged_payload_is_corrupt() {
+        let mut compressor = Compressor::new(Level::default()).unwrap();
+        let mut out = Vec::new();
+        compressor.append(&[Bytes::from(vec![7; 5_000])], &mut out).unwrap();
+        let mut decompressor = Decompressor::new().unwrap();
+        let mut back = Vec::new();
+        for (payload, plain_len) in [(out.as_slice(), 4_999), (&out, 5_001), (&out[1..], 5_000)] {
+            let error = decompressor.decompress(payload, plain_len, &mut back).unwrap_err();
+            assert_eq!(error.kind(), Kind::Corrupt);
+        }
+    }
+}
