@@ -42,6 +42,8 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::store::{ObjectName, Replace, Store, VersionTag};
 
+use super::Repository;
+use super::names::Object;
 use super::process::{Life, ProcessIdentity};
 
 /// Version of the lease's JSON.
@@ -394,6 +396,23 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
+    /// Takes the lease of a repository's cluster.
+    ///
+    /// # Errors
+    /// `conflict` when somebody else holds it (and says who), `unsupported` when the store does not
+    /// enforce conditions and that was not accepted, `config` for a time to live out of bounds, and
+    /// the store's own.
+    ///
+    /// # Cancel safety
+    /// Safe: a lease taken by a dropped call is taken again at once by this process, and by any
+    /// other after its time to live.
+    pub async fn acquire(repository: &Repository, options: LeaseOptions) -> Result<Self> {
+        let name = repository.name(&Object::Lease)?;
+        Self::acquire_at(repository.store(), name, repository.clock(), options)
+            .await
+            .context(|| format!("unable to take the lease of cluster '{}'", repository.cluster()))
+    }
+
     /// As [`Lease::acquire`], for a lease by name.
     ///
     /// # Errors

@@ -10,12 +10,17 @@
 //! - No byte from the store is believed: lengths have maxima, frames are authenticated before they are
 //!   parsed, and whatever is wrong is an error of kind `corrupt` that names object and offset.
 
+pub mod catalog;
+pub mod coverage;
 pub mod extent;
 pub mod header;
 pub mod identity;
+pub mod interval;
 pub mod keys;
 pub mod lease;
+mod load;
 pub mod manifest;
+pub mod marks;
 pub mod names;
 pub mod pack;
 pub mod packing;
@@ -23,10 +28,14 @@ mod process;
 pub mod reader;
 pub mod writer;
 
+pub use catalog::{BackupSummary, Catalog, IncompleteBackup};
+pub use coverage::{Gap, StoredExtent, WalCatalog};
 pub use extent::{ExtentBuilder, ExtentMember, SealedExtent};
 pub use header::ObjectHeader;
 pub use identity::ClusterIdentity;
+pub use interval::{Interval, Lineage, Piece, WalGap};
 pub use keys::{DecryptionIdentity, Encryption, Recipient};
+pub use lease::{Lease, LeaseOptions};
 pub use manifest::{
     BackupKind, ChecksumFailure, Manifest, ManifestFacts, PackSummary, PublicManifest, Tablespace,
 };

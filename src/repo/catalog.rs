@@ -1,0 +1,239 @@
+//! What a repository holds: backups, WAL, and what can be restored from them.
+//!
+//! In: object names, and of manifests the section that needs no key. Out: a [`Catalog`], from which
+//! listings, plans of restores and of deletions are made without further I/O. A host that can only
+//! write can make one.
+//!
+//! # Invariants
+//! - Every number comes from a listing made now; nothing is cached and no index object exists.
+//! - Backups are listed before WAL: a backup that commits in between is not seen, one that is seen
+//!   has its WAL in the listing that follows.
+//! - A hole is believed only after the names around it were listed a second time: WAL is uploaded out
+//!   of order and compaction replaces small extents by a joint one, so that one listing in several
+//!   pages may miss what was there at every moment.
+//! - What cannot be read is listed as damaged and never stands in the way of the rest.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+
+use super::coverage::{StoredExtent, WalCatalog};
+use super::interval::{BackupSpan, Interval, Lineage, WalGap};
+use super::lease::LeaseInfo;
+use super::manifest::PublicManifest;
+use super::marks::Marks;
+use super::names::{BackupId, KeyId};
+
+/// A backup that is listed: its manifest is there and can be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackupSummary {
+    /// What its manifest says to everybody.
+    #[serde(flatten)]
+    pub manifest: PublicManifest,
+    /// The objects that were found.
+    #[serde(flatten)]
+    pub objects: BackupObjects,
+}
+
+/// The objects of a backup, from the listing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BackupObjects {
+    /// How many packs there are.
+    #[serde(rename = "packs_found")]
+    pub pack_count: u32,
+    /// Bytes of all of its objects.
+    #[serde(rename = "objects_bytes")]
+    pub stored_bytes: u64,
+    /// When the newest of them was made, by the store's clock.
+    #[serde(rename = "newest_object_time")]
+    pub newest: Timestamp,
+    /// Packs that the manifest lists and that are missing or of another size, by number; at most
+    /// [`BAD_PACKS_MAX`]. Empty where there is no manifest.
+    pub bad_packs: Vec<u32>,
+}
+
+/// Most bad packs kept of one backup.
+pub const BAD_PACKS_MAX: usize = 100;
+
+impl BackupSummary {
+    /// The backup.
+    #[must_use]
+    pub fn id(&self) -> BackupId {
+        self.manifest.id
+    }
+
+    /// What a restore needs of the WAL.
+    #[must_use]
+    pub fn span(&self) -> BackupSpan {
+        BackupSpan {
+            id: self.manifest.id,
+            end_timeline: self.manifest.end_timeline,
+            end_lsn: self.manifest.end_lsn,
+            end_time: self.manifest.end_time,
+        }
+    }
+
+    /// Whether all packs that the manifest lists are there in their size.
+    #[must_use]
+    pub fn has_all_packs(&self) -> bool {
+        self.objects.bad_packs.is_empty()
+    }
+}
+
+/// Packs without a manifest: a backup that is being taken, was aborted, or is being deleted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct IncompleteBackup {
+    /// The backup.
+    pub id: BackupId,
+    /// What there is of it.
+    #[serde(flatten)]
+    pub objects: BackupObjects,
+}
+
+/// An object that should tell us something and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DamagedObject {
+    /// Its name.
+    pub object: String,
+    /// The backup that is not listed because of it.
+    pub backup: Option<BackupId>,
+    /// Why it cannot be read.
+    pub problem: String,
+}
+
+/// A wrapped data key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct StoredKey {
+    /// The key.
+    pub id: KeyId,
+    /// When it was put, by the store's clock.
+    pub modified: Timestamp,
+}
+
+/// What a repository holds of one cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Catalog {
+    /// The backups, oldest start first.
+    pub backups: Vec<BackupSummary>,
+    /// Packs without a manifest.
+    pub incomplete: Vec<IncompleteBackup>,
+    /// What could not be read.
+    pub damaged: Vec<DamagedObject>,
+    /// The WAL.
+    pub wal: WalCatalog,
+    /// The timeline histories.
+    pub histories: BTreeMap<TimelineId, TimelineHistory>,
+    /// Holds, and what retention removed.
+    pub marks: Marks,
+    /// Who writes, or wrote last.
+    pub lease: Option<LeaseInfo>,
+    /// The wrapped data keys.
+    pub keys: Vec<StoredKey>,
+    /// Objects under names that are not ours; they are never touched.
+    pub foreign_count: u64,
+}
+
+impl Catalog {
+    /// The WAL and how timelines descend from one another.
+    #[must_use]
+    pub fn lineage(&self) -> Lineage<'_> {
+        Lineage { wal: &self.wal, histories: &self.histories }
+    }
+
+    /// The backup with this id.
+    ///
+    /// # Errors
+    /// `not found` when it is not listed; the message says when it is incomplete or damaged.
+    pub fn backup(&self, id: BackupId) -> Result<&BackupSummary> {
+        self.backups.iter().find(|backup| backup.id() == id).ok_or_else(|| {
+            let why = if self.incomplete.iter().any(|backup| backup.id == id) {
+                "it has no manifest: it is being taken, or was aborted"
+            } else if self.damaged.iter().any(|object| object.backup == Some(id)) {
+                "its manifest is damaged"
+            } else {
+                "there is no such backup"
+            };
+            Error::new(Kind::NotFound, format!("unable to use backup '{id}': {why}"))
+                .hint("Run 'tidemark list' to see the backups.")
+        })
+    }
+
+    /// Everything that can be restored: each backup towards each timeline that it reaches, by
+    /// timeline, then oldest backup first. Backups with missing packs reach nothing.
+    #[must_use]
+    pub fn intervals(&self) -> Vec<Interval> {
+        let timelines = self.lineage().timelines();
+        let all = timelines.iter().flat_map(|timeline| {
+            self.backups.iter().filter_map(|backup| self.interval(backup, *timeline))
+        });
+        all.collect()
+    }
+
+    /// What can be restored from `backup` towards `target`.
+    #[must_use]
+    pub fn interval(&self, backup: &BackupSummary, target: TimelineId) -> Option<Interval> {
+        if !backup.has_all_packs() {
+            return None;
+        }
+        let mut interval = self.lineage().interval(&backup.span(), target)?;
+        // A silent cluster writes no extents; its writer says up to when there was nothing to write.
+        let progress = self.lease.as_ref().and_then(|lease| lease.progress);
+        if let Some(progress) = progress.filter(|progress| {
+            progress.timeline == target && interval.until_lsn >= progress.durable_end_lsn
+        }) {
+            let caught_up = progress.caught_up_time.unwrap_or(interval.until_time);
+            interval.until_time = interval.until_time.max(caught_up);
+        }
+        Some(interval)
+    }
+
+    /// Whether a restore of the backup can end at its own end at least.
+    #[must_use]
+    pub fn is_restorable(&self, backup: &BackupSummary) -> bool {
+        let timelines = self.lineage().timelines();
+        timelines.iter().any(|timeline| self.interval(backup, *timeline).is_some())
+    }
+
+    /// The holes in the WAL, each once.
+    #[must_use]
+    pub fn gaps(&self) -> Vec<WalGap> {
+        let lineage = self.lineage();
+        let gaps = lineage.gaps().into_iter().map(|gap| {
+            let (last_commit_before, commit_after) = lineage.times_around(&gap);
+            let horizon = self.marks.expired.get(&gap.timeline);
+            let expired = horizon.is_some_and(|horizon| gap.missing.end() <= *horizon);
+            WalGap { gap, last_commit_before, commit_after, expired }
+        });
+        gaps.collect()
+    }
+
+    /// The extent with the greatest commit time.
+    #[must_use]
+    pub fn newest_commit(&self) -> Option<StoredExtent> {
+        self.wal.newest_commit()
+    }
+
+    /// The newest timeline with WAL and where its WAL ends.
+    #[must_use]
+    pub fn durable_end(&self) -> Option<(TimelineId, Lsn)> {
+        let timeline = self.wal.timelines().last()?;
+        Some((timeline, self.wal.last_end(timeline)?))
+    }
+
+    /// Timelines whose ancestors are not known because their history file is missing or damaged.
+    #[must_use]
+    pub fn unknown_ancestries(&self) -> BTreeSet<TimelineId> {
+        let lineage = self.lineage();
+        self.wal.timelines().filter(|timeline| !lineage.knows(*timeline)).collect()
+    }
+
+    /// Size of the cluster's WAL segments, as far as a backup tells.
+    #[must_use]
+    pub fn segment_size(&self) -> Option<SegmentSize> {
+        self.backups.last().map(|backup| backup.manifest.wal_segment_size_bytes)
+    }
+}

@@ -1,0 +1,472 @@
+//! From where to where a cluster can be restored: WAL followed along timeline histories.
+//!
+//! In: the WAL that is there ([`WalCatalog`]), the histories, a backup. Out: the stretch that can be
+//! replayed from it towards a timeline, the extents to read for it, and the holes. Pure.
+//!
+//! # Invariants
+//! - A backup reaches a target timeline only if it began and ended on that timeline's path, and its
+//!   own WAL from start to end is there without a hole. This is what PostgreSQL demands at start-up
+//!   ("requested timeline is not a child of this server's history", "WAL ends before end of online
+//!   backup").
+//! - WAL past a fork belongs to the branch: what an ancestor wrote after the switch point is never
+//!   part of a descendant's path.
+//! - Just before a switch point the new timeline may hold the bytes as well: a promoted server copies
+//!   the last segment of the old timeline (`XLogFileCopy`), and a capture that begins there stores
+//!   them under the new one. They are equal, so either will do.
+//!
+//! # Source
+//! `StartupXLOG`, `readRecoverySignalFile`, `tliOfPointInHistory` in
+//! `src/backend/access/transam/{xlog,xlogrecovery,timeline}.c`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+
+use crate::pg::{Lsn, LsnRange, PgTime, TimelineHistory, TimelineId, timeline::PathPart};
+
+use super::coverage::{Gap, WalCatalog, intersection, range, serialize_range};
+use super::names::{BackupId, ExtentName};
+
+/// What a complete backup needs and when it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackupSpan {
+    /// The backup; its id says where it began.
+    pub id: BackupId,
+    /// The timeline it ended on.
+    pub end_timeline: TimelineId,
+    /// First position a restore may stop at: everything before must be replayed.
+    pub end_lsn: Lsn,
+    /// When it ended, by the clock of the host that took it.
+    pub end_time: Timestamp,
+}
+
+/// A stretch of the WAL's past that can be reached from one backup towards one timeline.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Interval {
+    /// The target timeline.
+    pub timeline: TimelineId,
+    /// The backup to begin from.
+    pub backup: BackupId,
+    /// Earliest position that can be restored: the backup's end.
+    pub from_lsn: Lsn,
+    /// End of the contiguous WAL.
+    pub until_lsn: Lsn,
+    /// Earliest time that can be restored.
+    pub from_time: Timestamp,
+    /// Greatest time up to which all commits are known to be there.
+    pub until_time: Timestamp,
+    /// Whether it ends where the target timeline's WAL ends, so that it grows as WAL arrives.
+    pub open: bool,
+    /// Which WAL is read from which timeline, from the backup's start to `until_lsn`.
+    pub path: Vec<Stretch>,
+}
+
+/// WAL of one timeline on a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Stretch {
+    /// The timeline of the path at this place.
+    pub timeline: TimelineId,
+    /// The positions.
+    #[serde(serialize_with = "serialize_range")]
+    pub range: LsnRange,
+}
+
+/// An extent to read and which of its bytes to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The extent.
+    pub extent: ExtentName,
+    /// The bytes of it that the path takes; pieces follow on one another without holes or overlaps.
+    pub part: LsnRange,
+}
+
+/// WAL that is missing between WAL that is there, and what its neighbours say about its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct WalGap {
+    /// What is missing.
+    #[serde(flatten)]
+    pub gap: Gap,
+    /// Newest commit known before it.
+    pub last_commit_before: Option<Timestamp>,
+    /// Greatest commit time of the first extent with a commit after it.
+    pub commit_after: Option<Timestamp>,
+    /// Whether retention removed it on purpose; otherwise it was lost.
+    pub expired: bool,
+}
+
+/// The WAL and how timelines descend from one another.
+#[derive(Clone, Copy, Debug)]
+pub struct Lineage<'a> {
+    /// What is there.
+    pub wal: &'a WalCatalog,
+    /// The history files that are there.
+    pub histories: &'a BTreeMap<TimelineId, TimelineHistory>,
+}
+
+impl Lineage<'_> {
+    /// Whether the ancestors of `timeline` are known: every timeline but the first needs its history
+    /// file.
+    #[must_use]
+    pub fn knows(&self, timeline: TimelineId) -> bool {
+        timeline == TimelineId::FIRST || self.histories.contains_key(&timeline)
+    }
+
+    /// The stretches of WAL that lead to `timeline`, oldest first; only its own when its ancestors
+    /// are not known.
+    #[must_use]
+    pub fn path(&self, timeline: TimelineId) -> Vec<PathPart> {
+        self.histories
+            .get(&timeline)
+            .map_or_else(|| TimelineHistory::first_timeline_only(timeline).path(), |h| h.path())
+    }
+
+    /// All timelines that are known by WAL or by a history file.
+    #[must_use]
+    pub fn timelines(&self) -> BTreeSet<TimelineId> {
+        self.wal.timelines().chain(self.histories.keys().copied()).collect()
+    }
+
+    /// Whether the byte at `position` of `timeline` is on the way to `target`.
+    #[must_use]
+    pub fn is_on_path(&self, target: TimelineId, timeline: TimelineId, position: Lsn) -> bool {
+        part_at(&self.path(target), position).is_some_and(|part| part.timeline == timeline)
+    }
+
+    /// The contiguous WAL from `from` towards `target`, at most to `limit`.
+    #[must_use]
+    pub fn walk(&self, target: TimelineId, from: Lsn, limit: Lsn) -> Vec<Stretch> {
+        let path = self.path(target);
+        let mut stretches = Vec::new();
+        let mut position = from;
+        for (index, part) in path.iter().enumerate() {
+            let end = part.end.map_or(limit, |end| end.min(limit));
+            if end <= position {
+                continue;
+            }
+            let reached = self.reached(path.get(index..).unwrap_or_default(), position, end);
+            if reached > position {
+                stretches
+                    .push(Stretch { timeline: part.timeline, range: range(position, reached) });
+                position = reached;
+            }
+            if position < end {
+                break;
+            }
+        }
+        stretches
+    }
+
+    /// End of the contiguous WAL from `position` within the first of `parts`, at most `limit`; bytes
+    /// may be held under any of the timelines that follow.
+    fn reached(&self, parts: &[PathPart], mut position: Lsn, limit: Lsn) -> Lsn {
+        loop {
+            let ends = parts.iter().map(|part| self.wal.contiguous_end(part.timeline, position));
+            let end = ends.max().unwrap_or(position).min(limit);
+            if end <= position {
+                return position;
+            }
+            position = end;
+        }
+    }
+
+    /// The extents that hold `wanted` on the way to `target`.
+    ///
+    /// # Errors
+    /// The first hole.
+    pub fn cover(&self, target: TimelineId, wanted: LsnRange) -> Result<Vec<Piece>, Gap> {
+        let path = self.path(target);
+        let mut pieces = Vec::new();
+        let mut position = wanted.start();
+        for (index, part) in path.iter().enumerate() {
+            let end = part.end.map_or(wanted.end(), |end| end.min(wanted.end()));
+            let holders = path.get(index..).unwrap_or_default();
+            while position < end {
+                // The path's own timeline first, for as far as it reaches.
+                let reach = |holder: &PathPart| {
+                    let reached = self.wal.contiguous_end(holder.timeline, position).min(end);
+                    (reached > position).then_some((holder.timeline, reached))
+                };
+                let Some((holder, reached)) = holders.iter().find_map(reach) else {
+                    let own = range(position, end);
+                    let missing =
+                        self.wal.cover(part.timeline, own).map_or_else(|gap| gap.missing, |_| own);
+                    return Err(Gap { timeline: part.timeline, missing });
+                };
+                for extent in self.wal.cover(holder, range(position, reached))? {
+                    let part = range(position, extent.range.end().min(reached));
+                    pieces.push(Piece { extent, part });
+                    position = part.end();
+                }
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// What can be restored from `backup` towards `target`.
+    #[must_use]
+    pub fn interval(&self, backup: &BackupSpan, target: TimelineId) -> Option<Interval> {
+        let path = self.path(target);
+        let start = backup.id.start_lsn();
+        let on_path = |timeline, position| {
+            part_at(&path, position).is_some_and(|part| part.timeline == timeline)
+        };
+        let last = Lsn(backup.end_lsn.0.saturating_sub(1)).max(start);
+        if !on_path(backup.id.timeline(), start) || !on_path(backup.end_timeline, last) {
+            return None;
+        }
+        let stretches = self.walk(target, start, Lsn(u64::MAX));
+        let until_lsn = stretches.last().map(|stretch| stretch.range.end())?;
+        // Towards a timeline whose own WAL is not reached it would repeat that of an ancestor.
+        let arrived = stretches.last().is_some_and(|stretch| stretch.timeline == target);
+        if until_lsn < backup.end_lsn || !arrived {
+            return None;
+        }
+        let newest = stretches.iter().filter_map(|stretch| {
+            self.wal.newest_commit_in(stretch.timeline, stretch.range)?.to_timestamp()
+        });
+        let until_time = newest.max().map_or(backup.end_time, |time| time.max(backup.end_time));
+        Some(Interval {
+            timeline: target,
+            backup: backup.id,
+            from_lsn: backup.end_lsn,
+            until_lsn,
+            from_time: backup.end_time,
+            until_time,
+            open: self.wal.last_end(target).is_none_or(|end| end <= until_lsn),
+            path: stretches,
+        })
+    }
+
+    /// The holes between WAL that is there, on the way to every known timeline, each once.
+    #[must_use]
+    pub fn gaps(&self) -> BTreeSet<Gap> {
+        self.timelines().into_iter().flat_map(|target| self.gaps_towards(target)).collect()
+    }
+
+    fn gaps_towards(&self, target: TimelineId) -> Vec<Gap> {
+        let path = self.path(target);
+        let mut gaps = Vec::new();
+        // Holes that count only once something lies behind them.
+        let mut pending = Vec::new();
+        let mut begun = false;
+        for (index, part) in path.iter().enumerate() {
+            let whole = range(part.start, part.end.unwrap_or(Lsn(u64::MAX)));
+            let holders = path.get(index..).unwrap_or_default();
+            let mut position = whole.start();
+            for run in self.runs_within(holders, whole) {
+                if run.start() > position && begun {
+                    pending.push(Gap {
+                        timeline: part.timeline,
+                        missing: range(position, run.start()),
+                    });
+                }
+                gaps.append(&mut pending);
+                begun = true;
+                position = position.max(run.end());
+            }
+            if begun && position < whole.end() {
+                pending
+                    .push(Gap { timeline: part.timeline, missing: range(position, whole.end()) });
+            }
+        }
+        gaps
+    }
+
+    /// Covered ranges inside `within`, held under any of the timelines, by start.
+    fn runs_within(&self, holders: &[PathPart], within: LsnRange) -> Vec<LsnRange> {
+        let runs = holders.iter().flat_map(|holder| self.wal.coverage(holder.timeline));
+        let mut runs: Vec<LsnRange> =
+            runs.map(|run| intersection(*run, within)).filter(|run| !run.is_empty()).collect();
+        runs.sort_unstable();
+        runs
+    }
+
+    /// Newest commit known before a hole and the first time known after it.
+    pub(super) fn times_around(&self, gap: &Gap) -> (Option<Timestamp>, Option<Timestamp>) {
+        let timeline = gap.timeline;
+        let runs = self.wal.coverage(timeline);
+        let before = runs.iter().rev().filter(|run| run.end() <= gap.missing.start());
+        let before = before.clone().find_map(|run| self.wal.newest_commit_in(timeline, *run));
+        let behind = range(gap.missing.end(), Lsn(u64::MAX));
+        let after = self.wal.extents_in(timeline, behind).find_map(|extent| extent.name.time);
+        let shown = |time: Option<PgTime>| time.and_then(PgTime::to_timestamp);
+        (shown(before), shown(after))
+    }
+}
+
+/// The part of a path that holds the byte at `position`.
+fn part_at(path: &[PathPart], position: Lsn) -> Option<&PathPart> {
+    path.iter().find(|part| part.start <= position && part.end.is_none_or(|end| position < end))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::coverage::tests::{extent, timeline};
+    use super::*;
+
+    fn history(number: u32, switches: &[(u32, u64)]) -> (TimelineId, TimelineHistory) {
+        let lines = switches.iter().map(|(parent, lsn)| format!("{parent}\t{}\ttest\n", Lsn(*lsn)));
+        let text: String = lines.collect();
+        let id = timeline(number);
+        (id, TimelineHistory::decode(id, text.as_bytes()).unwrap())
+    }
+
+    fn span(number: u32, start: u64, end: u64) -> BackupSpan {
+        BackupSpan {
+            id: BackupId::new(Timestamp::UNIX_EPOCH, timeline(number), Lsn(start)),
+            end_timeline: timeline(number),
+            end_lsn: Lsn(end),
+            end_time: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    /// Timeline 2 left 1 at 150 and 3 left 2 at 300; 1 went on after the fork.
+    fn forked() -> (WalCatalog, BTreeMap<TimelineId, TimelineHistory>) {
+        let wal = WalCatalog::new([
+            extent(1, 0, 100, 10),
+            extent(1, 100, 180, 99),
+            extent(2, 150, 300, 30),
+            extent(3, 300, 320, 40),
+            extent(3, 330, 400, 50),
+        ]);
+        (wal, [history(2, &[(1, 150)]), history(3, &[(1, 150), (2, 300)])].into())
+    }
+
+    fn stretches(interval: &Interval) -> Vec<(u32, u64, u64)> {
+        let parts = interval.path.iter();
+        parts.map(|s| (s.timeline.get(), s.range.start().0, s.range.end().0)).collect()
+    }
+
+    #[test]
+    fn a_backup_reaches_every_timeline_that_descends_from_it() {
+        let (wal, histories) = forked();
+        let lineage = Lineage { wal: &wal, histories: &histories };
+        let backup = span(1, 20, 60);
+        let to = |number| lineage.interval(&backup, timeline(number)).unwrap();
+        assert_eq!(stretches(&to(1)), [(1, 20, 180)]);
+        assert!(to(1).open);
+        assert_eq!(stretches(&to(2)), [(1, 20, 150), (2, 150, 300)]);
+        assert_eq!(stretches(&to(3)), [(1, 20, 150), (2, 150, 300), (3, 300, 320)]);
+        assert!(!to(3).open, "it ends at the hole");
+        assert_eq!((to(3).from_lsn, to(3).until_lsn), (Lsn(60), Lsn(320)));
+    }
+
+    #[test]
+    fn a_commit_past_the_fork_does_not_count_for_the_branch() {
+        let (wal, histories) = forked();
+        let lineage = Lineage { wal: &wal, histories: &histories };
+        let until =
+            |number| lineage.interval(&span(1, 0, 60), timeline(number)).unwrap().until_time;
+        assert_eq!(until(1), PgTime(99).to_timestamp().unwrap());
+        assert_eq!(until(2), PgTime(30).to_timestamp().unwrap());
+    }
+
+    #[test]
+    fn a_backup_that_ran_across_the_fork_or_past_it_does_not_reach_the_branch() {
+        let (wal, histories) = forked();
+        let lineage = Lineage { wal: &wal, histories: &histories };
+        assert_eq!(lineage.interval(&span(1, 120, 151), timeline(2)), None);
+        assert!(lineage.interval(&span(1, 120, 150), timeline(2)).is_some());
+        assert!(lineage.interval(&span(1, 120, 151), timeline(1)).is_some());
+        assert_eq!(lineage.interval(&span(1, 160, 170), timeline(2)), None);
+        // A standby's backup may follow its server across the fork.
+        let followed = BackupSpan { end_timeline: timeline(2), ..span(1, 120, 200) };
+        assert!(lineage.interval(&followed, timeline(2)).is_some());
+        assert_eq!(lineage.interval(&followed, timeline(1)), None);
+    }
+
+    #[test]
+    fn a_backup_whose_own_wal_has_a_hole_reaches_nothing() {
+        let (wal, histories) = forked();
+        let lineage = Lineage { wal: &wal, histories: &histories };
+        assert_eq!(lineage.interval(&span(3, 310, 350), timeline(3)), None);
+        assert_eq!(lineage.interval(&span(3, 340, 401), timeline(3)), None);
+        assert!(lineage.interval(&span(3, 340, 400), timeline(3)).is_some());
+    }
+
+    #[test]
+    fn holes_are_reported_once_and_only_between_wal_that_is_there() {
+        let (wal, histories) = forked();
+        let gaps = Lineage { wal: &wal, histories: &histories }.gaps();
+        let hole = Gap { timeline: timeline(3), missing: range(Lsn(320), Lsn(330)) };
+        assert_eq!(gaps.into_iter().collect::<Vec<_>>(), [hole]);
+        // The end of the old timeline is lost only when the new one has WAL.
+        let histories = [history(2, &[(1, 150)])].into();
+        let wal = WalCatalog::new([extent(1, 0, 140, 0)]);
+        assert!(Lineage { wal: &wal, histories: &histories }.gaps().is_empty());
+        let wal = WalCatalog::new([extent(1, 0, 140, 0), extent(2, 150, 160, 0)]);
+        let hole = Gap { timeline: timeline(1), missing: range(Lsn(140), Lsn(150)) };
+        let gaps = Lineage { wal: &wal, histories: &histories }.gaps();
+        assert_eq!(gaps.into_iter().collect::<Vec<_>>(), [hole]);
+    }
+
+    #[test]
+    fn bytes_before_the_switch_point_may_be_held_by_the_new_timeline() {
+        let histories = [history(2, &[(1, 150)])].into();
+        let wal = WalCatalog::new([extent(1, 0, 130, 0), extent(2, 128, 200, 0)]);
+        let lineage = Lineage { wal: &wal, histories: &histories };
+        assert!(lineage.gaps().is_empty());
+        let pieces = lineage.cover(timeline(2), range(Lsn(10), Lsn(190))).unwrap();
+        let pieces: Vec<_> = pieces
+            .iter()
+            .map(|p| (p.extent.timeline.get(), p.part.start().0, p.part.end().0))
+            .collect();
+        assert_eq!(pieces, [(1, 10, 130), (2, 130, 150), (2, 150, 190)]);
+        let interval = lineage.interval(&span(1, 10, 20), timeline(2)).unwrap();
+        assert_eq!(stretches(&interval), [(1, 10, 150), (2, 150, 200)]);
+    }
+
+    #[test]
+    fn an_unknown_ancestry_is_not_guessed() {
+        let wal = WalCatalog::new([extent(1, 0, 150, 0), extent(2, 150, 200, 0)]);
+        let lineage = Lineage { wal: &wal, histories: &BTreeMap::new() };
+        assert!(!lineage.knows(timeline(2)) && lineage.knows(timeline(1)));
+        assert_eq!(lineage.interval(&span(1, 10, 20), timeline(2)), None);
+        assert!(lineage.interval(&span(2, 150, 160), timeline(2)).is_some());
+    }
+
+    proptest! {
+        /// Cover and walk against a map of single bytes over a random tree of timelines.
+        #[test]
+        fn walking_agrees_with_a_map_of_single_bytes(
+            switches in prop::collection::vec(0_u64..50, 0..3),
+            extents in prop::collection::vec((1_u32..5, 0_u64..60, 1_u64..20), 0..25),
+            from in 0_u64..60,
+            len in 1_u64..40,
+        ) {
+            let mut switches = switches;
+            switches.sort_unstable();
+            let parents: Vec<(u32, u64)> = (1..).zip(switches.iter().copied()).collect();
+            let target = u32::try_from(parents.len()).unwrap() + 1;
+            let histories = [history(target, &parents)].into();
+            let wal = WalCatalog::new(extents.iter().map(|(t, s, l)| extent(*t, *s, s + l, 0)));
+            let lineage = Lineage { wal: &wal, histories: &histories };
+            let position_of = |byte: u64| parents.iter().position(|(_, lsn)| byte < *lsn);
+            let held = |byte: u64| {
+                let first = position_of(byte).map_or(target, |index| parents[index].0);
+                extents.iter().any(|(t, s, l)| {
+                    (first..=target).contains(t) && (*s..s + l).contains(&byte)
+                })
+            };
+            let model_end = (from..).find(|byte| !held(*byte)).unwrap();
+            let stretches = lineage.walk(timeline(target), Lsn(from), Lsn(u64::MAX));
+            let end = stretches.last().map_or(from, |stretch| stretch.range.end().0);
+            prop_assert_eq!(end, model_end);
+            match lineage.cover(timeline(target), range(Lsn(from), Lsn(from + len))) {
+                Ok(pieces) => {
+                    prop_assert!(model_end >= from + len);
+                    let mut position = from;
+                    for piece in pieces {
+                        prop_assert_eq!(piece.part.start(), Lsn(position));
+                        prop_assert!(piece.extent.range.covers(piece.part));
+                        position = piece.part.end().0;
+                    }
+                    prop_assert_eq!(position, from + len);
+                }
+                Err(gap) => prop_assert_eq!(gap.missing.start(), Lsn(model_end)),
+            }
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! Loading a catalog: few requests for few objects, several at a time for many.
+//!
+//! # Shape
+//! A listing comes in pages one after the other, each beginning after the last name of the one
+//! before: a million extents would be a thousand round trips in a row. Names are positions in the
+//! WAL, so what is left of a listing is split at a position in between, and both halves are listed at
+//! the same time, by at most [`LIST_JOBS_MAX`] requests. How WAL lies under the names is not known
+//! before; a half that turns out empty costs one request.
+//!
+//! Memory: the pages in flight, and 32 bytes an extent.
+
+use futures::StreamExt as _;
+use futures::stream::{self, FuturesUnordered};
+
+use crate::error::{Context, Kind, Result};
+use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
+use crate::store::{ListPage, ObjectInfo, ObjectName};
+
+use super::Repository;
+use super::catalog::{
+    BAD_PACKS_MAX, BackupObjects, BackupSummary, Catalog, DamagedObject, IncompleteBackup,
+    StoredKey,
+};
+use super::coverage::{StoredExtent, WalCatalog};
+use super::lease;
+use super::manifest::PublicManifest;
+use super::marks::Marks;
+use super::names::{BackupId, Object};
+
+/// Listing requests in flight.
+const LIST_JOBS_MAX: usize = 8;
+/// Manifests and histories read at a time.
+const READ_JOBS_MAX: usize = 8;
+/// How many pages further the first guess at the middle of an unbounded rest lies.
+const GUESS_PAGES: u64 = 64;
+/// Before a hole, how far back an extent that reaches into it may begin: the longest segment.
+const LOOK_BACK_BYTES: u64 = 1 << 30;
+
+impl Catalog {
+    /// Makes a catalog of what is there now.
+    ///
+    /// # Errors
+    /// What the store reports. Objects that cannot be read are listed in [`Catalog::damaged`].
+    ///
+    /// # Cancel safety
+    /// Safe: it only reads.
+    pub async fn load(repository: &Repository) -> Result<Self> {
+        let mut catalog = Self::default();
+        catalog.load_backups(repository).await?;
+        catalog.load_marks(repository).await?;
+        let timelines = catalog.load_wal(repository).await?;
+        catalog.load_histories(repository, timelines).await?;
+        catalog.confirm_gaps(repository).await?;
+        Ok(catalog)
+    }
+
+    async fn load_backups(&mut self, repository: &Repository) -> Result<()> {
+        let mut found: Vec<Found> = Vec::new();
+        let prefix = repository.cluster().base_prefix();
+        let mut after: Option<ObjectName> = None;
+        loop {
+            let page = repository.store().list(&prefix, after.as_ref()).await?;
+            for object in &page.objects {
+                self.add_backup_object(repository, object, &mut found);
+            }
+            after = page.objects.last().map(|object| object.name.clone());
+            if !page.more || after.is_none() {
+                break;
+            }
+        }
+        let (complete, incomplete): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|found| found.has_manifest);
+        self.incomplete.extend(
+            incomplete.into_iter().map(|f| IncompleteBackup { id: f.id, objects: f.objects }),
+        );
+        let read = stream::iter(complete)
+            .map(async |found| (repository.public_manifest(found.id).await, found))
+            .buffered(READ_JOBS_MAX)
+            .collect::<Vec<_>>()
+            .await;
+        for (manifest, found) in read {
+            match manifest {
+                Ok(manifest) => self.backups.push(found.summary(manifest)),
+                // Deleted since it was listed.
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
+                    object: repository.name(&Object::Manifest(found.id))?.to_string(),
+                    backup: Some(found.id),
+                    problem: error.to_string(),
+                }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Names come in order, so all objects of one backup are neighbours.
+    fn add_backup_object(
+        &mut self,
+        repository: &Repository,
+        object: &ObjectInfo,
+        found: &mut Vec<Found>,
+    ) {
+        let (id, pack) = match Object::parse(repository.cluster(), &object.name) {
+            Some(Object::Pack(pack)) => (pack.backup, Some(pack.number)),
+            Some(Object::Manifest(id)) => (id, None),
+            _ => {
+                self.foreign_count += 1;
+                return;
+            }
+        };
+        if found.last().is_none_or(|last| last.id != id) {
+            found.push(Found::new(id));
+        }
+        if let Some(last) = found.last_mut() {
+            last.add(pack, object);
+        }
+    }
+
+    async fn load_marks(&mut self, repository: &Repository) -> Result<()> {
+        let (marks, foreign) = load_marks(repository).await?;
+        self.marks = marks;
+        self.foreign_count += foreign;
+        for key in repository.store().list_all(&repository.cluster().keys_prefix()).await? {
+            match Object::parse(repository.cluster(), &key.name) {
+                Some(Object::Key(id)) => self.keys.push(StoredKey { id, modified: key.modified }),
+                _ => self.foreign_count += 1,
+            }
+        }
+        let name = repository.name(&Object::Lease)?;
+        match lease::read(&**repository.store(), &name).await {
+            Ok(lease) => self.lease = lease,
+            Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
+                object: name.to_string(),
+                backup: None,
+                problem: error.to_string(),
+            }),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    async fn load_wal(&mut self, repository: &Repository) -> Result<Vec<TimelineId>> {
+        let prefix = repository.cluster().wal_prefix();
+        let begin = vec![Rest { after: None, scope: Scope::All }];
+        let mut timelines = Vec::new();
+        let (wal, foreign_count) = (&mut self.wal, &mut self.foreign_count);
+        list_in_parallel(repository, &prefix, begin, &mut |object| match Object::parse(
+            repository.cluster(),
+            &object.name,
+        ) {
+            Some(Object::Extent(name)) => wal.push(stored(name, object)),
+            Some(Object::History(timeline)) => timelines.push(timeline),
+            _ => *foreign_count += 1,
+        })
+        .await?;
+        self.wal.index();
+        Ok(timelines)
+    }
+
+    async fn load_histories(
+        &mut self,
+        repository: &Repository,
+        timelines: Vec<TimelineId>,
+    ) -> Result<()> {
+        let mut reads = stream::iter(timelines)
+            .map(async |timeline| (timeline, repository.history(timeline).await))
+            .buffered(READ_JOBS_MAX);
+        while let Some((timeline, history)) = reads.next().await {
+            match history {
+                Ok(history) => {
+                    self.histories.insert(timeline, history);
+                }
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
+                    object: repository.name(&Object::History(timeline))?.to_string(),
+                    backup: None,
+                    problem: error.to_string(),
+                }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists the names around each hole again.
+    async fn confirm_gaps(&mut self, repository: &Repository) -> Result<()> {
+        let gaps = self.lineage().gaps();
+        if gaps.is_empty() {
+            return Ok(());
+        }
+        for gap in gaps {
+            let from = Lsn(gap.missing.start().0.saturating_sub(LOOK_BACK_BYTES));
+            let around = LsnRange::new(from, gap.missing.end()).unwrap_or(gap.missing);
+            for extent in list_extents(repository, gap.timeline, around).await? {
+                self.wal.push(extent);
+            }
+        }
+        self.wal.index();
+        Ok(())
+    }
+}
+
+impl WalCatalog {
+    /// The WAL of one timeline from the segment that holds `from` on: all that a writer needs to find
+    /// out where to go on, without listing the past.
+    ///
+    /// # Errors
+    /// What the store reports.
+    pub async fn load_tail(
+        repository: &Repository,
+        timeline: TimelineId,
+        from: Lsn,
+        segment_size: SegmentSize,
+    ) -> Result<Self> {
+        let start = segment_size.start_of(from);
+        let all = LsnRange::new(start, Lsn(u64::MAX));
+        let extents = match all {
+            Some(range) => list_extents(repository, timeline, range).await?,
+            None => Vec::new(),
+        };
+        Ok(Self::new(extents))
+    }
+}
+
+/// The marks of a cluster, and how many objects below them are none of ours.
+pub(super) async fn load_marks(repository: &Repository) -> Result<(Marks, u64)> {
+    let mut marks = Marks::default();
+    let mut foreign_count = 0;
+    let prefix = format!("{}marks/", repository.cluster().prefix());
+    for object in repository.store().list_all(&prefix).await? {
+        match Object::parse(repository.cluster(), &object.name) {
+            Some(Object::Mark(name)) if marks.add(&name) => {}
+            _ => foreign_count += 1,
+        }
+    }
+    Ok((marks, foreign_count))
+}
+
+/// Extents of `timeline` that begin inside `starts`.
+async fn list_extents(
+    repository: &Repository,
+    timeline: TimelineId,
+    starts: LsnRange,
+) -> Result<Vec<StoredExtent>> {
+    let mut extents = Vec::new();
+    let prefix = repository.cluster().timeline_prefix(timeline);
+    let after = before_start(&prefix, starts.start())?;
+    let scope = Scope::Timeline { timeline, until: starts.end() };
+    let begin = vec![Rest { after: Some(after), scope }];
+    list_in_parallel(repository, &prefix, begin, &mut |object| {
+        if let Some(Object::Extent(name)) = Object::parse(repository.cluster(), &object.name) {
+            extents.push(stored(name, object));
+        }
+    })
+    .await?;
+    Ok(extents)
+}
+
+fn stored(name: super::names::ExtentName, object: &ObjectInfo) -> StoredExtent {
+    StoredExtent { name, stored_bytes: object.size_bytes, modified: object.modified }
+}
+
+/// Kinds of error that mean "this object", not "the store".
+fn is_damage(kind: Kind) -> bool {
+    matches!(kind, Kind::Corrupt | Kind::Unsupported | Kind::Usage)
+}
+
+/// A backup while its objects are listed.
+struct Found {
+    id: BackupId,
+    has_manifest: bool,
+    objects: BackupObjects,
+    /// Sizes by number, to be compared with the manifest's.
+    packs: Vec<(u32, u64)>,
+}
+
+impl Found {
+    fn new(id: BackupId) -> Self {
+        Self { id, has_manifest: false, objects: BackupObjects::default(), packs: Vec::new() }
+    }
+
+    fn add(&mut self, pack: Option<u32>, object: &ObjectInfo) {
+        self.objects.stored_bytes += object.size_bytes;
+        self.objects.newest = self.objects.newest.max(object.modified);
+        match pack {
+            Some(number) => {
+                self.objects.pack_count += 1;
+                self.packs.push((number, object.size_bytes));
+            }
+            None => self.has_manifest = true,
+        }
+    }
+
+    fn summary(self, manifest: PublicManifest) -> BackupSummary {
+        let mut objects = self.objects;
+        let expected = (1_u32..).zip(&manifest.pack_bytes);
+        let bad = expected.filter(|(number, bytes)| {
+            let found = self.packs.binary_search_by_key(number, |(number, _)| *number);
+            let size = found.ok().and_then(|index| self.packs.get(index)).map(|pack| pack.1);
+            size != Some(**bytes)
+        });
+        objects.bad_packs = bad.map(|(number, _)| number).take(BAD_PACKS_MAX).collect();
+        BackupSummary { manifest, objects }
+    }
+}
+
+/// What is left to list.
+#[derive(Clone, Debug)]
+struct Rest {
+    after: Option<ObjectName>,
+    scope: Scope,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Scope {
+    /// Everything below the prefix.
+    All,
+    /// Extents of one timeline that begin before `until`.
+    Timeline { timeline: TimelineId, until: Lsn },
+}
+
+/// The greatest name below a timeline's prefix that sorts before every extent that begins at `start`.
+fn before_start(timeline_prefix: &str, start: Lsn) -> Result<ObjectName> {
+    ObjectName::new(format!("{timeline_prefix}{:016X}", start.0))
+}
+
+async fn list_in_parallel(
+    repository: &Repository,
+    prefix: &str,
+    begin: Vec<Rest>,
+    take: &mut (dyn FnMut(&ObjectInfo) + Send),
+) -> Result<()> {
+    let cluster = repository.cluster();
+    let mut waiting = begin;
+    let mut running = FuturesUnordered::new();
+    loop {
+        while let Some(rest) = waiting.pop_if(|_| running.len() < LIST_JOBS_MAX) {
+            running.push(async move {
+                let prefix = match rest.scope {
+                    Scope::All => prefix.to_owned(),
+                    Scope::Timeline { timeline, .. } => cluster.timeline_prefix(timeline),
+                };
+                let page = repository.store().list(&prefix, rest.after.as_ref()).await;
+                (rest.scope, page.context(|| "unable to list the WAL"))
+            });
+        }
+        let Some((scope, page)) = running.next().await else { return Ok(()) };
+        let page = page?;
+        for object in page.objects.iter().filter(|object| is_inside(repository, scope, object)) {
+            take(object);
+        }
+        let idle = LIST_JOBS_MAX.saturating_sub(running.len() + waiting.len());
+        waiting.extend(what_is_left(repository, scope, &page, idle)?);
+    }
+}
+
+fn extent_start(repository: &Repository, object: &ObjectInfo) -> Option<(TimelineId, Lsn)> {
+    match Object::parse(repository.cluster(), &object.name) {
+        Some(Object::Extent(name)) => Some((name.timeline, name.range.start())),
+        _ => None,
+    }
+}
+
+fn is_inside(repository: &Repository, scope: Scope, object: &ObjectInfo) -> bool {
+    match scope {
+        Scope::All => true,
+        Scope::Timeline { until: Lsn(u64::MAX), .. } => true,
+        Scope::Timeline { until, .. } => {
+            extent_start(repository, object).is_none_or(|(_, start)| start < until)
+        }
+    }
+}
+
+/// What of `scope` comes after `page`: in one piece, or in two when a job is idle.
+fn what_is_left(
+    repository: &Repository,
+    scope: Scope,
+    page: &ListPage,
+    idle: usize,
+) -> Result<Vec<Rest>> {
+    let Some(last) = page.objects.last().filter(|_| page.more) else { return Ok(Vec::new()) };
+    let after = Some(last.name.clone());
+    let Some((timeline, last_start)) = extent_start(repository, last) else {
+        return Ok(vec![Rest { after, scope }]);
+    };
+    let prefix = repository.cluster().timeline_prefix(timeline);
+    let until = match scope {
+        // The rest of this timeline, and those after it: 'Z' sorts behind every digit.
+        Scope::All => {
+            let own = Scope::Timeline { timeline, until: Lsn(u64::MAX) };
+            let behind = Some(ObjectName::new(format!("{prefix}Z"))?);
+            return Ok(vec![Rest { after: behind, scope }, Rest { after, scope: own }]);
+        }
+        Scope::Timeline { until, .. } => until,
+    };
+    if last_start >= until {
+        return Ok(Vec::new());
+    }
+    let middle = middle(repository, page, last_start, until);
+    if idle < 2 || middle <= last_start || middle >= until {
+        return Ok(vec![Rest { after, scope }]);
+    }
+    let near = Rest { after, scope: Scope::Timeline { timeline, until: middle } };
+    let far = Rest { after: Some(before_start(&prefix, middle)?), scope };
+    Ok(vec![far, near])
+}
+
+/// Where to split what is left: halfway, or, when nobody knows where the WAL ends, as far away as many
+/// pages like this one reach.
+fn middle(repository: &Repository, page: &ListPage, last_start: Lsn, until: Lsn) -> Lsn {
+    let left = until.saturating_since(last_start);
+    if until != Lsn(u64::MAX) {
+        return Lsn(last_start.0 + left / 2);
+    }
+    let first = page.objects.iter().find_map(|object| extent_start(repository, object));
+    let page_bytes = first.map_or(0, |(_, start)| last_start.saturating_since(start)).max(1);
+    Lsn(last_start.0 + page_bytes.saturating_mul(GUESS_PAGES).min(left / 2))
+}
