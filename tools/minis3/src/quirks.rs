@@ -1,0 +1,27 @@
+//! Ways in which real servers differ from AWS, to be switched on.
+
+use serde::{Deserialize, Serialize};
+
+/// What this server does worse than AWS; none by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Quirks {
+    /// Answers 200 to `If-None-Match` and `If-Match` on uploads and ignores them (Garage, rclone).
+    pub ignore_conditions: bool,
+    /// Ignores them on CompleteMultipartUpload only (Ceph 16).
+    pub ignore_conditions_on_complete: bool,
+    /// Takes uploads whose checksum is wrong (moto, Ceph 16).
+    pub ignore_checksums: bool,
+    /// Answers 501 to uploads that carry a checksum header.
+    pub refuse_checksums: bool,
+    /// Answers 501 to DeleteObjects (Google Cloud Storage).
+    pub refuse_bulk_delete: bool,
+    /// Answers 200 to Object Lock headers and ignores them (Garage).
+    pub ignore_object_lock: bool,
+    /// Objects younger than this are missing from listings.
+    pub stale_list_ms: u64,
+    /// Does not return user metadata.
+    pub drop_metadata: bool,
+    /// Answers CompleteMultipartUpload without an ETag (Ceph 16).
+    pub complete_without_etag: bool,
+}
