@@ -1,0 +1,174 @@
+//! What we need to know of an X.509 certificate beyond what WebPKI checks.
+//!
+//! # Source
+//! `tls-server-end-point` in RFC 5929 and `pgtls_get_peer_certificate_hash` in
+//! `src/interfaces/libpq/fe-secure-openssl.c`; common names in
+//! `pq_verify_peer_name_matches_certificate_name`, `src/interfaces/libpq/fe-secure-common.c`.
+
+use ring::digest::{Algorithm, SHA256, SHA384, SHA512, digest};
+use rustls::CertificateError;
+use rustls::pki_types::{ServerName, UnixTime};
+use x509_cert::Certificate;
+use x509_cert::der::asn1::{Ia5StringRef, PrintableStringRef, Utf8StringRef};
+use x509_cert::der::{Decode, Encode};
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+
+/// The largest certificate looked at; the handshake has its own limit of 64 KiB a message.
+const CERTIFICATE_BYTES_MAX: usize = 64 << 10;
+
+/// Signature algorithms and the hash that binds a channel to the certificate they signed: their own,
+/// but SHA-256 in place of MD5 and SHA-1.
+const SIGNATURE_HASHES: [(&str, &Algorithm); 9] = [
+    ("1.2.840.113549.1.1.4", &SHA256),  // md5WithRSAEncryption
+    ("1.2.840.113549.1.1.5", &SHA256),  // sha1WithRSAEncryption
+    ("1.2.840.113549.1.1.11", &SHA256), // sha256WithRSAEncryption
+    ("1.2.840.113549.1.1.12", &SHA384), // sha384WithRSAEncryption
+    ("1.2.840.113549.1.1.13", &SHA512), // sha512WithRSAEncryption
+    ("1.2.840.10045.4.1", &SHA256),     // ecdsa-with-SHA1
+    ("1.2.840.10045.4.3.2", &SHA256),   // ecdsa-with-SHA256
+    ("1.2.840.10045.4.3.3", &SHA384),   // ecdsa-with-SHA384
+    ("1.2.840.10045.4.3.4", &SHA512),   // ecdsa-with-SHA512
+];
+
+/// RSASSA-PSS names its hash in its parameters.
+const RSASSA_PSS: &str = "1.2.840.113549.1.1.10";
+
+/// Hashes as RSASSA-PSS parameters name them, in DER.
+const PSS_HASHES: [(&[u8], &Algorithm); 3] = [
+    (&[0x06, 9, 0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, 1], &SHA256),
+    (&[0x06, 9, 0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, 2], &SHA384),
+    (&[0x06, 9, 0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, 3], &SHA512),
+];
+
+fn parse(der: &[u8]) -> Option<Certificate> {
+    (der.len() <= CERTIFICATE_BYTES_MAX).then(|| Certificate::from_der(der).ok()).flatten()
+}
+
+/// The `tls-server-end-point` data of a certificate; `None` when its signature algorithm has no hash
+/// of its own (Ed25519), for which no binding is defined.
+pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
+    let certificate = parse(der)?;
+    let algorithm = &certificate.signature_algorithm;
+    let name = algorithm.oid.to_string();
+    let hash = if name == RSASSA_PSS {
+        let parameters = algorithm.parameters.as_ref()?.to_der().ok()?;
+        // The first hash named is the signature's; the one of the mask function comes after it.
+        let place = |oid: &[u8]| parameters.windows(oid.len()).position(|part| part == oid);
+        PSS_HASHES
+            .iter()
+            .filter_map(|(oid, hash)| Some((place(oid)?, *hash)))
+            .min_by_key(|(place, _)| *place)
+            .map_or(&SHA256, |(_, hash)| hash)
+    } else {
+        SIGNATURE_HASHES.iter().find(|(oid, _)| *oid == name).map(|(_, hash)| *hash)?
+    };
+    Some(digest(hash, der).as_ref().to_vec())
+}
+
+/// Whether `now` is within the certificate's validity.
+pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), CertificateError> {
+    let certificate = parse(der).ok_or(CertificateError::BadEncoding)?;
+    let validity = certificate.tbs_certificate.validity;
+    if now.as_secs() < validity.not_before.to_unix_duration().as_secs() {
+        return Err(CertificateError::NotValidYet);
+    }
+    if now.as_secs() > validity.not_after.to_unix_duration().as_secs() {
+        return Err(CertificateError::Expired);
+    }
+    Ok(())
+}
+
+/// Whether the common name is the host's, for a certificate without a subject alternative name of
+/// the host's type; `None` when it has one, or no common name.
+pub(super) fn common_name_matches(der: &[u8], name: &ServerName<'_>) -> Option<bool> {
+    let certificate = parse(der)?;
+    let tbs = &certificate.tbs_certificate;
+    if let Some((_, alternatives)) = tbs.get::<SubjectAltName>().ok()? {
+        let same_type = |alternative: &GeneralName| match name {
+            ServerName::DnsName(_) => matches!(alternative, GeneralName::DnsName(_)),
+            _ => matches!(alternative, GeneralName::IpAddress(_) | GeneralName::DnsName(_)),
+        };
+        if alternatives.0.iter().any(same_type) {
+            return None;
+        }
+    }
+    let common_name =
+        tbs.subject.0.iter().flat_map(|part| part.0.iter()).find_map(|attribute| {
+            if attribute.oid.to_string() != "2.5.4.3" {
+                return None;
+            }
+            let value = &attribute.value;
+            let text = Utf8StringRef::try_from(value).map(|text| text.as_str().to_owned());
+            text.or_else(|_| {
+                PrintableStringRef::try_from(value).map(|text| text.as_str().to_owned())
+            })
+            .or_else(|_| Ia5StringRef::try_from(value).map(|text| text.as_str().to_owned()))
+            .ok()
+        })?;
+    Some(names_match(&common_name, &name.to_str()))
+}
+
+/// `pattern` is the host, or `*.` and the host's part after its first dot.
+fn names_match(pattern: &str, host: &str) -> bool {
+    if pattern.contains('\0') {
+        return false;
+    }
+    let wildcard = pattern.strip_prefix("*.").zip(host.split_once('.'));
+    pattern.eq_ignore_ascii_case(host)
+        || wildcard.is_some_and(|(suffix, (label, rest))| {
+            suffix.contains('.') && !label.is_empty() && suffix.eq_ignore_ascii_case(rest)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn self_signed(algorithm: &'static rcgen::SignatureAlgorithm, names: &[&str]) -> Vec<u8> {
+        let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut parameters = rcgen::CertificateParams::new(names).unwrap();
+        parameters.distinguished_name.push(rcgen::DnType::CommonName, "db.example.org");
+        parameters.self_signed(&key).unwrap().der().to_vec()
+    }
+
+    #[test]
+    fn the_binding_hash_is_the_signatures() {
+        let p256 = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &[]);
+        assert_eq!(end_point_hash(&p256).unwrap(), digest(&SHA256, &p256).as_ref());
+        let p384 = self_signed(&rcgen::PKCS_ECDSA_P384_SHA384, &[]);
+        assert_eq!(end_point_hash(&p384).unwrap(), digest(&SHA384, &p384).as_ref());
+        assert_eq!(end_point_hash(&self_signed(&rcgen::PKCS_ED25519, &[])), None);
+        assert_eq!(end_point_hash(b"no certificate"), None);
+    }
+
+    #[test]
+    fn the_common_name_counts_only_without_alternative_names() {
+        let host = |name: &str| ServerName::try_from(name.to_owned()).unwrap();
+        let bare = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &[]);
+        assert_eq!(common_name_matches(&bare, &host("db.example.org")), Some(true));
+        assert_eq!(common_name_matches(&bare, &host("other.example.org")), Some(false));
+        let named = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &["x.example.org"]);
+        assert_eq!(common_name_matches(&named, &host("db.example.org")), None);
+    }
+
+    #[test]
+    fn a_wildcard_stands_for_one_label() {
+        assert!(names_match("*.example.org", "DB.example.org"));
+        assert!(!names_match("*.example.org", "a.b.example.org"));
+        assert!(!names_match("*.org", "example.org"));
+        assert!(!names_match("*.example.org", ".example.org"));
+    }
+
+    #[test]
+    fn a_certificate_counts_only_within_its_validity() {
+        let certificate = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &[]);
+        let at = |year: u64| {
+            UnixTime::since_unix_epoch(std::time::Duration::from_secs((year - 1970) * 31_556_952))
+        };
+        assert_eq!(check_validity(&certificate, at(2026)), Ok(()));
+        assert_eq!(check_validity(&certificate, at(1971)), Err(CertificateError::NotValidYet));
+        assert_eq!(check_validity(&certificate, at(5000)), Err(CertificateError::Expired));
+    }
+}

@@ -1,0 +1,377 @@
+//! TLS by rustls with libpq's meanings of `sslmode`, root certificates and client certificates.
+//!
+//! # Shape
+//! `prefer`, `allow` and `require` encrypt without looking at the certificate, unless a root
+//! certificate is there (given, or `~/.postgresql/root.crt`): then its chain must lead to that root.
+//! `verify-ca` always demands that, `verify-full` also that the certificate is for the host we asked
+//! for. In every mode the server proves that it holds the certificate's key.
+//!
+//! # Source
+//! `initialize_SSL` in `src/interfaces/libpq/fe-secure-openssl.c`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
+use tokio_rustls::TlsConnector;
+
+use super::certificate;
+use super::transport::Transport;
+use super::verifier::{Certainty, Verifier};
+use crate::error::{Context, Error, Kind, Result};
+
+/// How much encryption and proof is demanded, weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// How TLS begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SslNegotiation {
+    /// After an `SSLRequest`.
+    Postgres,
+    /// At once (PostgreSQL 17 and later).
+    Direct,
+}
+
+/// Whether a client certificate is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CertificateMode {
+    Disable,
+    Allow,
+    Require,
+}
+
+/// Where trusted roots come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum RootSource {
+    /// The operating system's.
+    System,
+    /// A file somebody named; must exist for the verifying modes.
+    Named(PathBuf),
+    /// `~/.postgresql/root.crt`, if there is a home and the file is there.
+    Default(Option<PathBuf>),
+}
+
+/// Versions of TLS that may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TlsVersions {
+    From12,
+    Only12,
+    Only13,
+}
+
+/// Everything a connection string says about TLS.
+#[derive(Clone, Debug)]
+pub(super) struct TlsOptions {
+    pub(super) mode: SslMode,
+    pub(super) negotiation: SslNegotiation,
+    pub(super) root: RootSource,
+    pub(super) certificate: Option<PathBuf>,
+    /// The certificate was named, so that it must exist.
+    pub(super) certificate_given: bool,
+    pub(super) key: Option<PathBuf>,
+    pub(super) certificate_mode: CertificateMode,
+    pub(super) crl: Option<PathBuf>,
+    /// `~/.postgresql/root.crl`, used when it exists.
+    pub(super) crl_default: Option<PathBuf>,
+    pub(super) crl_folder: Option<PathBuf>,
+    pub(super) server_name_indication: bool,
+    pub(super) versions: TlsVersions,
+}
+
+/// An encrypted connection.
+pub(super) struct Secured {
+    pub(super) transport: Box<dyn Transport>,
+    /// What binds an authentication to this connection (`tls-server-end-point`), if the
+    /// certificate's signature has a hash at all.
+    pub(super) end_point: Option<Vec<u8>>,
+}
+
+/// Performs the handshake on a connected socket.
+///
+/// # Errors
+/// `config` for files that are missing or broken, `denied` when the certificate is not trusted,
+/// `unavailable` when the handshake breaks.
+pub(super) async fn secure(
+    socket: Box<dyn Transport>,
+    options: &TlsOptions,
+    host: &str,
+) -> Result<Secured> {
+    let requested = Arc::new(CertificateRequest::default());
+    let config = client_config(options, Arc::clone(&requested))?;
+    let stream = TlsConnector::from(Arc::new(config))
+        .connect(server_name(host, options.mode)?, socket)
+        .await
+        .map_err(|error| handshake_failed(&error, host))?;
+    let (_, session) = stream.get_ref();
+    if options.negotiation == SslNegotiation::Direct && session.alpn_protocol().is_none() {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "the server answered direct TLS without the protocol 'postgresql'",
+        )
+        .hint("Use sslnegotiation=postgres: direct TLS needs PostgreSQL 17 or later."));
+    }
+    if options.certificate_mode == CertificateMode::Require && !requested.was_answered() {
+        return Err(Error::new(
+            Kind::Denied,
+            "sslcertmode is 'require', but the server did not ask for our certificate",
+        )
+        .hint("Use clientcert=verify-ca or verify-full in the server's pg_hba.conf."));
+    }
+    let leaf = session.peer_certificates().and_then(|chain| chain.first());
+    let end_point = leaf.and_then(|leaf| certificate::end_point_hash(leaf));
+    Ok(Secured { transport: Box::new(stream), end_point })
+}
+
+/// The name to ask the server for. Without verification any name will do.
+fn server_name(host: &str, mode: SslMode) -> Result<ServerName<'static>> {
+    let host = host.trim_end_matches('.');
+    match ServerName::try_from(host.to_owned()) {
+        Ok(name) => Ok(name),
+        Err(_) if mode < SslMode::VerifyFull => {
+            Ok(ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into()))
+        }
+        Err(_) => Err(Error::new(
+            Kind::Config,
+            format!("unable to verify host '{host}', which is no DNS name or IP address"),
+        )),
+    }
+}
+
+fn handshake_failed(error: &std::io::Error, host: &str) -> Error {
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match cause {
+        Some(rustls::Error::InvalidCertificate(why)) => Error::new(
+            Kind::Denied,
+            format!("the server's certificate is not trusted for '{host}': {why}"),
+        )
+        .hint(
+            "Check sslrootcert (the certificate of the CA that signed the server's, or 'system') \
+             and that the certificate names the host we connect to.",
+        ),
+        Some(rustls::Error::AlertReceived(alert)) => Error::new(
+            Kind::Denied,
+            format!("the server refused the TLS handshake: {alert:?}"),
+        )
+        .hint(
+            "The server's log says why; it may want another client certificate (sslcert, sslkey).",
+        ),
+        _ => Error::new(Kind::Unavailable, format!("the TLS handshake failed: {error}")),
+    }
+}
+
+fn client_config(options: &TlsOptions, requested: Arc<CertificateRequest>) -> Result<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let versions: &[&SupportedProtocolVersion] = match options.versions {
+        TlsVersions::From12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
+        TlsVersions::Only12 => &[&rustls::version::TLS12],
+        TlsVersions::Only13 => &[&rustls::version::TLS13],
+    };
+    let verifier = verifier(options, &provider)?;
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(versions)
+        .map_err(|error| config(format!("unable to set up TLS: {error}")))?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let identity = client_identity(options, &provider)?;
+    let mut made =
+        builder.with_client_cert_resolver(Arc::new(ClientIdentity { identity, requested }));
+    made.alpn_protocols = vec![b"postgresql".to_vec()];
+    made.enable_sni = options.server_name_indication;
+    // A session that is never resumed needs no memory for it.
+    made.resumption = rustls::client::Resumption::disabled();
+    Ok(made)
+}
+
+fn verifier(
+    options: &TlsOptions,
+    provider: &Arc<rustls::crypto::CryptoProvider>,
+) -> Result<Verifier> {
+    let algorithms = provider.signature_verification_algorithms;
+    let Some(trusted) = trusted_roots(options)? else {
+        return Ok(Verifier::new(Certainty::Encryption, algorithms));
+    };
+    let mut roots = RootCertStore::empty();
+    let (added, _) = roots.add_parsable_certificates(trusted.iter().cloned());
+    if added == 0 {
+        return Err(config("unable to use any of the trusted root certificates".to_owned())
+            .hint("sslrootcert must be a file of certificates in PEM form, or 'system'."));
+    }
+    let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+        .with_crls(revocations(options)?)
+        .build()
+        .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))?;
+    let certainty = if options.mode == SslMode::VerifyFull {
+        Certainty::ChainAndName { chain, trusted }
+    } else {
+        Certainty::Chain { chain, trusted }
+    };
+    Ok(Verifier::new(certainty, algorithms))
+}
+
+/// The trusted roots, or `None` when the chain is not to be looked at.
+fn trusted_roots(options: &TlsOptions) -> Result<Option<Vec<CertificateDer<'static>>>> {
+    let verify = options.mode >= SslMode::VerifyCa;
+    let path = match &options.root {
+        RootSource::System => return system_roots().map(Some),
+        RootSource::Named(path) => Some(path),
+        RootSource::Default(path) => path.as_ref(),
+    };
+    match path.filter(|path| path.exists()) {
+        Some(path) => certificates(path).map(Some),
+        None if verify => Err(config(match path {
+            Some(path) => format!("root certificate file '{}' does not exist", path.display()),
+            None => "no root certificate file is given and there is no home directory".to_owned(),
+        })
+        .hint(
+            "Provide the file, use the system's roots with sslrootcert=system, or change sslmode \
+             to not verify the server's certificate.",
+        )),
+        None => Ok(None),
+    }
+}
+
+fn system_roots() -> Result<Vec<CertificateDer<'static>>> {
+    let loaded = rustls_native_certs::load_native_certs();
+    if loaded.certs.is_empty() {
+        return Err(config("the operating system has no trusted root certificates".to_owned())
+            .hint("Install the package ca-certificates, or name a file with sslrootcert."));
+    }
+    Ok(loaded.certs)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let pem = read(path, "certificate file")?;
+    CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| config(format!("certificate file '{}': {error}", path.display())))
+}
+
+fn revocations(options: &TlsOptions) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    let mut paths: Vec<PathBuf> = options.crl.iter().cloned().collect();
+    if let Some(folder) = &options.crl_folder {
+        let what = || format!("unable to read sslcrldir '{}'", folder.display());
+        for entry in std::fs::read_dir(folder).context(what)? {
+            paths.push(entry.context(what)?.path());
+        }
+    }
+    if paths.is_empty() {
+        paths.extend(options.crl_default.iter().filter(|path| path.exists()).cloned());
+    }
+    let mut lists = Vec::new();
+    for path in paths {
+        let pem = read(&path, "revocation list")?;
+        for list in CertificateRevocationListDer::pem_slice_iter(&pem) {
+            lists.push(list.map_err(|error| {
+                config(format!("revocation list '{}': {error}", path.display()))
+            })?);
+        }
+    }
+    Ok(lists)
+}
+
+fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
+    std::fs::read(path)
+        .context(|| format!("unable to read {what} '{}'", path.display()))
+        .map_err(|error| error.with_kind(Kind::Config))
+}
+
+fn config(message: String) -> Error {
+    Error::new(Kind::Config, message)
+}
+
+/// Our certificate and key, if there are any to send.
+fn client_identity(
+    options: &TlsOptions,
+    provider: &rustls::crypto::CryptoProvider,
+) -> Result<Option<Arc<rustls::sign::CertifiedKey>>> {
+    let Some(path) = options
+        .certificate
+        .as_ref()
+        .filter(|_| options.certificate_mode != CertificateMode::Disable)
+    else {
+        return Ok(None);
+    };
+    if !path.exists() {
+        return if options.certificate_given || options.certificate_mode == CertificateMode::Require
+        {
+            Err(config(format!("client certificate file '{}' does not exist", path.display())))
+        } else {
+            Ok(None)
+        };
+    }
+    let chain = certificates(path)?;
+    let key = options.key.as_deref().filter(|key| key.exists()).ok_or_else(|| {
+        config(format!("client certificate '{}' is there, but its key is not", path.display()))
+            .hint("Name the key's file with sslkey.")
+    })?;
+    check_key_mode(key)?;
+    let pem = zeroize::Zeroizing::new(read(key, "client key")?);
+    let private = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| {
+        config(format!("client key '{}': {error}", key.display())).hint(
+            "The key must be in PEM form and not encrypted: 'openssl pkey -in KEY -out PLAIN' \
+             decrypts it.",
+        )
+    })?;
+    rustls::sign::CertifiedKey::from_der(chain, private, provider)
+        .map(|identity| Some(Arc::new(identity)))
+        .map_err(|error| {
+            config(format!("client certificate '{}' and its key: {error}", path.display()))
+        })
+}
+
+/// A key that others may read is refused, as libpq does: 0600, or 0640 when root owns it.
+fn check_key_mode(path: &Path) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let what = || format!("unable to read client key '{}'", path.display());
+    let metadata = std::fs::metadata(path).context(what)?;
+    let forbidden = if metadata.uid() == 0 { 0o037 } else { 0o077 };
+    if metadata.mode() & forbidden == 0 {
+        return Ok(());
+    }
+    Err(config(format!("client key '{}' may be read by others", path.display()))
+        .hint("Change its mode to 0600 (or 0640 when root owns it)."))
+}
+
+/// Whether the server asked for our certificate and got one.
+#[derive(Debug, Default)]
+struct CertificateRequest(std::sync::atomic::AtomicBool);
+
+impl CertificateRequest {
+    fn was_answered(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+/// Hands our certificate to whatever server asks, as libpq does.
+#[derive(Debug)]
+struct ClientIdentity {
+    identity: Option<Arc<rustls::sign::CertifiedKey>>,
+    requested: Arc<CertificateRequest>,
+}
+
+impl rustls::client::ResolvesClientCert for ClientIdentity {
+    fn resolve(
+        &self,
+        _root_hint_subjects: &[&[u8]],
+        _schemes: &[rustls::SignatureScheme],
+    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+        let identity = self.identity.clone()?;
+        self.requested.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        Some(identity)
+    }
+
+    fn has_certs(&self) -> bool {
+        self.identity.is_some()
+    }
+}

@@ -1,0 +1,118 @@
+//! Whether a server's certificate is good enough for the `sslmode` asked for.
+//!
+//! WebPKI's rules apply, with two allowances that OpenSSL and so libpq make and that real PostgreSQL
+//! servers need: a certificate that is itself in the root file is trusted (the self-signed server
+//! certificate of PostgreSQL's own manual), and a certificate without a subject alternative name of
+//! the right type is matched by its common name.
+
+use std::sync::Arc;
+
+use rustls::CertificateError::{self, NotValidForName, NotValidForNameContext};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+
+use super::certificate;
+
+/// What must be certain about a certificate.
+#[derive(Debug)]
+pub(super) enum Certainty {
+    /// Nothing but that the server holds its key.
+    Encryption,
+    /// It leads to a trusted root.
+    Chain { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+    /// It leads to a trusted root and is for the host we asked for.
+    ChainAndName { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+}
+
+/// Verifies certificates and handshake signatures.
+#[derive(Debug)]
+pub(super) struct Verifier {
+    certainty: Certainty,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Verifier {
+    pub(super) fn new(certainty: Certainty, algorithms: WebPkiSupportedAlgorithms) -> Self {
+        Self { certainty, algorithms }
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let (chain, trusted, name_matters) = match &self.certainty {
+            Certainty::Encryption => return Ok(ServerCertVerified::assertion()),
+            Certainty::Chain { chain, trusted } => (chain, trusted, false),
+            Certainty::ChainAndName { chain, trusted } => (chain, trusted, true),
+        };
+        if trusted.iter().any(|root| root.as_ref() == end_entity.as_ref()) {
+            certificate::check_validity(end_entity, now)?;
+        } else {
+            // WebPKI looks at the name last: with a name error everything else was in order.
+            let verified = chain.verify_server_cert(
+                end_entity,
+                intermediates,
+                server_name,
+                ocsp_response,
+                now,
+            );
+            match verified {
+                Ok(_) => return Ok(ServerCertVerified::assertion()),
+                Err(Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if name_matters {
+            verify_name(end_entity, server_name)?
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// The certificate names the host: by a subject alternative name, or without one of its type by its
+/// common name.
+fn verify_name(end_entity: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
+    let parsed = ParsedCertificate::try_from(end_entity)?;
+    let refused = match rustls::client::verify_server_name(&parsed, name) {
+        Ok(()) => return Ok(()),
+        Err(error) => error,
+    };
+    match certificate::common_name_matches(end_entity, name) {
+        Some(true) => Ok(()),
+        Some(false) => Err(CertificateError::NotValidForName.into()),
+        None => Err(refused),
+    }
+}
