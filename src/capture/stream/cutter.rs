@@ -57,8 +57,9 @@ pub enum CutReason {
 pub struct Cut {
     /// The WAL inside.
     pub range: LsnRange,
-    /// Greatest commit time of the records that end inside.
-    pub greatest_commit: Option<PgTime>,
+    /// Greatest time of the commit and abort records that end inside: what a target in time is
+    /// compared with.
+    pub greatest_time: Option<PgTime>,
     /// Why here.
     pub reason: CutReason,
 }
@@ -71,7 +72,7 @@ pub struct Cutter {
     end: Lsn,
     oldest_byte: Option<Instant>,
     oldest_commit: Option<Instant>,
-    greatest_commit: Option<PgTime>,
+    greatest_time: Option<PgTime>,
     requested_end: Lsn,
 }
 
@@ -85,9 +86,14 @@ impl Cutter {
             end: start,
             oldest_byte: None,
             oldest_commit: None,
-            greatest_commit: None,
+            greatest_time: None,
             requested_end: Lsn::INVALID,
         }
+    }
+
+    /// Changes the intervals, for the extent being filled too.
+    pub fn set_policy(&mut self, policy: CutPolicy) {
+        self.policy = policy;
     }
 
     /// The bytes received since the last cut.
@@ -118,11 +124,15 @@ impl Cutter {
         }
     }
 
-    /// Takes note of a record, its last byte inside the extent, that somebody waits for: a commit
-    /// (with its time), or one whose loss would be noticed as much (prepare, restore point).
-    pub fn committed(&mut self, time: Option<PgTime>, now: Instant) {
+    /// Takes note of a record, its last byte inside the extent, that somebody waits for: a commit,
+    /// or one whose loss would be noticed as much (prepare, restore point).
+    pub fn committed(&mut self, now: Instant) {
         self.oldest_commit.get_or_insert(now);
-        self.greatest_commit = self.greatest_commit.max(time);
+    }
+
+    /// Takes note of the time in a commit or abort record, its last byte inside the extent.
+    pub fn timed(&mut self, time: PgTime) {
+        self.greatest_time = self.greatest_time.max(Some(time));
     }
 
     /// Somebody waits for everything before `end`: what was received of it is due at once.
@@ -188,7 +198,7 @@ impl Cutter {
         if range.is_empty() {
             return None;
         }
-        let cut = Cut { range, greatest_commit: self.greatest_commit, reason };
+        let cut = Cut { range, greatest_time: self.greatest_time, reason };
         let requested_end = self.requested_end;
         *self = Self { requested_end, ..Self::new(self.policy, self.end) };
         Some(cut)
@@ -243,14 +253,16 @@ mod tests {
         assert_eq!(cutter.due(now + 59 * second), None);
         assert_eq!(cutter.due(now + 60 * second), Some(CutReason::Idle));
         assert_eq!(cutter.deadline(), Some(now + 60 * second));
-        cutter.committed(Some(PgTime(7)), now + 5 * second);
+        cutter.committed(now + 5 * second);
+        cutter.timed(PgTime(7));
         cutter.received(10, now + 6 * second);
-        cutter.committed(Some(PgTime(5)), now + 6 * second);
+        cutter.committed(now + 6 * second);
+        cutter.timed(PgTime(5));
         assert_eq!(cutter.deadline(), Some(now + 6 * second));
         assert_eq!(cutter.due(now + 6 * second), Some(CutReason::Commit));
         let cut = cutter.cut(CutReason::Commit).unwrap();
         assert_eq!(cut.range, LsnRange::new(Lsn(SEGMENT), Lsn(SEGMENT + 110)).unwrap());
-        assert_eq!(cut.greatest_commit, Some(PgTime(7)));
+        assert_eq!(cut.greatest_time, Some(PgTime(7)));
         assert_eq!(cutter.deadline(), None);
         assert!(!cutter.holds_commit());
     }
@@ -316,7 +328,7 @@ mod tests {
                     }
                 }
                 if commit && cutter.deadline().is_some() {
-                    cutter.committed(None, now);
+                    cutter.committed(now);
                 }
                 now += Duration::from_millis(wait_ms);
                 prop_assert_eq!(

@@ -8,14 +8,30 @@
 //! ```
 //! `cutter`, `prefix`, `resume` and `intake` decide and do no I/O.
 
+mod engine;
+mod pump;
+
 pub mod cutter;
+pub mod intake;
+pub mod ledger;
 pub mod prefix;
 pub mod resume;
+pub mod sealer;
+pub mod server;
 pub mod status;
+pub mod uploads;
+pub mod watch;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::pg::Lsn;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Result;
+use crate::pipeline::Level;
+use crate::pipeline::budget::{Budget, STREAM_BYTES};
+use crate::repo::{Lease, Writer};
+use crate::wire::ConnectOptions;
 
 pub use resume::OlderWal;
 pub use status::{Phase, SlotHealth, Snapshot, Status, WalGap};
@@ -29,36 +45,8 @@ pub enum SlotLife {
     /// For ever: the server keeps WAL while we are away.
     Permanent,
     /// As long as the connection: for a single base backup, which must not leave a slot behind that
-    /// fills the server's disk.
+    /// fills the server's disk. A permanent slot of the name is used if it is there.
     Connection,
-}
-
-/// How a stream runs; the defaults are the documented ones.
-#[derive(Clone, Debug)]
-pub struct StreamOptions {
-    /// Name of the physical replication slot.
-    pub slot_name: String,
-    /// How long the slot lives when we create it.
-    pub slot_life: SlotLife,
-    /// Longest that a received commit waits before it is uploaded.
-    pub flush_interval: Duration,
-    /// Longest that received WAL without a commit waits.
-    pub idle_flush_interval: Duration,
-    /// Most WAL the server may keep for us while the repository does not take it; past it the slot
-    /// is advanced, the gap recorded, and a new base backup needed. `None` = no limit of ours.
-    pub lag_ceiling_bytes: Option<u64>,
-    /// What to do about WAL that is older than the slot and missing in the repository.
-    pub older: OlderWal,
-    /// zstd level.
-    pub level: i32,
-    /// Most uploads at a time.
-    pub uploads_max: usize,
-    /// Most compressed bytes held in memory for uploads, besides the extent being filled.
-    pub unstored_bytes_max: u64,
-    /// How long a stop may take to store what was received.
-    pub stop_grace: Duration,
-    /// Whether complete segments of small extents are merged in the background.
-    pub compaction: Compaction,
 }
 
 /// Whether small extents are merged in the background.
@@ -70,6 +58,37 @@ pub enum Compaction {
     Off,
 }
 
+/// How a stream runs; the defaults are the documented ones.
+#[derive(Clone, Debug)]
+pub struct StreamOptions {
+    /// Name of the physical replication slot.
+    pub slot_name: String,
+    /// How long the slot lives when we create it.
+    pub slot_life: SlotLife,
+    /// Longest that a received commit waits before it is uploaded. While the server lists us as a
+    /// synchronous standby each commit is uploaded at once, at most two uploads at a time.
+    pub flush_interval: Duration,
+    /// Longest that received WAL without a commit waits.
+    pub idle_flush_interval: Duration,
+    /// Most WAL the server may keep for us when the repository takes it too slowly or not at all:
+    /// above this, and while the lag does not shrink, the slot is moved on, the gap recorded and
+    /// reported, and a new base backup is needed. `None`: the server's own limit
+    /// (`max_slot_wal_keep_size`) is the only one.
+    pub lag_ceiling_bytes: Option<u64>,
+    /// What to do about WAL that is older than the slot and missing in the repository.
+    pub older: OlderWal,
+    /// Compression level.
+    pub level: Level,
+    /// Most uploads at a time.
+    pub uploads_max: usize,
+    /// When an extent is large enough, and how much may wait for the store.
+    pub budget: Budget,
+    /// How long a stop may take to store what was received.
+    pub stop_grace: Duration,
+    /// Whether complete segments of small extents are merged.
+    pub compaction: Compaction,
+}
+
 impl Default for StreamOptions {
     fn default() -> Self {
         Self {
@@ -79,13 +98,49 @@ impl Default for StreamOptions {
             idle_flush_interval: Duration::from_secs(60),
             lag_ceiling_bytes: None,
             older: OlderWal::Ask,
-            level: 1,
+            level: Level::default(),
             uploads_max: 4,
-            unstored_bytes_max: 12 << 20,
+            budget: Budget::stream(STREAM_BYTES),
             stop_grace: Duration::from_secs(20),
             compaction: Compaction::On,
         }
     }
+}
+
+/// A stream from one server into one repository.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    /// How it runs.
+    pub options: StreamOptions,
+    /// Where the server is; the application name decides about synchronous replication.
+    pub postgres: ConnectOptions,
+    /// Where the WAL goes.
+    pub writer: Writer,
+    /// Where progress is shown.
+    pub status: Arc<Status>,
+}
+
+/// Streams WAL until `cancel` (then what was received is stored and acknowledged, and the result is
+/// `Ok`), until the lease is lost, or until going on makes no sense. Restarts of the server, broken
+/// connections and an unavailable repository are waited out.
+///
+/// # Errors
+/// `conflict` when the lease is lost, the server is another cluster or was rolled back; `unavailable`
+/// when a stop ran out of time; `config` and `denied` when the first connection is refused so.
+///
+/// # Durability
+/// The server is told a flush position only for WAL that the repository holds; killed at any moment,
+/// a later call goes on where the books in the repository end.
+pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
+    let outcome = match engine::Engine::start(stream, lease).await {
+        Ok(mut engine) => engine.run(cancel).await,
+        Err(error) => Err(error),
+    };
+    stream.status.update(|now| {
+        now.phase = Phase::Stopped;
+        now.server_error = outcome.as_ref().err().map(ToString::to_string);
+    });
+    outcome
 }
 
 /// Whether `name` can name a replication slot (`ReplicationSlotValidateName`).
@@ -95,11 +150,15 @@ pub fn is_slot_name(name: &str) -> bool {
     (1..64).contains(&name.len()) && name.bytes().all(letter)
 }
 
-/// A position with the timeline it is on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    /// The timeline.
-    pub timeline: crate::pg::TimelineId,
-    /// The position.
-    pub lsn: Lsn,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slot_names_are_those_that_postgres_takes() {
+        assert!(is_slot_name("tidemark") && is_slot_name("a_1"));
+        for bad in ["", "A", "a-b", "a'b", &"x".repeat(64)] {
+            assert!(!is_slot_name(bad), "{bad}");
+        }
+    }
 }

@@ -97,8 +97,10 @@ pub struct Snapshot {
     pub stored_bytes: u64,
     /// Times the connection to the server was made.
     pub connection_count: u64,
-    /// The trouble the engine is in now; `None` when all is well.
-    pub last_error: Option<String>,
+    /// Why there is no connection to the server now; `None` when all is well.
+    pub server_error: Option<String>,
+    /// Why the repository does not take WAL now; `None` when all is well.
+    pub repository_error: Option<String>,
     /// Commits wait for this stream (`synchronous_standby_names`), so they are flushed at once.
     pub synchronous: bool,
     /// The slot as the server shows it.
@@ -155,6 +157,17 @@ impl Status {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.snapshot.borrow().clone()
+    }
+
+    /// What the engine is doing now.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.snapshot.borrow().phase
+    }
+
+    /// When everything the server had was last seen durable.
+    pub(super) fn caught_up_at(&self) -> Option<Timestamp> {
+        self.snapshot.borrow().caught_up_at
     }
 
     /// A receiver that wakes with every change.
@@ -215,11 +228,18 @@ impl Status {
     /// Takes note of a gap; `base_backup_needed` until a new base backup is complete.
     pub(super) fn add_gap(&self, gap: WalGap) {
         self.update(|now| {
+            now.base_backup_needed = true;
+            if let Some(last) = now.gaps.last_mut()
+                && last.timeline == gap.timeline
+                && (last.start_lsn == gap.start_lsn || last.end_lsn == gap.start_lsn)
+            {
+                last.end_lsn = last.end_lsn.max(gap.end_lsn);
+                return;
+            }
             if now.gaps.len() >= GAPS_MAX {
                 now.gaps.remove(0);
             }
             now.gaps.push(gap);
-            now.base_backup_needed = true;
         });
     }
 

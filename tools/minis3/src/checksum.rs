@@ -105,9 +105,11 @@ impl Hashes {
         believe: bool,
     ) -> S3Result<Option<Checksum>> {
         if let (Some(md5), Some(claimed)) = (self.md5, &claims.content_md5)
-            && !believe && STANDARD.encode(md5.finalize()) != *claimed {
-                return Err(s3_error!(BadDigest, "the Content-MD5 you specified did not match"));
-            }
+            && !believe
+            && STANDARD.encode(md5.finalize()) != *claimed
+        {
+            return Err(s3_error!(BadDigest, "the Content-MD5 you specified did not match"));
+        }
         let Some(algorithm) = claims.named() else { return Ok(None) };
         let computed = self.hasher.finalize();
         let Some(value) = value_of(&computed, &algorithm) else {

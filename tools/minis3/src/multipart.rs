@@ -362,9 +362,10 @@ fn part_checksum_agrees(
         ..Checksum::default()
     };
     if let Some(kept) = &part.checksum
-        && value_of(&sums, &kept.algorithm).is_some_and(|claimed| *claimed != kept.value) {
-            return Err(s3_error!(InvalidPart, "the checksum of part {number} does not match"));
-        }
+        && value_of(&sums, &kept.algorithm).is_some_and(|claimed| *claimed != kept.value)
+    {
+        return Err(s3_error!(InvalidPart, "the checksum of part {number} does not match"));
+    }
     match &upload.checksum {
         Some((algorithm, kind))
             if kind == ChecksumType::COMPOSITE && value_of(&sums, algorithm).is_none() =>

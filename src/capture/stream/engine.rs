@@ -1,0 +1,459 @@
+//! The engine: connects, streams, and begins again after whatever went wrong.
+//!
+//! A *session* is one connection. Everything received is handed to the sealer and the uploads, which
+//! outlive sessions; a new session begins only when all of that is stored, so that it can be planned
+//! from the books alone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::ledger::{Held, Ledger};
+use super::pump::{Ended, Pump};
+use super::resume::{self, Attempt, OlderWal, Situation};
+use super::sealer::Sealer;
+use super::server::{self, OurSlot, Server};
+use super::status::{Phase, Status};
+use super::uploads::{Stored, Upload, Uploads, jittered};
+use super::watch::{Observation, Watch};
+use super::{SlotLife, Stream};
+use crate::clock::Clock;
+use crate::error::{Error, Kind, Result};
+use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
+use crate::repo::lease::{Guard, Lease, Progress};
+
+/// First pause before connecting again.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+/// Longest pause: the longest that a server which came back waits for us.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A session that lasted this long was a good one: the next pause is short again.
+const GOOD_SESSION: Duration = Duration::from_secs(30);
+
+/// How a session ended when nothing went wrong.
+#[derive(Debug)]
+pub(super) enum SessionEnd {
+    /// We were asked to stop.
+    Stopped,
+    /// The server keeps more WAL for us than it may: go on from its present end.
+    CeilingPassed,
+    /// Never to be tried again.
+    Refused(Error),
+}
+
+/// What a session begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begin {
+    /// Where the books end.
+    Resume,
+    /// At the server's present end, giving up what is between.
+    GiveUp,
+}
+
+/// The state that outlives sessions.
+#[derive(Debug)]
+pub(super) struct Engine<'a> {
+    pub(super) stream: &'a Stream,
+    pub(super) lease: &'a Lease,
+    pub(super) guard: Guard,
+    pub(super) clock: Clock,
+    pub(super) status: Arc<Status>,
+    pub(super) ledger: Ledger,
+    pub(super) uploads: Uploads,
+    pub(super) sealer: Sealer,
+    pub(super) lag: LagWatch,
+    /// Where the decoder failed last.
+    pub(super) damaged_at: Option<Lsn>,
+    /// The decoder failed twice at one place: store that segment unread.
+    pub(super) store_unread: bool,
+    connected_before: bool,
+    gave_up: bool,
+}
+
+/// Whether the server keeps too much WAL for us.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LagWatch {
+    ceiling_bytes: Option<u64>,
+    before_bytes: Option<u64>,
+}
+
+impl LagWatch {
+    /// Whether the lag is above the ceiling and has not shrunk since the last observation: a stream
+    /// that catches up, say after having been away, is left alone.
+    pub(super) fn is_passed(&mut self, lag_bytes: u64) -> bool {
+        let before = self.before_bytes.replace(lag_bytes);
+        let above = self.ceiling_bytes.is_some_and(|ceiling| lag_bytes > ceiling);
+        above && before.is_some_and(|before| before <= lag_bytes)
+    }
+}
+
+impl<'a> Engine<'a> {
+    /// Reads what the repository holds and gets ready.
+    pub(super) async fn start(stream: &'a Stream, lease: &'a Lease) -> Result<Self> {
+        let options = &stream.options;
+        let held = Held::load(stream.writer.repository()).await?;
+        Ok(Self {
+            stream,
+            lease,
+            guard: lease.guard(),
+            clock: stream.writer.repository().clock().clone(),
+            status: Arc::clone(&stream.status),
+            ledger: Ledger::new(held),
+            uploads: Uploads::new(stream.writer.clone(), options.uploads_max, &stream.status),
+            sealer: Sealer::start(stream.writer.clone(), options.level)?,
+            lag: LagWatch { ceiling_bytes: options.lag_ceiling_bytes, before_bytes: None },
+            damaged_at: None,
+            store_unread: false,
+            connected_before: false,
+            gave_up: false,
+        })
+    }
+
+    /// Streams until asked to stop or until going on makes no sense.
+    pub(super) async fn run(&mut self, cancel: &CancellationToken) -> Result<()> {
+        let mut pause = PAUSE_MIN;
+        let mut begin = Begin::Resume;
+        loop {
+            let began = self.clock.instant();
+            let error = match self.session(begin, cancel).await {
+                Ok(SessionEnd::Stopped) => return Ok(()),
+                Ok(SessionEnd::Refused(error)) => return Err(error),
+                Ok(SessionEnd::CeilingPassed) => {
+                    begin = Begin::GiveUp;
+                    continue;
+                }
+                Err(error) => error,
+            };
+            self.guard.ensure_held()?;
+            if self.is_final(&error) {
+                return Err(error);
+            }
+            if self.clock.instant().saturating_duration_since(began) > GOOD_SESSION {
+                pause = PAUSE_MIN;
+            }
+            let wait = jittered(pause, &self.clock);
+            tracing::warn!("{error}; connecting again in {} ms", wait.as_millis());
+            self.status.update(|now| {
+                now.phase = Phase::Connecting;
+                now.server_error = Some(error.to_string());
+            });
+            pause = (pause * 2).min(PAUSE_MAX);
+            // A gap that was decided is made once, however many connections that takes.
+            if std::mem::take(&mut self.gave_up) {
+                begin = Begin::Resume;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// Whether an error of the server's is worth no second try. Before the first connection, what
+    /// the operator got wrong is told at once; later it may be repaired while we wait.
+    fn is_final(&self, error: &Error) -> bool {
+        match error.kind() {
+            Kind::Unavailable | Kind::Conflict | Kind::Corrupt | Kind::NotFound => false,
+            Kind::Config | Kind::Denied => !self.connected_before,
+            Kind::Usage | Kind::Unsupported | Kind::Cancelled | Kind::Bug => true,
+        }
+    }
+
+    async fn session(&mut self, begin: Begin, cancel: &CancellationToken) -> Result<SessionEnd> {
+        if begin == Begin::Resume
+            && let Some(end) = self.drain(cancel).await?
+        {
+            return Ok(end);
+        }
+        let mut guard = self.lease.guard();
+        tokio::select! {
+            () = cancel.cancelled() => self.stop_without_server().await,
+            error = guard.lost() => Ok(SessionEnd::Refused(error)),
+            met = self.meet() => match met? {
+                Ok((server, slot)) => self.stream_from(begin, server, slot, cancel).await,
+                Err(refused) => Ok(SessionEnd::Refused(refused)),
+            }
+        }
+    }
+
+    /// Waits until everything handed over is stored.
+    async fn drain(&mut self, cancel: &CancellationToken) -> Result<Option<SessionEnd>> {
+        let options = &self.stream.options;
+        let clock = self.clock.clone();
+        let (postgres, slot_name) = (&self.stream.postgres, &options.slot_name);
+        let mut watch = None;
+        while self.unstored_count() > 0 {
+            self.status.update(|now| now.phase = Phase::WaitingForRepository);
+            let watch = watch
+                .get_or_insert_with(|| Watch::start(postgres, slot_name, &clock, &self.status));
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return self.stop_without_server().await.map(Some),
+                error = self.guard.lost() => return Ok(Some(SessionEnd::Refused(error))),
+                stored = self.uploads.next_stored() => self.on_stored(&stored?),
+                sealed = self.sealer.next() => self.uploads.push(sealed?),
+                observed = watch.changed() => {
+                    if self.on_observation(&observed) {
+                        return Ok(Some(SessionEnd::CeilingPassed));
+                    }
+                }
+            }
+        }
+        self.status.update(|now| now.phase = Phase::Connecting);
+        Ok(None)
+    }
+
+    /// Connects and prepares server and slot. The inner error is final.
+    async fn meet(&mut self) -> Result<Result<(Server, OurSlot)>> {
+        let stream = self.stream;
+        let expected = stream.writer.repository().system_id();
+        let mut server = match Server::meet(&stream.postgres, expected, &self.clock).await? {
+            Ok(server) => server,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if let Err(error) = self.store_history(&server).await {
+            return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
+        }
+        let slot = server::ensure_slot(&mut server, &stream.options, &self.clock).await?;
+        self.connected_before = true;
+        Ok(Ok((server, slot)))
+    }
+
+    /// Stores the history of the server's timeline before any WAL of it.
+    async fn store_history(&self, server: &Server) -> Result<()> {
+        match &server.history_file {
+            Some(content) => {
+                let content = content.clone();
+                self.stream.writer.put_history(server.timeline, content).await.map(drop)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Tries the ways to begin until one works, and streams.
+    async fn stream_from(
+        &mut self,
+        begin: Begin,
+        server: Server,
+        slot: OurSlot,
+        cancel: &CancellationToken,
+    ) -> Result<SessionEnd> {
+        let attempts = match begin {
+            Begin::GiveUp => vec![self.give_up(&server)],
+            Begin::Resume => self.plan(&server, &slot),
+        };
+        if let Some(refused) = self.check_not_behind(&server, &attempts)? {
+            return Ok(SessionEnd::Refused(refused));
+        }
+        let stream = self.stream;
+        let Server { connection, status_interval, synchronous, segment_size, history, .. } = server;
+        let mut connection = Some(connection);
+        let last = attempts.len().saturating_sub(1);
+        for (index, attempt) in attempts.iter().enumerate() {
+            let open = match connection.take() {
+                Some(open) => open,
+                None => {
+                    let expected = stream.writer.repository().system_id();
+                    Server::reconnect(&stream.postgres, expected, &self.clock).await?
+                }
+            };
+            if begin == Begin::Resume {
+                self.ledger.begin(attempt, slot.restart_lsn);
+            }
+            if let Some(gap) = attempt.gap {
+                self.record_gap(
+                    history.timeline_at(gap.start()),
+                    gap,
+                    "it was removed on the server",
+                );
+            }
+            let mut pump = Pump::new(self, attempt, segment_size, status_interval);
+            pump.set_synchronous(synchronous);
+            match pump.run(open, &slot, cancel).await {
+                Ok(Ended::Stopped) => return Ok(SessionEnd::Stopped),
+                Ok(Ended::CeilingPassed) => return Ok(SessionEnd::CeilingPassed),
+                Ok(Ended::LeaseLost(error)) => return Ok(SessionEnd::Refused(error)),
+                Ok(Ended::WalRemoved(error)) if index < last => {
+                    tracing::info!("WAL from {} on is gone: {error}", attempt.stream_from);
+                }
+                Ok(Ended::WalRemoved(error)) => return Err(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::new(Kind::Bug, "no way to begin the WAL stream was tried"))
+    }
+
+    fn plan(&mut self, server: &Server, slot: &OurSlot) -> Vec<Attempt> {
+        let options = &self.stream.options;
+        // A connection lost in the middle of a backup must not leave a hole in its WAL.
+        let older = if self.ledger.chain() > 0 { OlderWal::Ask } else { options.older };
+        resume::attempts(&Situation {
+            history: &server.history,
+            stored: &self.ledger.held().ranges(),
+            slot_restart_lsn: slot.restart_lsn,
+            segment_size: server.segment_size,
+            older,
+        })
+    }
+
+    /// The server must have WAL as far as the repository: else it is a standby that lags, or it was
+    /// rolled back, and would write other WAL at the same positions of the same timeline.
+    fn check_not_behind(&self, server: &Server, attempts: &[Attempt]) -> Result<Option<Error>> {
+        let Some(first) = attempts.first() else { return Ok(None) };
+        let (ours, theirs) = (first.store_from, server.flushed_end_lsn);
+        if ours <= theirs || server.history.timeline_at(ours) != server.timeline {
+            return Ok(None);
+        }
+        let timeline = server.timeline;
+        let message = format!(
+            "the server's WAL on timeline {timeline} ends at {theirs}, the repository holds it up \
+             to {ours}"
+        );
+        if server.in_recovery {
+            return Err(Error::new(Kind::Unavailable, format!("{message}: the standby lags")));
+        }
+        Ok(Some(Error::new(Kind::Conflict, message).hint(
+            "The server was rolled back (a snapshot, a copy) without a new timeline. Restore it \
+             with tidemark, or promote it from a standby, so that it gets one; or give it a \
+             cluster name of its own.",
+        )))
+    }
+
+    /// Decides to go on from the server's present end, recording the gap.
+    fn give_up(&mut self, server: &Server) -> Attempt {
+        let lost_from = self.ledger.cut_end();
+        let position = server.segment_size.start_of(server.flushed_end_lsn);
+        let position = position.max(lost_from);
+        if let Some(gap) = LsnRange::new(lost_from, position).filter(|gap| !gap.is_empty()) {
+            let timeline = server.history.timeline_at(gap.start());
+            let reason = "the repository did not take it and the server kept more than \
+                          wal.lag_ceiling";
+            self.record_gap(timeline, gap, reason);
+        }
+        self.ledger.give_up_before(position);
+        self.gave_up = true;
+        Attempt {
+            timeline: server.history.timeline_at(position),
+            stream_from: server.segment_size.start_of(position),
+            store_from: position,
+            known: Vec::new(),
+            gap: None,
+        }
+    }
+
+    fn record_gap(&self, timeline: TimelineId, gap: LsnRange, reason: &str) {
+        if self.stream.options.slot_life == SlotLife::Connection {
+            tracing::info!("WAL {gap} of timeline {timeline} is not stored: {reason}");
+            return;
+        }
+        tracing::error!(
+            "WAL {gap} of timeline {timeline} is lost: {reason}; times in it cannot be restored, \
+             and later ones only from a base backup that is still to be taken"
+        );
+        self.status.add_gap(Status::gap(timeline, gap, reason, self.clock.now()));
+    }
+
+    /// Extents received and not yet stored.
+    pub(super) fn unstored_count(&self) -> usize {
+        self.uploads.unstored_count() + self.sealer.cuts_pending()
+    }
+
+    /// Enters a stored extent in the books.
+    pub(super) fn on_stored(&mut self, stored: &Stored) {
+        self.ledger.stored(stored);
+        let now = self.clock.now();
+        for committed in &stored.extent.commit_times {
+            let waited = PgTime::from_timestamp(now).0.saturating_sub(committed.0).max(0);
+            self.status.record_latency(Duration::from_micros(waited.unsigned_abs()));
+        }
+        let durable_end_lsn = self.ledger.durable_end();
+        self.status.update(|now| {
+            now.durable_end_lsn = durable_end_lsn;
+            now.newest_durable_commit =
+                now.newest_durable_commit.max(stored.extent.cut.greatest_time);
+            now.extent_count += 1;
+            now.plain_bytes += stored.extent.cut.range.len_bytes();
+            now.stored_bytes += stored.stored_bytes;
+        });
+        self.show_uploads();
+        self.report(stored.timeline);
+    }
+
+    /// Tells the lease how far we are, so that its next renewal publishes it.
+    pub(super) fn report(&self, timeline: TimelineId) {
+        let durable_end_lsn = self.ledger.durable_end();
+        let caught_up_time = self.status.caught_up_at();
+        self.lease.report(Progress { timeline, durable_end_lsn, caught_up_time });
+    }
+
+    /// The server ran without logging all changes: no base backup from before leads past this.
+    pub(super) fn note_minimal_wal(&self, timeline: TimelineId, position: Lsn) {
+        if let Some(point) = LsnRange::new(position, position) {
+            self.record_gap(timeline, point, "the server ran with wal_level = minimal before it");
+        }
+    }
+
+    /// Hands sealed extents to the uploads.
+    pub(super) fn upload(&mut self, sealed: impl IntoIterator<Item = Upload>) {
+        sealed.into_iter().for_each(|upload| self.uploads.push(upload));
+        self.show_uploads();
+    }
+
+    fn show_uploads(&self) {
+        let (count, bytes) = (self.uploads.unstored_count(), self.uploads.unstored_bytes());
+        self.status.update(|now| {
+            now.uploads_in_flight = count;
+            now.unstored_bytes = bytes;
+        });
+    }
+
+    /// Takes note of the catalog's answer; whether the lag ceiling is passed.
+    pub(super) fn on_observation(&mut self, observed: &Observation) -> bool {
+        let durable_end = self.ledger.durable_end();
+        let before = self.status.snapshot().slot.wal_status;
+        self.status.update(|now| {
+            now.server_end_lsn = now.server_end_lsn.max(observed.server_end_lsn);
+            now.slot = observed.slot.clone();
+        });
+        if let Some(state) = observed.slot.wal_status.as_deref()
+            && matches!(state, "unreserved" | "lost")
+            && before.as_deref() != Some(state)
+        {
+            tracing::error!(
+                "the server is about to remove, or has removed, WAL that is not stored yet: the \
+                 slot is '{state}' (max_slot_wal_keep_size)"
+            );
+        }
+        self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end))
+    }
+
+    /// Asked to stop with no server at hand: stores what was received, for as long as a stop may
+    /// take.
+    async fn stop_without_server(&mut self) -> Result<SessionEnd> {
+        self.status.update(|now| now.phase = Phase::Stopping);
+        let deadline = self.clock.instant() + self.stream.options.stop_grace;
+        while self.unstored_count() > 0 {
+            tokio::select! {
+                biased;
+                error = self.guard.lost() => return Ok(SessionEnd::Refused(error)),
+                stored = self.uploads.next_stored() => self.on_stored(&stored?),
+                sealed = self.sealer.next() => self.uploads.push(sealed?),
+                () = tokio::time::sleep_until(deadline) => {
+                    return Ok(SessionEnd::Refused(self.not_all_stored()));
+                }
+            }
+        }
+        Ok(SessionEnd::Stopped)
+    }
+
+    /// The error of a stop that ran out of time.
+    pub(super) fn not_all_stored(&self) -> Error {
+        let durable_end = self.ledger.durable_end();
+        let message = format!(
+            "stopped before the repository took all WAL that was received: it is stored up to \
+             {durable_end}"
+        );
+        Error::new(Kind::Unavailable, message)
+            .hint("Nothing is lost: the server keeps the rest in the replication slot.")
+    }
+}

@@ -1,0 +1,244 @@
+//! The books of a stream: what the repository holds, which chain is being extended, and what the
+//! server was told.
+//!
+//! # Invariants
+//! 1. [`Ledger::flush_position`] is the only position the server may be told. It comes from
+//!    [`Prefix::acknowledgeable`], never falls while a connection lasts, and is never before the
+//!    slot's own position (PostgreSQL would move the slot back).
+//! 2. A deliberate gap begins a new chain. Extents of an older chain that are stored later are
+//!    entered in the books and do not move the flush position.
+
+use std::collections::BTreeMap;
+
+use super::intake::CutExtent;
+use super::prefix::Prefix;
+use super::resume::{Attempt, join};
+use super::uploads::Stored;
+use crate::error::Result;
+use crate::pg::{Lsn, LsnRange, TimelineId};
+use crate::repo::{Object, Repository};
+
+/// What is stored, by timeline, joined where it touches: as large as the number of gaps.
+#[derive(Clone, Debug, Default)]
+pub struct Held(BTreeMap<TimelineId, Vec<LsnRange>>);
+
+impl Held {
+    /// What `repository` holds, read from its listing page by page.
+    ///
+    /// # Errors
+    /// What the store reports.
+    pub async fn load(repository: &Repository) -> Result<Self> {
+        let prefix = repository.cluster().wal_prefix();
+        let mut held = Self::default();
+        let mut after = None;
+        loop {
+            let page = repository.store().list(&prefix, after.as_ref()).await?;
+            for object in &page.objects {
+                if let Some(Object::Extent(extent)) =
+                    Object::parse(repository.cluster(), &object.name)
+                {
+                    held.push(extent.timeline, extent.range);
+                }
+            }
+            held.join();
+            after = page.objects.last().map(|object| object.name.clone());
+            if !page.more || after.is_none() {
+                return Ok(held);
+            }
+        }
+    }
+
+    /// Enters a range.
+    pub fn add(&mut self, timeline: TimelineId, range: LsnRange) {
+        self.push(timeline, range);
+        self.join();
+    }
+
+    fn push(&mut self, timeline: TimelineId, range: LsnRange) {
+        self.0.entry(timeline).or_default().push(range);
+    }
+
+    fn join(&mut self) {
+        for ranges in self.0.values_mut().filter(|ranges| ranges.len() > 1) {
+            *ranges = join(std::mem::take(ranges));
+        }
+    }
+
+    /// Everything held, ascending.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<(TimelineId, LsnRange)> {
+        let of = |(timeline, ranges): (&TimelineId, &Vec<LsnRange>)| {
+            let timeline = *timeline;
+            ranges.clone().into_iter().map(move |range| (timeline, range))
+        };
+        self.0.iter().flat_map(of).collect()
+    }
+}
+
+/// The books; see the module.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    held: Held,
+    prefix: Prefix,
+    chain: u64,
+    floor: Lsn,
+    told: Lsn,
+    cut_end: Lsn,
+}
+
+impl Ledger {
+    /// With what the repository holds entered.
+    #[must_use]
+    pub fn new(held: Held) -> Self {
+        let prefix = Prefix::new(Lsn::INVALID);
+        Self {
+            held,
+            prefix,
+            chain: 0,
+            floor: Lsn::INVALID,
+            told: Lsn::INVALID,
+            cut_end: Lsn::INVALID,
+        }
+    }
+
+    /// What the repository holds.
+    #[must_use]
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
+    /// Begins a chain as `attempt` says, through a slot that is at `slot_lsn`. Everything handed to
+    /// the store for an earlier chain is either stored or given up.
+    pub fn begin(&mut self, attempt: &Attempt, slot_lsn: Lsn) {
+        self.chain += 1;
+        self.prefix = Prefix::new(attempt.store_from);
+        for known in &attempt.known {
+            self.prefix.complete(*known);
+        }
+        self.floor = slot_lsn;
+        self.told = Lsn::INVALID;
+        self.cut_end = attempt.store_from;
+    }
+
+    /// Gives up everything before `position`, which the slot is to be moved to: the only way the
+    /// flush position ever passes WAL that is not stored. The gap was recorded before.
+    pub fn give_up_before(&mut self, position: Lsn) {
+        self.chain += 1;
+        self.prefix = Prefix::new(position);
+        self.prefix.note_boundary(position);
+        self.floor = position;
+        self.told = Lsn::INVALID;
+        self.cut_end = position;
+    }
+
+    /// The chain that extents cut from now on continue.
+    #[must_use]
+    pub fn chain(&self) -> u64 {
+        self.chain
+    }
+
+    /// A record ends at `boundary`.
+    pub fn note_boundary(&mut self, boundary: Lsn) {
+        self.prefix.note_boundary(boundary);
+    }
+
+    /// An extent of this chain was cut and is on its way.
+    pub fn cut(&mut self, extent: &CutExtent) {
+        self.cut_end = self.cut_end.max(extent.cut.range.end());
+        self.prefix.note_boundary(extent.boundary);
+    }
+
+    /// End of what was cut: it will be durable if this process lives on.
+    #[must_use]
+    pub fn cut_end(&self) -> Lsn {
+        self.cut_end
+    }
+
+    /// The store confirmed an extent.
+    pub fn stored(&mut self, stored: &Stored) {
+        self.held.add(stored.timeline, stored.extent.cut.range);
+        if stored.chain == self.chain {
+            self.prefix.complete(stored.extent.cut.range);
+        }
+    }
+
+    /// End of the chain's contiguous durable WAL.
+    #[must_use]
+    pub fn durable_end(&self) -> Lsn {
+        self.prefix.durable_end()
+    }
+
+    /// The flush position to tell the server; `Lsn::INVALID` (PostgreSQL ignores it) while there is
+    /// none.
+    #[must_use]
+    pub fn flush_position(&mut self) -> Lsn {
+        let position = self.prefix.acknowledgeable().unwrap_or(Lsn::INVALID);
+        if position >= self.floor {
+            self.told = self.told.max(position);
+        }
+        self.told
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cutter::{Cut, CutReason};
+    use super::*;
+
+    fn range(start: u64, end: u64) -> LsnRange {
+        LsnRange::new(Lsn(start), Lsn(end)).unwrap()
+    }
+
+    fn stored(start: u64, end: u64, chain: u64) -> Stored {
+        let cut = Cut { range: range(start, end), greatest_time: None, reason: CutReason::Idle };
+        let extent = CutExtent { cut, boundary: Lsn(end), commit_times: Vec::new() };
+        Stored { extent, timeline: TimelineId::FIRST, chain, stored_bytes: 1 }
+    }
+
+    fn attempt(store_from: u64) -> Attempt {
+        Attempt {
+            timeline: TimelineId::FIRST,
+            stream_from: Lsn(store_from),
+            store_from: Lsn(store_from),
+            known: Vec::new(),
+            gap: None,
+        }
+    }
+
+    #[test]
+    fn the_server_is_told_nothing_before_the_position_of_its_slot() {
+        let mut ledger = Ledger::new(Held::default());
+        ledger.begin(&attempt(1000), Lsn(1500));
+        ledger.note_boundary(Lsn(1200));
+        ledger.stored(&stored(1000, 1400, 1));
+        assert_eq!(ledger.flush_position(), Lsn::INVALID);
+        ledger.note_boundary(Lsn(1600));
+        ledger.stored(&stored(1400, 1700, 1));
+        assert_eq!(ledger.flush_position(), Lsn(1600));
+    }
+
+    #[test]
+    fn an_older_chain_does_not_move_the_flush_position() {
+        let mut ledger = Ledger::new(Held::default());
+        ledger.begin(&attempt(1000), Lsn(1000));
+        ledger.give_up_before(Lsn(9000));
+        assert_eq!(ledger.flush_position(), Lsn(9000));
+        ledger.stored(&stored(1000, 1400, 1));
+        assert_eq!(ledger.flush_position(), Lsn(9000));
+        assert_eq!(ledger.durable_end(), Lsn(9000));
+        assert_eq!(ledger.held().ranges(), vec![(TimelineId::FIRST, range(1000, 1400))]);
+        ledger.note_boundary(Lsn(9100));
+        ledger.stored(&stored(9000, 9100, 2));
+        assert_eq!(ledger.flush_position(), Lsn(9100));
+    }
+
+    #[test]
+    fn what_an_earlier_life_stored_past_a_hole_counts_once_the_hole_is_filled() {
+        let mut ledger = Ledger::new(Held::default());
+        let known = vec![range(1100, 1300)];
+        ledger.begin(&Attempt { known, ..attempt(1000) }, Lsn(1000));
+        assert_eq!(ledger.durable_end(), Lsn(1000));
+        ledger.stored(&stored(1000, 1100, 1));
+        assert_eq!(ledger.durable_end(), Lsn(1300));
+    }
+}

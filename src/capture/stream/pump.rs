@@ -1,0 +1,486 @@
+//! One connection's life: reads WAL, cuts and stores it, and tells the server how far it is durable.
+//!
+//! # Invariants
+//! 1. The server hears from us at least every status interval, whatever the repository does: nothing
+//!    here waits for the repository except in `select!`.
+//! 2. Memory is bounded: nothing is read while the budget is used up. The server then keeps the WAL.
+//! 3. One function sends the flush position: [`Pump::tell`].
+//!
+//! # Durability
+//! See [`super::prefix`] for why a position told is durable. A lost lease is noticed before each
+//! status is sent, so a fenced writer acknowledges nothing.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::cutter::{CutPolicy, CutReason};
+use super::engine::Engine;
+use super::intake::{Damage, Intake, Step};
+use super::resume::Attempt;
+use super::sealer::Place;
+use super::server::{self, OurSlot};
+use super::status::Phase;
+use super::watch::{Observation, Watch};
+use crate::clock::Instant;
+use crate::error::{Error, Kind, Result};
+use crate::pg::{Lsn, SegmentSize, TimelineId};
+use crate::wire::{Connection, StandbyStatus, WalEvent, WalStream};
+
+/// Uploads at a time in synchronous mode: while two are on their way, commits gather for the next,
+/// so that many clients cost two requests a round trip and not one each.
+const SYNCHRONOUS_UPLOADS_MAX: usize = 2;
+/// Shortest time between two answers to a server that asks the same again and again, as it does
+/// while it shuts down and waits for us.
+const REPLY_PAUSE: Duration = Duration::from_millis(100);
+/// Longest that a polite goodbye may take.
+const GOODBYE_MAX: Duration = Duration::from_secs(5);
+/// Longest that a message of ours may wait for the server to read it.
+const SEND_MAX: Duration = Duration::from_secs(60);
+
+/// How the connection ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// We were asked to stop, and everything received is stored and acknowledged.
+    Stopped,
+    /// The server keeps more WAL for us than it may.
+    CeilingPassed,
+    /// Somebody else writes now.
+    LeaseLost(Error),
+    /// The server no longer has the WAL that was asked for.
+    WalRemoved(Error),
+}
+
+/// What became of one timeline's stream.
+enum Flow {
+    Ended(Ended),
+    NextTimeline { timeline: TimelineId, start: Lsn },
+}
+
+/// A connection that streams.
+pub(super) struct Pump<'e, 'a> {
+    engine: &'e mut Engine<'a>,
+    intake: Intake,
+    timeline: TimelineId,
+    status_interval: Duration,
+    synchronous: bool,
+    told_at: Instant,
+    told: Lsn,
+    reply_owed: bool,
+    steps: Vec<Step>,
+    requests: watch::Receiver<Lsn>,
+}
+
+impl<'e, 'a> Pump<'e, 'a> {
+    pub(super) fn new(
+        engine: &'e mut Engine<'a>,
+        attempt: &Attempt,
+        segment_size: SegmentSize,
+        status_interval: Duration,
+    ) -> Self {
+        let options = &engine.stream.options;
+        let policy = CutPolicy {
+            segment_size,
+            flush_interval: options.flush_interval,
+            idle_flush_interval: options.idle_flush_interval,
+        };
+        let damage = match std::mem::take(&mut engine.store_unread) {
+            true => Damage::StoreUnread,
+            false => Damage::Report,
+        };
+        let intake = Intake::new(policy, attempt, damage);
+        let requests = engine.status.flush_requests();
+        let told_at = engine.clock.instant();
+        Self {
+            intake,
+            timeline: attempt.timeline,
+            status_interval,
+            synchronous: false,
+            told_at,
+            told: Lsn::INVALID,
+            reply_owed: false,
+            steps: Vec::new(),
+            requests,
+            engine,
+        }
+    }
+
+    /// Commits wait for us: each is flushed at once, as far as uploads are free.
+    pub(super) fn set_synchronous(&mut self, synchronous: bool) {
+        if synchronous != self.synchronous {
+            let state = if synchronous { "wait" } else { "do not wait" };
+            tracing::info!("commits on the server {state} for this stream");
+        }
+        self.synchronous = synchronous;
+        let usual = self.engine.stream.options.flush_interval;
+        self.intake.set_flush_interval(if synchronous { Duration::ZERO } else { usual });
+        self.engine.status.update(|now| now.synchronous = synchronous);
+    }
+
+    /// Streams over `connection` until something ends it, across timelines.
+    pub(super) async fn run(
+        mut self,
+        connection: Connection,
+        slot: &OurSlot,
+        cancel: &CancellationToken,
+    ) -> Result<Ended> {
+        let began_at = self.intake.received_end();
+        let result = self.stream_timelines(connection, slot, cancel).await;
+        // Whatever ended it, what was received goes its way.
+        self.cut(CutReason::StreamEnd).await?;
+        match result {
+            Err(error) if error.kind() == Kind::NotFound => {
+                if self.intake.received_end() == began_at {
+                    return Ok(Ended::WalRemoved(error));
+                }
+                Err(error)
+            }
+            other => other,
+        }
+    }
+
+    async fn stream_timelines(
+        &mut self,
+        mut connection: Connection,
+        slot: &OurSlot,
+        cancel: &CancellationToken,
+    ) -> Result<Ended> {
+        let requested = *self.requests.borrow_and_update();
+        self.intake.cutter().request(requested);
+        let postgres = self.engine.stream.postgres.clone();
+        let (clock, status) = (self.engine.clock.clone(), self.engine.status.clone());
+        let mut watch = Watch::start(&postgres, &slot.name, &clock, &status);
+        loop {
+            let start = self.intake.received_end();
+            let mut wal =
+                connection.start_replication(Some(&slot.name), start, self.timeline).await?;
+            tracing::info!("streaming timeline {} from {start}", self.timeline);
+            self.show_begin();
+            match self.stream_timeline(&mut wal, &mut watch, cancel).await? {
+                Flow::Ended(ended) => {
+                    if matches!(ended, Ended::Stopped) {
+                        self.say_goodbye(wal).await;
+                    }
+                    return Ok(ended);
+                }
+                Flow::NextTimeline { timeline, start } => {
+                    connection = wal.finish().await?;
+                    self.switch(&mut connection, timeline, start).await?;
+                }
+            }
+        }
+    }
+
+    fn show_begin(&self) {
+        let timeline = self.timeline;
+        let (received_end_lsn, durable) =
+            (self.intake.received_end(), self.engine.ledger.durable_end());
+        self.engine.status.update(|now| {
+            now.phase = Phase::Streaming;
+            now.timeline = Some(timeline);
+            now.received_end_lsn = received_end_lsn;
+            now.durable_end_lsn = durable;
+            now.connection_count += 1;
+            now.server_error = None;
+        });
+    }
+
+    /// The server finished a timeline: so do we, exactly there.
+    async fn switch(
+        &mut self,
+        connection: &mut Connection,
+        timeline: TimelineId,
+        start: Lsn,
+    ) -> Result<()> {
+        let received = self.intake.received_end();
+        if received != start {
+            let message = format!(
+                "the server ended timeline {} at {start} and sent it up to {received}",
+                self.timeline
+            );
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+        tracing::info!("timeline {} ended at {start}; timeline {timeline} follows", self.timeline);
+        self.cut(CutReason::StreamEnd).await?;
+        // Its history is durable before any of its WAL is, and so before any is acknowledged.
+        let (_, content) = server::read_history(connection, timeline).await?;
+        if let Some(content) = content {
+            self.engine.stream.writer.put_history(timeline, content).await?;
+        }
+        self.timeline = timeline;
+        Ok(())
+    }
+
+    async fn stream_timeline(
+        &mut self,
+        wal: &mut WalStream,
+        watch: &mut Watch,
+        cancel: &CancellationToken,
+    ) -> Result<Flow> {
+        loop {
+            self.cut_what_is_due().await?;
+            let reads = self.may_read();
+            self.show_phase(reads);
+            let wake = self.wake_at();
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return self.stop(wal).await.map(Flow::Ended),
+                error = self.engine.guard.lost() => {
+                    return Ok(Flow::Ended(Ended::LeaseLost(error)));
+                }
+                stored = self.engine.uploads.next_stored() => {
+                    let stored = stored?;
+                    self.engine.on_stored(&stored);
+                    self.tell_if_moved(wal).await?;
+                }
+                sealed = self.engine.sealer.next() => {
+                    let sealed = sealed?;
+                    self.engine.upload([sealed]);
+                }
+                Ok(()) = self.requests.changed() => {
+                    let requested = *self.requests.borrow_and_update();
+                    self.intake.cutter().request(requested);
+                }
+                observed = watch.changed() => {
+                    if self.observe(&observed) {
+                        return Ok(Flow::Ended(Ended::CeilingPassed));
+                    }
+                }
+                () = tokio::time::sleep_until(wake) => {
+                    if self.reply_owed || self.status_due_at() <= self.engine.clock.instant() {
+                        self.tell(wal).await?;
+                    }
+                }
+                event = wal.next(), if reads => {
+                    if let Some(flow) = self.on_event(event?, wal).await? {
+                        return Ok(flow);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn on_event(&mut self, event: WalEvent, wal: &mut WalStream) -> Result<Option<Flow>> {
+        match event {
+            WalEvent::Wal { start_lsn, server_end_lsn, data, .. } => {
+                self.show_server_end(server_end_lsn);
+                let now = self.engine.clock.instant();
+                let mut steps = std::mem::take(&mut self.steps);
+                let taken = self.intake.take(start_lsn, data, now, &mut steps);
+                self.execute(&mut steps).await?;
+                self.steps = steps;
+                if let Err(error) = taken {
+                    return Err(self.note_damage(error));
+                }
+                let received_end_lsn = self.intake.received_end();
+                self.engine.status.update(|now| now.received_end_lsn = received_end_lsn);
+                self.tell_if_moved(wal).await?;
+            }
+            WalEvent::Keepalive { server_end_lsn, server_time, reply_requested } => {
+                self.show_server_end(server_end_lsn);
+                let quiet = server_end_lsn <= self.intake.received_end()
+                    && !self.intake.cutter().holds_commit()
+                    && self.engine.unstored_count() == 0;
+                if quiet {
+                    self.engine.status.update(|now| now.caught_up_at = server_time.to_timestamp());
+                    self.engine.report(self.timeline);
+                }
+                self.reply_owed |= reply_requested;
+            }
+            WalEvent::TimelineEnded { next_timeline, next_start_lsn } => {
+                return Ok(Some(Flow::NextTimeline {
+                    timeline: next_timeline,
+                    start: next_start_lsn,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Remembers where the decoder failed, so that the second time is not the same again.
+    fn note_damage(&mut self, error: Error) -> Error {
+        if error.kind() != Kind::Corrupt {
+            return error;
+        }
+        let at = self.intake.boundary();
+        self.engine.store_unread = self.engine.damaged_at.replace(at) == Some(at);
+        error.context(format!("the WAL received after {at} is damaged"))
+    }
+
+    fn show_server_end(&self, server_end_lsn: Lsn) {
+        self.engine.status.update(|now| {
+            now.server_end_lsn = now.server_end_lsn.max(server_end_lsn);
+        });
+    }
+
+    fn observe(&mut self, observed: &Observation) -> bool {
+        if let Some(state) = observed.slot.sync_state.as_deref() {
+            let waits = matches!(state, "sync" | "quorum");
+            if waits != self.synchronous {
+                self.set_synchronous(waits);
+            }
+        }
+        self.engine.on_observation(observed)
+    }
+
+    /// Whether the memory budget allows another message.
+    fn may_read(&self) -> bool {
+        let budget = &self.engine.stream.options.budget;
+        let filling = self.engine.sealer.held_bytes() < budget.extent_bytes_cut as u64;
+        filling && self.engine.uploads.unstored_bytes() < budget.extent_bytes_in_flight
+    }
+
+    /// Whether an extent may be cut only because it is due: while all uploads are busy, more WAL
+    /// gathers in it instead.
+    fn has_free_place(&self) -> bool {
+        let usual = self.engine.stream.options.uploads_max;
+        let places = if self.synchronous { SYNCHRONOUS_UPLOADS_MAX.min(usual) } else { usual };
+        self.engine.unstored_count() < places
+    }
+
+    async fn cut_what_is_due(&mut self) -> Result<()> {
+        let now = self.engine.clock.instant();
+        let budget = &self.engine.stream.options.budget;
+        let large = self.engine.sealer.held_bytes() >= budget.extent_bytes_cut as u64
+            && self.engine.uploads.unstored_bytes() < budget.extent_bytes_in_flight;
+        if large {
+            return self.cut(CutReason::Budget).await;
+        }
+        match self.intake.cutter().due(now) {
+            Some(reason) if self.has_free_place() => self.cut(reason).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn cut(&mut self, reason: CutReason) -> Result<()> {
+        let mut steps = std::mem::take(&mut self.steps);
+        self.intake.cut(reason, &mut steps);
+        self.execute(&mut steps).await?;
+        self.steps = steps;
+        Ok(())
+    }
+
+    /// Does what the intake decided.
+    async fn execute(&mut self, steps: &mut Vec<Step>) -> Result<()> {
+        let mut sealed = Vec::new();
+        for step in steps.drain(..) {
+            match step {
+                Step::Store { start, piece } => {
+                    let place = Place { timeline: self.timeline, start };
+                    self.engine.sealer.push(place, piece, &mut sealed).await?;
+                }
+                Step::Cut(extent) => {
+                    self.engine.ledger.cut(&extent);
+                    let chain = self.engine.ledger.chain();
+                    self.engine.sealer.finish(extent, chain, &mut sealed).await?;
+                }
+                Step::Boundary(boundary) => self.engine.ledger.note_boundary(boundary),
+                Step::MinimalWal(position) => self.engine.note_minimal_wal(self.timeline, position),
+            }
+        }
+        self.engine.upload(sealed);
+        Ok(())
+    }
+
+    fn status_due_at(&self) -> Instant {
+        self.told_at + self.status_interval
+    }
+
+    /// When something is to be done though nothing happens.
+    fn wake_at(&mut self) -> Instant {
+        let mut wake = self.status_due_at();
+        if self.reply_owed {
+            wake = wake.min(self.told_at + REPLY_PAUSE);
+        }
+        if self.has_free_place()
+            && let Some(due) = self.intake.cutter().deadline()
+        {
+            wake = wake.min(due);
+        }
+        wake
+    }
+
+    fn show_phase(&self, reads: bool) {
+        let phase = if reads { Phase::Streaming } else { Phase::WaitingForRepository };
+        if self.engine.status.phase() != phase {
+            self.engine.status.update(|now| now.phase = phase);
+        }
+    }
+
+    async fn tell_if_moved(&mut self, wal: &mut WalStream) -> Result<()> {
+        if self.engine.ledger.flush_position() > self.told {
+            self.tell(wal).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the server how far its WAL is durable: the only place that does.
+    ///
+    /// All three positions are the durable one: a COMMIT under any level of `synchronous_commit`
+    /// that waits for a standby returns only for what the repository holds.
+    ///
+    /// # Durability
+    /// The position is [`super::ledger::Ledger::flush_position`], and it is sent only while the
+    /// lease is held: a rival that took over may have other WAL at the same positions.
+    async fn tell(&mut self, wal: &mut WalStream) -> Result<()> {
+        self.engine.guard.ensure_held()?;
+        let flushed = self.engine.ledger.flush_position();
+        let status = StandbyStatus {
+            written_end_lsn: flushed,
+            durable_end_lsn: flushed,
+            applied_end_lsn: flushed,
+            reply_requested: false,
+        };
+        match tokio::time::timeout(SEND_MAX, wal.send_status(status)).await {
+            Ok(sent) => sent?,
+            Err(_elapsed) => {
+                let message = "the server does not read what it is told";
+                return Err(Error::new(Kind::Unavailable, message));
+            }
+        }
+        self.told = flushed;
+        self.told_at = self.engine.clock.instant();
+        self.reply_owed = false;
+        self.engine.status.update(|now| now.acknowledged_end_lsn = flushed);
+        Ok(())
+    }
+
+    /// Stores what was received, tells the server, and ends.
+    async fn stop(&mut self, wal: &mut WalStream) -> Result<Ended> {
+        self.engine.status.update(|now| now.phase = Phase::Stopping);
+        let deadline = self.engine.clock.instant() + self.engine.stream.options.stop_grace;
+        self.cut(CutReason::Shutdown).await?;
+        while self.engine.unstored_count() > 0 {
+            let status_due_at = self.status_due_at();
+            tokio::select! {
+                biased;
+                error = self.engine.guard.lost() => return Ok(Ended::LeaseLost(error)),
+                stored = self.engine.uploads.next_stored() => {
+                    let stored = stored?;
+                    self.engine.on_stored(&stored);
+                    self.tell_if_moved(wal).await?;
+                }
+                sealed = self.engine.sealer.next() => {
+                    let sealed = sealed?;
+                    self.engine.upload([sealed]);
+                }
+                () = tokio::time::sleep_until(deadline) => {
+                    return Ok(Ended::LeaseLost(self.engine.not_all_stored()));
+                }
+                () = tokio::time::sleep_until(status_due_at) => self.tell(wal).await?,
+            }
+        }
+        self.tell(wal).await?;
+        Ok(Ended::Stopped)
+    }
+
+    /// Ends the stream so that the server logs no broken connection. What matters was said.
+    async fn say_goodbye(&self, wal: WalStream) {
+        match tokio::time::timeout(GOODBYE_MAX, wal.finish()).await {
+            Ok(Ok(connection)) => connection.close().await,
+            Ok(Err(error)) => tracing::debug!("the server ended the stream first: {error}"),
+            Err(_elapsed) => tracing::debug!("the server did not end the stream in time"),
+        }
+    }
+}

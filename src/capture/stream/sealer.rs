@@ -1,0 +1,190 @@
+//! The thread that compresses and seals extents, so that no tokio worker does.
+//!
+//! Orders go in through a bounded queue in the order of the WAL, sealed extents come out in the same
+//! order. What the thread holds is visible without asking it ([`Sealer::held_bytes`]).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::intake::CutExtent;
+use super::uploads::Upload;
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::{Lsn, TimelineId};
+use crate::pipeline::Level;
+use crate::repo::{ExtentBuilder, Writer};
+
+/// Pieces that may wait for the thread: 2 MiB at PostgreSQL's 128 KiB a message, a few milliseconds
+/// of compression.
+const ORDERS_MAX: usize = 16;
+
+/// Where the pieces of an extent belong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Timeline of the WAL.
+    pub timeline: TimelineId,
+    /// Position of the first byte of the piece.
+    pub start: Lsn,
+}
+
+enum Order {
+    Push(Place, Bytes),
+    Finish(CutExtent, u64),
+}
+
+/// A thread that seals extents; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Sealer {
+    orders: mpsc::Sender<Order>,
+    sealed: mpsc::Receiver<Result<Upload>>,
+    held_bytes: Arc<AtomicU64>,
+    cuts_pending: usize,
+}
+
+impl Sealer {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// `unavailable` when the system refuses a thread.
+    pub fn start(writer: Writer, level: Level) -> Result<Self> {
+        let (orders, todo) = mpsc::channel(ORDERS_MAX);
+        let (done, sealed) = mpsc::channel(ORDERS_MAX);
+        let held_bytes = Arc::new(AtomicU64::new(0));
+        let held = Arc::clone(&held_bytes);
+        thread::Builder::new()
+            .name("tm-seal".to_owned())
+            .spawn(move || work(&writer, level, todo, &done, &held))
+            .context(|| "unable to start the sealing thread")?;
+        Ok(Self { orders, sealed, held_bytes, cuts_pending: 0 })
+    }
+
+    /// Bytes held for the extent being filled.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.held_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Extents cut and not yet given by [`Sealer::next`].
+    #[must_use]
+    pub fn cuts_pending(&self) -> usize {
+        self.cuts_pending
+    }
+
+    /// Appends a piece to the extent being filled; extents that are sealed meanwhile go to `sealed`,
+    /// so that thread and caller never wait for each other.
+    ///
+    /// # Errors
+    /// As [`Sealer::next`].
+    pub async fn push(
+        &mut self,
+        place: Place,
+        piece: Bytes,
+        sealed: &mut Vec<Upload>,
+    ) -> Result<()> {
+        self.order(Order::Push(place, piece), sealed).await
+    }
+
+    /// Ends the extent being filled; `chain` is handed through.
+    ///
+    /// # Errors
+    /// As [`Sealer::next`].
+    pub async fn finish(
+        &mut self,
+        extent: CutExtent,
+        chain: u64,
+        sealed: &mut Vec<Upload>,
+    ) -> Result<()> {
+        self.cuts_pending += 1;
+        self.order(Order::Finish(extent, chain), sealed).await
+    }
+
+    async fn order(&mut self, order: Order, sealed: &mut Vec<Upload>) -> Result<()> {
+        loop {
+            tokio::select! {
+                place = self.orders.reserve() => {
+                    place.map_err(gone)?.send(order);
+                    return Ok(());
+                }
+                Some(upload) = self.sealed.recv() => {
+                    self.cuts_pending = self.cuts_pending.saturating_sub(1);
+                    sealed.push(upload?);
+                }
+            }
+        }
+    }
+
+    /// The next sealed extent; waits for ever when none was cut.
+    ///
+    /// # Errors
+    /// `bug` when the thread was asked for the impossible, `unavailable` without memory.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Result<Upload> {
+        let upload = self.sealed.recv().await.ok_or_else(|| gone(()))??;
+        self.cuts_pending = self.cuts_pending.saturating_sub(1);
+        Ok(upload)
+    }
+}
+
+fn gone<T>(_: T) -> Error {
+    Error::new(Kind::Bug, "the sealing thread has ended")
+}
+
+fn work(
+    writer: &Writer,
+    level: Level,
+    mut todo: mpsc::Receiver<Order>,
+    done: &mpsc::Sender<Result<Upload>>,
+    held_bytes: &AtomicU64,
+) {
+    let mut builder = None;
+    while let Some(order) = todo.blocking_recv() {
+        match execute(writer, level, &mut builder, order) {
+            Ok(None) => {}
+            Ok(Some(upload)) => {
+                if done.blocking_send(Ok(upload)).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                // Whoever asks next is told; there is nobody left to tell if that fails.
+                drop(done.blocking_send(Err(error)));
+                return;
+            }
+        }
+        let held = builder.as_ref().map_or(0, ExtentBuilder::held_bytes);
+        held_bytes.store(held as u64, Ordering::Relaxed);
+    }
+}
+
+fn execute(
+    writer: &Writer,
+    level: Level,
+    builder: &mut Option<ExtentBuilder>,
+    order: Order,
+) -> Result<Option<Upload>> {
+    match order {
+        Order::Push(place, piece) => {
+            let mut filling = match builder.take() {
+                Some(filling) => filling,
+                None => ExtentBuilder::new(writer, place.timeline, place.start, level)?,
+            };
+            assert!(filling.end() == place.start, "a piece does not follow on in its extent");
+            filling.push(piece)?;
+            *builder = Some(filling);
+            Ok(None)
+        }
+        Order::Finish(extent, chain) => {
+            let empty = || Error::new(Kind::Bug, "an extent was ended that was never begun");
+            let filled = builder.take().ok_or_else(empty)?;
+            let extent_end = extent.cut.range.end();
+            assert!(filled.end() == extent_end, "an extent does not hold what it is called");
+            let sealed = filled.finish(extent.cut.greatest_time)?;
+            Ok(Some(Upload { sealed, extent, chain }))
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The server at the other end: who it is, how it is set up, and our slot on it.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{SlotLife, StreamOptions, watch};
+use crate::clock::Clock;
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::{Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::wire::{ConnectOptions, Connection, Session, Slot, SlotLife as WireSlotLife};
+
+/// Longest time between two messages of ours, whatever the server allows.
+const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// Shortest, should the server's time-out be set to next to nothing.
+const STATUS_INTERVAL_MIN: Duration = Duration::from_millis(100);
+
+/// What was learnt about the server when the connection was made.
+#[derive(Debug)]
+pub struct Server {
+    /// The open walsender session.
+    pub connection: Connection,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// The way to its timeline.
+    pub history: TimelineHistory,
+    /// The history file behind it; `None` on timeline 1.
+    pub history_file: Option<Bytes>,
+    /// End of the WAL it has on disk.
+    pub flushed_end_lsn: Lsn,
+    /// Size of its WAL segments.
+    pub segment_size: SegmentSize,
+    /// How often it must hear from us.
+    pub status_interval: Duration,
+    /// `synchronous_standby_names` names us.
+    pub synchronous: bool,
+    /// Whether it is a standby.
+    pub in_recovery: bool,
+}
+
+impl Server {
+    /// Connects and asks.
+    ///
+    /// # Errors
+    /// What connecting and asking report. The inner error is `conflict`: the server is another
+    /// cluster than `expected`, and asking again will not change that.
+    pub async fn meet(
+        postgres: &ConnectOptions,
+        expected: SystemId,
+        clock: &Clock,
+    ) -> Result<Result<Self>> {
+        let mut connection = Connection::connect(postgres, Session::Physical, clock).await?;
+        let identity = connection.identify_system().await?;
+        if let Err(other) = check_system(expected, identity.system_id) {
+            return Ok(Err(other));
+        }
+        let segment_size = connection.segment_size().await?;
+        let timeout = connection.show("wal_sender_timeout").await?;
+        let names = connection.show("synchronous_standby_names").await?;
+        let name = connection.parameter("application_name").unwrap_or_default();
+        let synchronous = watch::is_named(&names, name);
+        let in_recovery = is_in_recovery(&mut connection).await?;
+        let timeline = identity.timeline;
+        let (history, history_file) = read_history(&mut connection, timeline).await?;
+        Ok(Ok(Self {
+            connection,
+            timeline,
+            history,
+            history_file,
+            flushed_end_lsn: identity.flushed_end_lsn,
+            segment_size,
+            status_interval: status_interval(&timeout),
+            synchronous,
+            in_recovery,
+        }))
+    }
+
+    /// Connects again to the same server for another try at streaming.
+    ///
+    /// # Errors
+    /// As [`Server::meet`].
+    pub async fn reconnect(
+        postgres: &ConnectOptions,
+        expected: SystemId,
+        clock: &Clock,
+    ) -> Result<Connection> {
+        let mut connection = Connection::connect(postgres, Session::Physical, clock).await?;
+        check_system(expected, connection.identify_system().await?.system_id)?;
+        Ok(connection)
+    }
+}
+
+/// Refuses a server that is not the one this repository belongs to.
+///
+/// # Errors
+/// `conflict`.
+pub fn check_system(expected: SystemId, found: SystemId) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    let message = format!(
+        "the server is another PostgreSQL cluster than the one in the repository: system \
+         identifier {found}, expected {expected}"
+    );
+    Err(Error::new(Kind::Conflict, message).hint(
+        "Check the connection string, or give this server a cluster name of its own (--cluster).",
+    ))
+}
+
+/// The history of `timeline` as the server has it.
+///
+/// # Errors
+/// What the server says; `corrupt` for what is no history.
+pub async fn read_history(
+    connection: &mut Connection,
+    timeline: TimelineId,
+) -> Result<(TimelineHistory, Option<Bytes>)> {
+    if timeline == TimelineId::FIRST {
+        return Ok((TimelineHistory::first_timeline_only(timeline), None));
+    }
+    let attempted = || format!("unable to read the history of timeline {timeline}");
+    let (_, content) = connection.timeline_history(timeline).await.context(attempted)?;
+    Ok((TimelineHistory::decode(timeline, &content)?, Some(content)))
+}
+
+async fn is_in_recovery(connection: &mut Connection) -> Result<bool> {
+    // Reported since PostgreSQL 14; before, a transaction in recovery is at least read-only.
+    match connection.parameter("in_hot_standby") {
+        Some(value) => Ok(value == "on"),
+        None => Ok(connection.show("transaction_read_only").await? == "on"),
+    }
+}
+
+/// Our slot as it is to be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OurSlot {
+    /// Its name.
+    pub name: String,
+    /// Oldest WAL it keeps.
+    pub restart_lsn: Lsn,
+}
+
+/// Finds the slot or makes it.
+///
+/// # Errors
+/// What the server says: `config` when no slot is free, `conflict` when a logical slot has the name.
+pub async fn ensure_slot(
+    server: &mut Server,
+    options: &StreamOptions,
+    clock: &Clock,
+) -> Result<OurSlot> {
+    let connection = &mut server.connection;
+    let name = options.slot_name.clone();
+    let found = connection.read_slot(&name).await?;
+    match (found, options.slot_life) {
+        (Some(Slot { restart_lsn: Some(restart_lsn), .. }), _) => Ok(OurSlot { name, restart_lsn }),
+        (None, SlotLife::Connection) => {
+            let unique = u32::from_le_bytes(clock.random()?);
+            let name = format!("{}_{unique:08x}", name.get(..54).unwrap_or(&name));
+            make_slot(server, name, WireSlotLife::Temporary).await
+        }
+        (None, SlotLife::Permanent) => {
+            tracing::info!("creating replication slot '{name}'");
+            make_slot(server, name, WireSlotLife::Permanent).await
+        }
+        (Some(_), _) => {
+            tracing::warn!(
+                "replication slot '{name}' keeps no WAL (it was invalidated, or made without \
+                 reserving any); it is made anew"
+            );
+            connection.drop_slot(&name).await?;
+            make_slot(server, name, WireSlotLife::Permanent).await
+        }
+    }
+}
+
+async fn make_slot(server: &mut Server, name: String, life: WireSlotLife) -> Result<OurSlot> {
+    server.connection.create_slot(&name, life).await?;
+    let made = server.connection.read_slot(&name).await?;
+    // A server that cannot tell keeps at least what follows its newest checkpoint.
+    let restart_lsn = made.and_then(|slot| slot.restart_lsn).unwrap_or(server.flushed_end_lsn);
+    Ok(OurSlot { name, restart_lsn })
+}
+
+/// A third of the server's `wal_sender_timeout`, at most ten seconds.
+fn status_interval(wal_sender_timeout: &str) -> Duration {
+    match duration(wal_sender_timeout) {
+        Some(timeout) if !timeout.is_zero() => {
+            (timeout / 3).clamp(STATUS_INTERVAL_MIN, STATUS_INTERVAL_MAX)
+        }
+        _ => STATUS_INTERVAL_MAX,
+    }
+}
+
+/// A time setting as `SHOW` writes it: a whole number and a unit.
+fn duration(text: &str) -> Option<Duration> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    let millis = match unit.trim() {
+        "" | "ms" => 1,
+        "s" => 1000,
+        "min" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    Some(Duration::from_millis(number.checked_mul(millis)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_server_hears_from_us_three_times_in_its_time_out() {
+        assert_eq!(status_interval("1min"), Duration::from_secs(10));
+        assert_eq!(status_interval("6s"), Duration::from_secs(2));
+        assert_eq!(status_interval("1500ms"), Duration::from_millis(500));
+        assert_eq!(status_interval("0"), Duration::from_secs(10));
+        assert_eq!(status_interval("what"), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn another_cluster_is_refused() {
+        assert!(check_system(SystemId(1), SystemId(1)).is_ok());
+        assert_eq!(check_system(SystemId(1), SystemId(2)).unwrap_err().kind(), Kind::Conflict);
+    }
+}

@@ -1,0 +1,194 @@
+//! Questions to the catalog while the stream runs: is the slot in danger, does anybody wait for us,
+//! how far is the server.
+//!
+//! Asked on short-lived ordinary connections, once a minute and every ten seconds while the
+//! repository does not take WAL. A server that lets us in for replication only is no error: it is
+//! then asked `IDENTIFY_SYSTEM`, and what only the catalog knows stays unknown.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::status::{Phase, SlotHealth, Status};
+use crate::clock::Clock;
+use crate::error::{Error, Kind, Result};
+use crate::pg::Lsn;
+use crate::wire::{ConnectOptions, Connection, Row, Session};
+
+/// Soon after a connection is made, so that the walsender is in the catalog.
+const FIRST_AFTER: Duration = Duration::from_secs(2);
+/// How often it is decided whether to ask.
+const TICK: Duration = Duration::from_secs(10);
+/// Ticks between two questions while all is well.
+const TICKS_WHEN_WELL: u32 = 6;
+/// Longest that the answer may take: the stream must not depend on it.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
+
+/// What the server's catalog said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observation {
+    /// End of the WAL the server has on disk.
+    pub server_end_lsn: Lsn,
+    /// The slot and whether it is waited for; empty when the catalog could not be asked.
+    pub slot: SlotHealth,
+    /// Number of the observation; 0 = none yet.
+    pub number: u64,
+}
+
+/// A task that asks, until dropped.
+#[derive(Debug)]
+pub struct Watch {
+    task: JoinHandle<()>,
+    observed: watch::Receiver<Observation>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Watch {
+    /// Begins to ask about the slot `slot_name`, which must be a slot's name.
+    #[must_use]
+    pub fn start(
+        postgres: &ConnectOptions,
+        slot_name: &str,
+        clock: &Clock,
+        status: &Arc<Status>,
+    ) -> Self {
+        let (sender, observed) = watch::channel(Observation::default());
+        let asking = Asking {
+            postgres: postgres.clone(),
+            slot_name: slot_name.to_owned(),
+            clock: clock.clone(),
+            status: Arc::clone(status),
+            catalog_refused: false,
+        };
+        Self { task: tokio::spawn(asking.run(sender)), observed }
+    }
+
+    /// Waits for the next observation.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn changed(&mut self) -> Observation {
+        if self.observed.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        self.observed.borrow_and_update().clone()
+    }
+}
+
+struct Asking {
+    postgres: ConnectOptions,
+    slot_name: String,
+    clock: Clock,
+    status: Arc<Status>,
+    catalog_refused: bool,
+}
+
+impl Asking {
+    async fn run(mut self, sender: watch::Sender<Observation>) {
+        tokio::time::sleep(FIRST_AFTER).await;
+        let mut number = 0;
+        let mut ticks = 0;
+        loop {
+            let troubled = self.status.snapshot().phase == Phase::WaitingForRepository;
+            if ticks == 0 || troubled {
+                ticks = TICKS_WHEN_WELL;
+                match tokio::time::timeout(ANSWER_MAX, self.ask()).await {
+                    Ok(Ok(found)) => {
+                        number += 1;
+                        sender.send_replace(Observation { number, ..found });
+                    }
+                    Ok(Err(error)) => tracing::debug!("unable to ask about the slot: {error}"),
+                    Err(_elapsed) => tracing::debug!("no answer to a question about the slot"),
+                }
+            }
+            ticks -= 1;
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    async fn ask(&mut self) -> Result<Observation> {
+        if !self.catalog_refused {
+            match Connection::connect(&self.postgres, Session::Database, &self.clock).await {
+                Ok(connection) => return observe(connection, &self.slot_name).await,
+                Err(error) if error.is_transient() => return Err(error),
+                Err(error) => {
+                    self.catalog_refused = true;
+                    tracing::warn!(
+                        "the state of the replication slot cannot be watched: {error}; streaming \
+                         goes on without"
+                    );
+                }
+            }
+        }
+        let mut connection =
+            Connection::connect(&self.postgres, Session::Physical, &self.clock).await?;
+        let server_end_lsn = connection.identify_system().await?.flushed_end_lsn;
+        connection.close().await;
+        Ok(Observation { server_end_lsn, ..Observation::default() })
+    }
+}
+
+async fn observe(mut connection: Connection, slot_name: &str) -> Result<Observation> {
+    let sql = format!(
+        "select case when pg_catalog.pg_is_in_recovery() \
+         then coalesce(greatest(pg_catalog.pg_last_wal_receive_lsn(), \
+         pg_catalog.pg_last_wal_replay_lsn()), '0/0') \
+         else pg_catalog.pg_current_wal_flush_lsn() end, \
+         s.wal_status, s.safe_wal_size, r.sync_state \
+         from (select 1) as one \
+         left join pg_catalog.pg_replication_slots s on s.slot_name = '{slot_name}' \
+         left join pg_catalog.pg_stat_replication r on r.pid = s.active_pid"
+    );
+    let rows = connection.query(&sql).await?;
+    connection.close().await;
+    let row = rows.first().ok_or_else(|| unexpected("no row"))?;
+    decode(row)
+}
+
+fn decode(row: &Row) -> Result<Observation> {
+    let text = |index| row.get(index).map(|value| value.map(str::to_owned));
+    let server_end_lsn = row.get(0)?.unwrap_or("0/0").parse()?;
+    let safe_wal_bytes = match row.get(2)? {
+        Some(size) => {
+            let number = size.parse().ok();
+            Some(number.ok_or_else(|| unexpected(&format!("safe_wal_size is '{size}'")))?)
+        }
+        None => None,
+    };
+    let slot = SlotHealth { wal_status: text(1)?, safe_wal_bytes, sync_state: text(3)? };
+    Ok(Observation { server_end_lsn, slot, number: 0 })
+}
+
+fn unexpected(found: &str) -> Error {
+    Error::new(Kind::Corrupt, format!("unable to read the state of the replication slot: {found}"))
+}
+
+/// Whether `synchronous_standby_names` = `setting` names the application `name`: then commits may
+/// wait for us. A superset is fine: it costs requests, not correctness.
+#[must_use]
+pub fn is_named(setting: &str, name: &str) -> bool {
+    let part = |c: char| !(c.is_alphanumeric() || matches!(c, '_' | '$' | '*' | '-' | '.'));
+    setting.split(part).any(|word| word == "*" || word.eq_ignore_ascii_case(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_of_synchronous_standby_names_is_understood() {
+        for yes in ["tidemark", "*", "FIRST 1 (a, tidemark)", "ANY 2 (\"Tidemark\",b,c)", "2 (*)"] {
+            assert!(is_named(yes, "tidemark"), "{yes}");
+        }
+        for no in ["", "tidemark2", "FIRST 1 (tide, mark)", "any 1 (a_tidemark)"] {
+            assert!(!is_named(no, "tidemark"), "{no}");
+        }
+    }
+}
