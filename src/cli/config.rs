@@ -4,6 +4,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::invocation::Invocation;
+use crate::config::file;
 use crate::config::key::{Form, LIST_SECTION};
 use crate::config::settings::{Origin, Shown};
 use crate::error::Result;
@@ -108,7 +109,7 @@ fn as_toml(settings: &[Shown], show: &Show) -> String {
 }
 
 fn toml_value(form: Form, items: &[String]) -> String {
-    let quoted = |text: &String| toml::Value::String(text.clone()).to_string();
+    let quoted = |text: &String| file::quoted(text);
     match form {
         Form::List => format!("[{}]", items.iter().map(quoted).collect::<Vec<_>>().join(", ")),
         Form::Integer { .. } | Form::Switch => items.first().cloned().unwrap_or_default(),

@@ -86,15 +86,13 @@ fn heading(group: Group) -> &'static str {
 fn arg(key: &'static Key) -> Option<Arg> {
     let flag = key.flag?;
     let first_sentence = key.help.split_inclusive(". ").next().unwrap_or(key.help).trim_end();
-    let mut notes = String::new();
-    if let Some(default) = key.default {
-        notes.push_str(&format!("[default: {default}] "));
-    }
-    notes.push_str(&format!("[env: {}] [config: {}]", key.variable(), key.name));
+    let default = key.default.map(|text| format!("[default: {text}] ")).unwrap_or_default();
+    let short = format!("{} {default}", first_sentence.trim_end_matches('.'));
+    let notes = format!("{default}[env: {}] [config: {}]", key.variables().join(", "), key.name);
     let mut arg = Arg::new(key.name)
         .long(flag)
         .value_name(key.value_name())
-        .help(first_sentence.to_owned())
+        .help(short.trim_end().to_owned())
         .long_help(format!("{}\n\n{notes}", key.help));
     arg = match key.form {
         Form::List => arg.action(ArgAction::Append),

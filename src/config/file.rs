@@ -62,6 +62,12 @@ pub fn usual_places(environment: &Environment) -> Vec<PathBuf> {
         .collect()
 }
 
+/// A text as a value of the file.
+#[must_use]
+pub fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
 impl File {
     fn read(path: PathBuf) -> Result<Self> {
         use std::os::unix::fs::PermissionsExt;

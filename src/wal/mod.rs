@@ -5,14 +5,19 @@
 //! references. Both know PostgreSQL 13 to 18 by the magic number of the pages and check page
 //! headers, the chain of records and their CRCs, so that damaged WAL is never taken for good.
 
+mod assembler;
 mod landmark;
+mod page;
 mod reader;
 mod record;
 mod rmgr;
 mod scanner;
+mod xact;
 
+pub use assembler::CrcCheck;
 pub use landmark::{CheckpointKind, Landmark};
+pub use page::XLOG_BLCKSZ;
 pub use reader::RecordReader;
 pub use record::{BlockReference, ImageCompression, PageImage, Record};
 pub use rmgr::RmgrId;
-pub use scanner::{CrcCheck, Scanner};
+pub use scanner::Scanner;
