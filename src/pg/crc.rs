@@ -31,12 +31,20 @@ impl Crc32c {
         Self(Digest::new(CrcAlgorithm::Crc32Iscsi))
     }
 
+    /// Goes back to the state before the first byte; cheaper than a new one.
+    #[inline]
+    pub fn restart(&mut self) {
+        self.0.reset();
+    }
+
     /// Takes in the next `bytes`.
+    #[inline]
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
     /// The checksum of all bytes so far.
+    #[inline]
     #[must_use]
     #[allow(clippy::cast_possible_truncation, reason = "a 32-bit CRC in a 64-bit integer")]
     pub fn value(&self) -> u32 {
