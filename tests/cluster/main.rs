@@ -11,3 +11,4 @@
 mod harness;
 
 mod server;
+mod wal_oracle;
