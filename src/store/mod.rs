@@ -48,6 +48,7 @@ mod name;
 mod options;
 mod probe;
 mod requests;
+pub mod s3;
 
 pub use name::{NAME_BYTES_MAX, ObjectName};
 pub use options::{
@@ -238,8 +239,7 @@ pub struct Capabilities {
 pub fn open(url: &str, options: &StoreOptions, clock: &Clock) -> Result<Arc<dyn Store>> {
     match Place::parse(url)? {
         Place::S3 { bucket, prefix } => {
-            let _ = (bucket, prefix, options);
-            Err(Error::new(Kind::Unsupported, format!("unable to open repository '{url}'")))
+            Ok(Arc::new(s3::Bucket::new(&bucket, &prefix, options, clock)?))
         }
         Place::Directory(root) => Ok(Arc::new(directory::Directory::new(root, clock))),
         Place::Memory => Ok(Arc::new(memory::Memory::new(clock))),

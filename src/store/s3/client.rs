@@ -1,0 +1,201 @@
+//! The SDK's client, set up by our options.
+//!
+//! The SDK signs, resolves credentials (environment, profile, web identity, container, instance) and
+//! corrects its clock by the server's; it does not retry, compute checksums or time out by itself:
+//! those live in `attempt` and `upload`, once.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use aws_config::environment::region::EnvironmentVariableRegionProvider;
+use aws_config::imds::region::ImdsRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::profile::region::ProfileFileRegionProvider;
+use aws_sdk_s3::config::{
+    BehaviorVersion, ConfigBag, Credentials, Intercept, Region, RequestChecksumCalculation,
+    ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+};
+use aws_sdk_s3::error::BoxError;
+use aws_smithy_http_client::{Builder, tls};
+use aws_smithy_runtime_api::client::interceptors::context::BeforeDeserializationInterceptorContextRef;
+use aws_smithy_types::retry::RetryConfig;
+use aws_smithy_types::timeout::TimeoutConfig;
+use jiff::{SignedDuration, Timestamp};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use secrecy::ExposeSecret;
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::error::{Context, Error, Kind, Result};
+use crate::store::{Addressing, StaticCredentials, StoreOptions};
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections kept open for the next request.
+const IDLE_CONNECTIONS_MAX: usize = 64;
+
+/// Connections unused for this long are closed by us: servers and the boxes between do it at 60 s and
+/// more without a word.
+const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Region signed for when nobody says which.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// A client and what we need to know about its endpoint.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) sdk: aws_sdk_s3::Client,
+    /// Over TLS the body needs no signature: TLS protects it and a CRC finds what TLS does not.
+    pub(super) tls: bool,
+    pub(super) skew: Arc<Skew>,
+}
+
+impl Client {
+    pub(super) async fn connect(options: &StoreOptions, clock: &Clock) -> Result<Self> {
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http_client(options)?)
+            .region(region(options))
+            .retry_config(RetryConfig::disabled())
+            .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+            .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        if let Some(profile) = &options.profile {
+            loader = loader.profile_name(profile);
+        }
+        if let Some(endpoint) = &options.endpoint {
+            loader = loader.endpoint_url(endpoint);
+        }
+        if let Some(credentials) = &options.credentials {
+            loader = loader.credentials_provider(fixed(credentials));
+        }
+        let shared = loader.load().await;
+        let endpoint = shared.endpoint_url().map(str::to_owned);
+        let path_style = match options.addressing {
+            Addressing::Path => true,
+            Addressing::VirtualHost => false,
+            Addressing::Auto => endpoint.is_some(),
+        };
+        let skew = Arc::new(Skew { clock: clock.clone(), last: Mutex::new(None) });
+        let config = aws_sdk_s3::config::Builder::from(&shared)
+            .force_path_style(path_style)
+            .interceptor(SkewMeter(Arc::clone(&skew)))
+            .build();
+        Ok(Self {
+            sdk: aws_sdk_s3::Client::from_conf(config),
+            tls: endpoint.is_none_or(|endpoint| endpoint.starts_with("https://")),
+            skew,
+        })
+    }
+}
+
+fn fixed(credentials: &StaticCredentials) -> Credentials {
+    Credentials::new(
+        &credentials.access_key_id,
+        credentials.secret_access_key.expose_secret(),
+        credentials.session_token.as_ref().map(|token| token.expose_secret().to_owned()),
+        None,
+        "configuration",
+    )
+}
+
+/// The region from the options, the environment, the profile, and on AWS the instance. A server that
+/// is not AWS is not asked of an instance's metadata service, which would only take time.
+fn region(options: &StoreOptions) -> RegionProviderChain {
+    let mut profile = ProfileFileRegionProvider::builder();
+    if let Some(name) = &options.profile {
+        profile = profile.profile_name(name);
+    }
+    let chain = RegionProviderChain::first_try(options.region.clone().map(Region::new))
+        .or_else(EnvironmentVariableRegionProvider::new())
+        .or_else(profile.build());
+    let chain = if options.endpoint.is_none() {
+        chain.or_else(ImdsRegionProvider::builder().build())
+    } else {
+        chain
+    };
+    chain.or_else(DEFAULT_REGION)
+}
+
+fn http_client(options: &StoreOptions) -> Result<SharedHttpClient> {
+    let mut trusted = tls::TrustStore::default();
+    if let Some(path) = &options.ca_file {
+        let attempted = || format!("unable to trust the certificates in '{}'", path.display());
+        let pem = std::fs::read(path).context(attempted).map_err(|e| e.with_kind(Kind::Config))?;
+        check_certificates(&pem).map_err(|flaw| {
+            Error::new(Kind::Config, flaw)
+                .context(attempted())
+                .hint("The file must hold one or more certificates in PEM form.")
+        })?;
+        trusted = trusted.with_pem_certificate(pem);
+    }
+    let refused = |error: &dyn std::fmt::Display| {
+        Error::new(Kind::Config, format!("unable to set up TLS for the store: {error}"))
+    };
+    let context = tls::TlsContext::builder()
+        .with_trust_store(trusted)
+        .build()
+        .map_err(|error| refused(&error))?;
+    Ok(Builder::new()
+        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+        .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
+        .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
+        .tls_context(context)
+        .build_https())
+}
+
+/// The SDK panics over certificates that it cannot read, so they are read here first.
+fn check_certificates(pem: &[u8]) -> Result<(), String> {
+    let mut store = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.map_err(|error| error.to_string())?;
+        store.add(certificate).map_err(|error| error.to_string())?;
+    }
+    if store.is_empty() { Err("there is no certificate in it".to_owned()) } else { Ok(()) }
+}
+
+/// The server's clock minus ours, as of its last answer.
+#[derive(Debug)]
+pub(super) struct Skew {
+    clock: Clock,
+    last: Mutex<Option<SignedDuration>>,
+}
+
+impl Skew {
+    pub(super) fn last(&self) -> Option<SignedDuration> {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads the `Date` of every answer. It is cut to the second, which half a second makes up for.
+#[derive(Debug)]
+struct SkewMeter(Arc<Skew>);
+
+impl Intercept for SkewMeter {
+    fn name(&self) -> &'static str {
+        "SkewMeter"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        _bag: &mut ConfigBag,
+    ) -> std::result::Result<(), BoxError> {
+        let date = context.response().headers().get("date");
+        let date = date.and_then(|date| jiff::fmt::rfc2822::parse(date).ok());
+        if let Some(date) = date.map(|date| date.timestamp()) {
+            let skew = half_second_later(date).duration_since(self.0.clock.now());
+            *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(skew);
+        }
+        Ok(())
+    }
+}
+
+fn half_second_later(time: Timestamp) -> Timestamp {
+    time.checked_add(SignedDuration::from_millis(500)).unwrap_or(time)
+}

@@ -1,0 +1,331 @@
+//! Objects in parts.
+//!
+//! # Invariants
+//! Nothing is visible before the completion, and the completion is believed only after the object was
+//! looked at: it must carry our id, or at least have our size. A completion that failed for good takes
+//! its parts with it, as far as the server can be reached; what cannot be aborted is found by
+//! `abort_stale_multiparts`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_sdk_s3::operation::list_multipart_uploads::ListMultipartUploadsOutput;
+use aws_sdk_s3::operation::upload_part::UploadPartOutput;
+use aws_sdk_s3::operation::upload_part::builders::UploadPartFluentBuilder;
+use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart};
+use bytes::Bytes;
+
+use super::attempt::Call;
+use super::client::Client;
+use super::failure::Failure;
+use super::upload::{Algorithm, CONTENT_TYPE, ID_KEY, Owner, Sum, encryption, storage_class};
+use super::{Found, MapErrFailure, S3, timestamp};
+use crate::error::{Error, Kind, Result};
+use crate::store::{Multipart, ObjectName, PART_NUMBER_MAX, PutOutcome, joined};
+
+/// An upload in progress.
+pub(super) struct Upload {
+    store: Arc<S3>,
+    name: ObjectName,
+    /// S3's name for the upload.
+    upload: String,
+    /// Ours, in the object's metadata.
+    id: String,
+    algorithm: Option<Algorithm>,
+    parts: Mutex<BTreeMap<u32, Part>>,
+}
+
+#[derive(Clone)]
+struct Part {
+    etag: String,
+    size_bytes: u64,
+    sum: Option<Sum>,
+}
+
+impl Upload {
+    pub(super) async fn begin(store: Arc<S3>, name: &ObjectName) -> Result<Self> {
+        let id = store.upload_id()?;
+        loop {
+            let algorithm = store.algorithm();
+            let call = Call::new(&store.requests.multipart_begins);
+            let tried =
+                store.attempt(call, |client| store.begin_upload(client, name, &id, algorithm));
+            match tried.await?.result {
+                Ok(upload) => {
+                    let (name, parts) = (name.clone(), Mutex::default());
+                    return Ok(Self { store, name, upload, id, algorithm, parts });
+                }
+                Err(failure) if store.give_up_checksum(&failure, algorithm) => {}
+                Err(failure) => return Err(failure.into_error(store.unable("begin", name))),
+            }
+        }
+    }
+
+    fn parts(&self) -> MutexGuard<'_, BTreeMap<u32, Part>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn part_request(&self, client: &Client, number: i32) -> UploadPartFluentBuilder {
+        client
+            .sdk
+            .upload_part()
+            .bucket(&self.store.bucket)
+            .key(self.store.key(&self.name))
+            .upload_id(&self.upload)
+            .part_number(number)
+    }
+
+    async fn complete_once(
+        &self,
+        client: &Client,
+        parts: CompletedMultipartUpload,
+    ) -> std::result::Result<(), Failure> {
+        let request = client
+            .sdk
+            .complete_multipart_upload()
+            .bucket(&self.store.bucket)
+            .key(self.store.key(&self.name))
+            .upload_id(&self.upload)
+            .if_none_match("*")
+            .set_checksum_type(checksum_type(self.algorithm))
+            .multipart_upload(parts);
+        request.send().await.map(|_| ()).map_err(Failure::from)
+    }
+
+    /// Whose object it is and how long.
+    async fn look(&self) -> Result<(Owner, u64)> {
+        let store = &self.store;
+        let call = Call::new(&store.requests.heads);
+        let tried = store.attempt(call, |client| store.head_once(client, &self.name)).await?;
+        let found = tried.or_error(|| store.unable("look at", &self.name))?;
+        Ok(match found {
+            None => (Owner::Nobody, 0),
+            Some(Found { upload_id: Some(found), size_bytes, .. }) if found != self.id => {
+                (Owner::Rival, size_bytes)
+            }
+            Some(Found { size_bytes, .. }) => (Owner::Us, size_bytes),
+        })
+    }
+
+    /// The completion was answered well: is the object there, ours and whole?
+    async fn verify(&self, size_bytes: u64) -> Result<PutOutcome> {
+        let wrong = |found: String| {
+            let message = format!("the store said it completed the upload, but {found}");
+            Err(Error::new(Kind::Corrupt, message).context(self.store.unable("write", &self.name)))
+        };
+        match self.look().await? {
+            (Owner::Us, found) if found == size_bytes => Ok(PutOutcome::Created),
+            (Owner::Us, found) => wrong(format!("the object has {found} bytes of {size_bytes}")),
+            (Owner::Nobody, _) => wrong("there is no object".to_owned()),
+            // The store ignored the condition and a rival replaced ours, or said yes to both.
+            (Owner::Rival, _) => Ok(PutOutcome::AlreadyThere),
+        }
+    }
+
+    /// The completion failed, or an earlier answer to it was lost.
+    async fn resolve(&self, failure: Failure, size_bytes: u64) -> Result<PutOutcome> {
+        let taken = failure.is_precondition() || failure.is("NoSuchUpload", 404);
+        let outcome = match self.look().await {
+            Ok((Owner::Us, found)) if found == size_bytes => return Ok(PutOutcome::Created),
+            Ok((Owner::Rival | Owner::Us, _)) if taken => Ok(PutOutcome::AlreadyThere),
+            _ => Err(failure.into_error(self.store.unable("complete", &self.name))),
+        };
+        self.discard().await;
+        outcome
+    }
+
+    /// Aborts with one try; whatever comes of it, the stale uploads are swept anyway.
+    async fn discard(&self) {
+        let call = Call::new(&self.store.requests.multipart_aborts).once();
+        let tried = self.store.abort_upload(call, &self.store.key(&self.name), &self.upload).await;
+        if let Err(error) = tried {
+            tracing::debug!(?error, "unable to abort an upload");
+        }
+    }
+
+    fn completed_parts(&self) -> Result<(CompletedMultipartUpload, u64)> {
+        let parts = self.parts().clone();
+        joined(&self.name, parts.keys().copied())?;
+        let size_bytes = parts.values().map(|part| part.size_bytes).sum();
+        let mut upload = CompletedMultipartUpload::builder();
+        for (number, part) in parts {
+            let completed = CompletedPart::builder()
+                .set_part_number(i32::try_from(number).ok())
+                .e_tag(part.etag);
+            upload = upload.parts(match part.sum {
+                None => completed.build(),
+                Some(Sum { algorithm: Algorithm::Crc32c, value }) => {
+                    completed.checksum_crc32_c(value).build()
+                }
+                Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => {
+                    completed.checksum_crc64_nvme(value).build()
+                }
+            });
+        }
+        Ok((upload.build(), size_bytes))
+    }
+}
+
+#[async_trait]
+impl Multipart for Upload {
+    async fn put_part(&self, number: u32, body: Bytes) -> Result<()> {
+        let sdk_number = i32::try_from(number).unwrap_or(0);
+        if !(1..=PART_NUMBER_MAX).contains(&number) {
+            return Err(Error::new(Kind::Bug, format!("part number {number} of '{}'", self.name)));
+        }
+        let sum = self.algorithm.map(|algorithm| Sum { algorithm, value: algorithm.sum(&body) });
+        let call = Call::new(&self.store.requests.parts).sending(body.len());
+        let tried = self
+            .store
+            .attempt(call, |client| {
+                let request = with_sum(self.part_request(client, sdk_number), sum.as_ref());
+                send_part(client, request, body.clone())
+            })
+            .await?;
+        let answer =
+            tried.or_error(|| self.store.unable(&format!("write part {number} of"), &self.name))?;
+        let etag = answer.e_tag().unwrap_or_default().to_owned();
+        let size_bytes = body.len() as u64;
+        self.parts().insert(number, Part { etag, size_bytes, sum });
+        Ok(())
+    }
+
+    async fn complete(&self) -> Result<PutOutcome> {
+        let (parts, size_bytes) = self.completed_parts()?;
+        let call = Call::new(&self.store.requests.multipart_completes);
+        let tried =
+            self.store.attempt(call, |client| self.complete_once(client, parts.clone())).await?;
+        match tried.result {
+            Ok(()) => self.verify(size_bytes).await,
+            Err(failure) if failure.is_precondition() && !tried.maybe_done_before => {
+                self.discard().await;
+                Ok(PutOutcome::AlreadyThere)
+            }
+            Err(failure) => self.resolve(failure, size_bytes).await,
+        }
+    }
+
+    async fn abort(&self) -> Result<()> {
+        let call = Call::new(&self.store.requests.multipart_aborts);
+        self.store.abort_upload(call, &self.store.key(&self.name), &self.upload).await
+    }
+}
+
+impl S3 {
+    async fn begin_upload(
+        &self,
+        client: &Client,
+        name: &ObjectName,
+        id: &str,
+        algorithm: Option<Algorithm>,
+    ) -> std::result::Result<String, Failure> {
+        let (kind, key) = encryption(&self.options);
+        let request = client
+            .sdk
+            .create_multipart_upload()
+            .bucket(&self.bucket)
+            .key(self.key(name))
+            .content_type(CONTENT_TYPE)
+            .set_metadata(Some(HashMap::from([(ID_KEY.to_owned(), id.to_owned())])))
+            .set_server_side_encryption(kind)
+            .set_ssekms_key_id(key)
+            .set_storage_class(storage_class(&self.options))
+            .set_checksum_type(checksum_type(algorithm))
+            .set_checksum_algorithm(algorithm.map(|algorithm| match algorithm {
+                Algorithm::Crc32c => ChecksumAlgorithm::Crc32C,
+                Algorithm::Crc64Nvme => ChecksumAlgorithm::Crc64Nvme,
+            }));
+        let answer = request.send().await.map_err(Failure::from)?;
+        let upload = answer.upload_id().map(str::to_owned);
+        upload.ok_or_else(|| Failure::nonsense("the server began an upload without an id"))
+    }
+
+    async fn abort_upload(&self, call: Call<'_>, key: &str, upload: &str) -> Result<()> {
+        let tried = self
+            .attempt(call, |client| {
+                let request = client.sdk.abort_multipart_upload().bucket(&self.bucket);
+                request.key(key).upload_id(upload).send().map_err_failure()
+            })
+            .await?;
+        match tried.result {
+            Ok(_) => Ok(()),
+            Err(failure) if failure.is("NoSuchUpload", 404) => Ok(()),
+            Err(failure) => {
+                let attempted = format!("unable to abort an upload in {}", self.describe());
+                Err(failure.into_error(attempted))
+            }
+        }
+    }
+
+    /// Aborts the uploads below `prefix` that were begun longer than `older_than` ago, by the server's
+    /// clock as far as it is known.
+    pub(super) async fn abort_stale(&self, prefix: &str, older_than: Duration) -> Result<u64> {
+        let mut aborted = 0;
+        let mut after = (None, None);
+        loop {
+            let page = self.list_uploads(prefix, &after).await?;
+            let skew = self.client().await?.skew.last().unwrap_or_default();
+            let now = self.clock.now().saturating_add(skew).unwrap_or(self.clock.now());
+            for upload in page.uploads() {
+                let age = now.duration_since(timestamp(upload.initiated()));
+                let stale = Duration::try_from(age).is_ok_and(|age| age >= older_than);
+                if let (true, Some(key), Some(id)) = (stale, upload.key(), upload.upload_id()) {
+                    self.abort_upload(Call::new(&self.requests.multipart_aborts), key, id).await?;
+                    aborted += 1;
+                }
+            }
+            let next = (page.next_key_marker, page.next_upload_id_marker);
+            if !page.is_truncated.unwrap_or(false) || next == after {
+                return Ok(aborted);
+            }
+            after = next;
+        }
+    }
+
+    async fn list_uploads(
+        &self,
+        prefix: &str,
+        after: &(Option<String>, Option<String>),
+    ) -> Result<ListMultipartUploadsOutput> {
+        let call = Call::new(&self.requests.lists);
+        let tried = self
+            .attempt(call, |client| {
+                let request = client.sdk.list_multipart_uploads().bucket(&self.bucket);
+                request
+                    .prefix(format!("{}{prefix}", self.prefix))
+                    .set_key_marker(after.0.clone())
+                    .set_upload_id_marker(after.1.clone())
+                    .send()
+                    .map_err_failure()
+            })
+            .await?;
+        tried.or_error(|| format!("unable to list the uploads in {}", self.describe()))
+    }
+}
+
+/// CRC-64/NVME exists for whole objects only; for CRC-32C the default of S3 is meant, and not said,
+/// because older servers do not know the word.
+fn checksum_type(algorithm: Option<Algorithm>) -> Option<ChecksumType> {
+    (algorithm == Some(Algorithm::Crc64Nvme)).then_some(ChecksumType::FullObject)
+}
+
+fn with_sum(request: UploadPartFluentBuilder, sum: Option<&Sum>) -> UploadPartFluentBuilder {
+    match sum {
+        None => request,
+        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
+        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
+    }
+}
+
+async fn send_part(
+    client: &Client,
+    request: UploadPartFluentBuilder,
+    body: Bytes,
+) -> std::result::Result<UploadPartOutput, Failure> {
+    let request = request.body(ByteStream::from(body)).customize();
+    let request = if client.tls { request.disable_payload_signing() } else { request };
+    request.send().await.map_err(Failure::from)
+}

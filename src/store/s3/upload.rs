@@ -1,0 +1,275 @@
+//! Objects in one request: put if absent, replace if unchanged.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+
+use aws_sdk_s3::operation::put_object::PutObjectOutput;
+use aws_sdk_s3::operation::put_object::builders::PutObjectFluentBuilder;
+use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::{ServerSideEncryption as Sse, StorageClass};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+
+use super::attempt::{Call, Tried};
+use super::client::Client;
+use super::failure::Failure;
+use super::{Found, S3};
+use crate::error::Result;
+use crate::store::{
+    Checksum, ObjectName, PutOutcome, Replace, ServerSideEncryption, StoreOptions, VersionTag,
+};
+
+/// Metadata key of the id that each upload gets, to recognise it by.
+pub(super) const ID_KEY: &str = "tidemark-upload";
+
+/// Content type of everything: no server or browser is to guess.
+pub(super) const CONTENT_TYPE: &str = "application/octet-stream";
+
+/// The algorithm in use for one upload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Algorithm {
+    Crc32c,
+    Crc64Nvme,
+}
+
+impl Algorithm {
+    /// The checksum as S3 writes it.
+    pub(super) fn sum(self, body: &[u8]) -> String {
+        match self {
+            Self::Crc32c => STANDARD.encode(crc_fast::crc32_iscsi(body).to_be_bytes()),
+            Self::Crc64Nvme => STANDARD.encode(crc_fast::crc64_nvme(body).to_be_bytes()),
+        }
+    }
+}
+
+/// Under which condition an object is written.
+#[derive(Clone)]
+enum Condition {
+    Absent,
+    Tag(VersionTag),
+}
+
+/// An upload's checksum, if it carries one.
+#[derive(Clone)]
+pub(super) struct Sum {
+    pub(super) algorithm: Algorithm,
+    pub(super) value: String,
+}
+
+/// Encryption by the store as the SDK takes it: the kind and the key.
+pub(super) fn encryption(options: &StoreOptions) -> (Option<Sse>, Option<String>) {
+    match &options.server_side_encryption {
+        ServerSideEncryption::BucketDefault => (None, None),
+        ServerSideEncryption::S3 => (Some(Sse::Aes256), None),
+        ServerSideEncryption::Kms(key) => (Some(Sse::AwsKms), key.clone()),
+    }
+}
+
+pub(super) fn storage_class(options: &StoreOptions) -> Option<StorageClass> {
+    options.storage_class.as_deref().map(StorageClass::from)
+}
+
+/// Whose object was found under the name.
+pub(super) enum Owner {
+    Us,
+    Rival,
+    Nobody,
+}
+
+impl S3 {
+    /// The algorithm for new uploads.
+    pub(super) fn algorithm(&self) -> Option<Algorithm> {
+        match self.options.checksum {
+            Checksum::None => None,
+            Checksum::Crc64Nvme => Some(Algorithm::Crc64Nvme),
+            Checksum::Crc32c => Some(Algorithm::Crc32c),
+            Checksum::Auto if self.checksum_refused.load(Ordering::Relaxed) => None,
+            Checksum::Auto => Some(Algorithm::Crc32c),
+        }
+    }
+
+    /// With `auto`, a server that does not know the checksum gets none from now on; true when it is
+    /// worth trying again so.
+    pub(super) fn give_up_checksum(&self, failure: &Failure, used: Option<Algorithm>) -> bool {
+        let auto = self.options.checksum == Checksum::Auto;
+        let give_up = auto && used.is_some() && failure.may_blame_checksum();
+        if give_up && !self.checksum_refused.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                store = %self.describe(),
+                "the store refuses upload checksums; uploads go without them"
+            );
+        }
+        give_up
+    }
+
+    /// An id that no other upload has.
+    pub(super) fn upload_id(&self) -> Result<String> {
+        Ok(format!("{:032x}", u128::from_le_bytes(self.clock.random()?)))
+    }
+
+    pub(super) async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome> {
+        let id = self.upload_id()?;
+        let tried = self.put(name, &body, &id, &Condition::Absent).await?;
+        let failure = match tried.result {
+            Ok(_) => return Ok(PutOutcome::Created),
+            Err(failure) => failure,
+        };
+        if failure.is_precondition() && !tried.maybe_done_before {
+            return Ok(PutOutcome::AlreadyThere);
+        }
+        if !failure.is_precondition() && !failure.is_ambiguous() && !tried.maybe_done_before {
+            return Err(failure.into_error(self.unable("write", name)));
+        }
+        // An answer was lost somewhere on the way: whose object is it?
+        match self.owner(name, &id, &body).await {
+            Ok(Owner::Us) => Ok(PutOutcome::Created),
+            Ok(Owner::Rival) if failure.is_precondition() => Ok(PutOutcome::AlreadyThere),
+            _ => Err(failure.into_error(self.unable("write", name))),
+        }
+    }
+
+    pub(super) async fn replace_if(
+        &self,
+        name: &ObjectName,
+        body: Bytes,
+        expected: Option<VersionTag>,
+    ) -> Result<Replace> {
+        let id = self.upload_id()?;
+        let condition = expected.map_or(Condition::Absent, Condition::Tag);
+        let tried = self.put(name, &body, &id, &condition).await?;
+        let failure = match tried.result {
+            Ok(answer) => return self.replaced(name, answer).await,
+            Err(failure) => failure,
+        };
+        // An object that is to be replaced and is gone was not as expected either.
+        let lost = failure.is_precondition() || failure.is_missing();
+        if lost && !tried.maybe_done_before {
+            return Ok(Replace::Lost);
+        }
+        if !lost && !failure.is_ambiguous() && !tried.maybe_done_before {
+            return Err(failure.into_error(self.unable("replace", name)));
+        }
+        match self.read_versioned(name).await {
+            Ok(Some((found, tag))) if found == body => Ok(Replace::Done(tag)),
+            Ok(_) if lost => Ok(Replace::Lost),
+            _ => Err(failure.into_error(self.unable("replace", name))),
+        }
+    }
+
+    /// The tag of what was just written; some servers do not tell it in the answer.
+    async fn replaced(&self, name: &ObjectName, answer: PutObjectOutput) -> Result<Replace> {
+        if let Some(tag) = answer.e_tag() {
+            return Ok(Replace::Done(VersionTag::new(tag)));
+        }
+        let call = Call::new(&self.requests.heads);
+        let tried = self.attempt(call, |client| self.head_once(client, name)).await?;
+        let found = tried.or_error(|| self.unable("look at", name))?;
+        Ok(match found.and_then(|found| found.etag) {
+            Some(tag) => Replace::Done(VersionTag::new(tag)),
+            None => Replace::Lost,
+        })
+    }
+
+    async fn put(
+        &self,
+        name: &ObjectName,
+        body: &Bytes,
+        id: &str,
+        condition: &Condition,
+    ) -> Result<Tried<PutObjectOutput>> {
+        loop {
+            let algorithm = self.algorithm();
+            let sum = algorithm.map(|algorithm| Sum { algorithm, value: algorithm.sum(body) });
+            let call = Call::new(&self.requests.puts).sending(body.len());
+            let tried = self
+                .attempt(call, |client| {
+                    let request = self.put_request(client, name, id, condition);
+                    send_put(client, with_sum(request, sum.as_ref()), body.clone())
+                })
+                .await?;
+            match &tried.result {
+                Err(failure) if self.give_up_checksum(failure, algorithm) => {}
+                _ => return Ok(tried),
+            }
+        }
+    }
+
+    fn put_request(
+        &self,
+        client: &Client,
+        name: &ObjectName,
+        id: &str,
+        condition: &Condition,
+    ) -> PutObjectFluentBuilder {
+        let (kind, key) = encryption(&self.options);
+        let request = client
+            .sdk
+            .put_object()
+            .bucket(&self.bucket)
+            .key(self.key(name))
+            .content_type(CONTENT_TYPE)
+            .set_metadata(Some(HashMap::from([(ID_KEY.to_owned(), id.to_owned())])))
+            .set_server_side_encryption(kind)
+            .set_ssekms_key_id(key)
+            .set_storage_class(storage_class(&self.options));
+        match condition {
+            Condition::Absent => request.if_none_match("*"),
+            Condition::Tag(tag) => request.if_match(tag.as_str()),
+        }
+    }
+
+    /// Looks whose object it is: ours carries our id, or, on a server that keeps no metadata, our
+    /// bytes, which hold enough random ones to be nobody else's.
+    async fn owner(&self, name: &ObjectName, id: &str, body: &Bytes) -> Result<Owner> {
+        let call = Call::new(&self.requests.heads);
+        let tried = self.attempt(call, |client| self.head_once(client, name)).await?;
+        let found = tried.or_error(|| self.unable("look at", name))?;
+        Ok(match found {
+            None => Owner::Nobody,
+            Some(Found { upload_id: Some(found), .. }) if found == id => Owner::Us,
+            Some(Found { upload_id: Some(_), .. }) => Owner::Rival,
+            Some(found) if found.size_bytes != body.len() as u64 => Owner::Rival,
+            Some(_) if self.get(name, None).await? == *body => Owner::Us,
+            Some(_) => Owner::Rival,
+        })
+    }
+
+    /// Puts an object with a checksum that is not its own; whether the server refused it.
+    pub(super) async fn refuses_wrong_checksum(&self, name: &ObjectName) -> Result<Option<bool>> {
+        let Some(algorithm) = self.algorithm() else { return Ok(None) };
+        let body = Bytes::from_static(b"tidemark probe, safe to delete: wrong checksum");
+        let sum = Sum { algorithm, value: algorithm.sum(b"something else") };
+        let id = self.upload_id()?;
+        let call = Call::new(&self.requests.puts).sending(body.len()).once();
+        let tried = self
+            .attempt(call, |client| {
+                let request = self.put_request(client, name, &id, &Condition::Absent);
+                send_put(client, with_sum(request, Some(&sum)), body.clone())
+            })
+            .await?;
+        Ok(match tried.result {
+            Ok(_) => Some(false),
+            Err(failure) if failure.is_ambiguous() => None,
+            Err(_) => Some(true),
+        })
+    }
+}
+
+fn with_sum(request: PutObjectFluentBuilder, sum: Option<&Sum>) -> PutObjectFluentBuilder {
+    match sum {
+        None => request,
+        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
+        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
+    }
+}
+
+async fn send_put(
+    client: &Client,
+    request: PutObjectFluentBuilder,
+    body: Bytes,
+) -> std::result::Result<PutObjectOutput, Failure> {
+    let request = request.body(ByteStream::from(body)).customize();
+    let request = if client.tls { request.disable_payload_signing() } else { request };
+    request.send().await.map_err(Failure::from)
+}
