@@ -6,7 +6,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::terminal::Terminal;
 use crate::clock::Clock;
-use crate::config::{Config, LogFormat};
+use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 
 /// One run of one command.
@@ -38,11 +38,12 @@ impl Invocation {
 }
 
 fn start_log(config: &Config, terminal: &Terminal) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.log.level).map_err(|error| {
+    let level = config.settings.text("log.level").unwrap_or_default();
+    let filter = EnvFilter::try_new(level).map_err(|error| {
         let origin = config.settings.origin("log.level");
         Error::new(
             Kind::Config,
-            format!("unable to read 'log.level' from {origin}: '{}', {error}", config.log.level),
+            format!("unable to read 'log.level' from {origin}: '{level}', {error}"),
         )
         .hint("Write error, warn, info, debug or trace, or a filter such as 'info,tidemark::wire=debug'.")
     })?;
@@ -50,9 +51,9 @@ fn start_log(config: &Config, terminal: &Terminal) -> Result<()> {
         .with_env_filter(filter)
         .with_ansi(terminal.colour())
         .with_writer(Lines(terminal.clone()));
-    let started = match config.log.format {
-        LogFormat::Text => builder.with_target(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    let started = match config.settings.text("log.format") {
+        Some("json") => builder.json().flatten_event(true).try_init(),
+        _ => builder.with_target(false).try_init(),
     };
     started.map_err(|error| Error::new(Kind::Bug, format!("unable to start the log: {error}")))
 }

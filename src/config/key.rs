@@ -50,6 +50,8 @@ pub enum Group {
     Sealing,
     /// Commands that read what is sealed in a repository.
     Opening,
+    /// Commands that compress, encrypt, or the reverse, in bulk.
+    Work,
     /// Commands that stream WAL.
     Stream,
     /// Commands that take base backups.
@@ -313,6 +315,151 @@ pub const KEYS: &[Key] = &[
         "File whose first line is the passphrase that seals and opens the repository.",
     )
     .flag("passphrase-file"),
+    key(
+        "compression.level",
+        Form::Integer { min: -7, max: 19 },
+        Group::Sealing,
+        "zstd level: below 0 faster and larger, above smaller and slower. On database pages 3 saves \
+         2 to 5 per cent over 1 and takes half as long again.",
+    )
+    .default("1")
+    .flag("compression-level"),
+    key(
+        "pipeline.threads",
+        Form::Integer { min: 1, max: 64 },
+        Group::Work,
+        "Threads that compress, encrypt, and the reverse. Without it as many as the machine has \
+         cores and the memory allows.",
+    )
+    .flag("threads"),
+    key(
+        "pipeline.memory",
+        Form::Size,
+        Group::Work,
+        "Most memory the whole process may take. Without it backup keeps below 128 MiB, stream \
+         below 48 MiB and restore below 96 MiB.",
+    )
+    .flag("memory"),
+    key(
+        "wal.flush_interval",
+        Form::Duration,
+        Group::Stream,
+        "Longest that a commit waits before its WAL is uploaded. Shorter loses less when the server \
+         is lost, and costs more requests.",
+    )
+    .default("1s")
+    .flag("flush-interval"),
+    key(
+        "wal.idle_flush_interval",
+        Form::Duration,
+        Group::Stream,
+        "Longest that WAL without any commit waits before it is uploaded.",
+    )
+    .default("60s"),
+    key(
+        "wal.lag_ceiling",
+        Form::Size,
+        Group::Stream,
+        "Most WAL the server may keep for us while the repository does not take it. Past it the slot \
+         is moved on, the gap is shown in every listing, and a new base backup is needed. Without it \
+         the server keeps WAL until max_slot_wal_keep_size, or its disk, is used up.",
+    )
+    .flag("lag-ceiling"),
+    key(
+        "wal.uploads_max",
+        Form::Integer { min: 1, max: 64 },
+        Group::Stream,
+        "Most WAL uploads at a time.",
+    )
+    .default("4"),
+    key(
+        "wal.stop_grace",
+        Form::Duration,
+        Group::Stream,
+        "How long a stop may take to store what was received.",
+    )
+    .default("20s"),
+    key(
+        "lease.ttl",
+        Form::Duration,
+        Group::Stream,
+        "How long a writer that stopped renewing its lease keeps others out, unless it is seen to be \
+         dead. It is renewed every third of this, one request each.",
+    )
+    .default("3m"),
+    key(
+        "lease.unconditional_store",
+        Form::Choice(&["refuse", "accept"]),
+        Group::Stream,
+        "What to do on a store that does not enforce conditional writes. 'accept' goes on although \
+         two writers at a time could then not be kept apart.",
+    )
+    .default("refuse"),
+    key(
+        "backup.checkpoint",
+        Form::Choice(&["fast", "spread"]),
+        Group::Backup,
+        "How the server makes the checkpoint a backup begins with: at once, or spread over \
+         checkpoint_completion_target to keep its load low.",
+    )
+    .default("fast")
+    .flag("checkpoint"),
+    key(
+        "backup.rate_limit",
+        Form::Size,
+        Group::Backup,
+        "Most bytes a second the server sends for a base backup. Without it as fast as it can.",
+    )
+    .flag("rate-limit"),
+    key(
+        "backup.checksum_failures",
+        Form::Choice(&["warn", "fail"]),
+        Group::Backup,
+        "What a page whose checksum is wrong does to a backup: 'warn' marks the backup and keeps it, \
+         'fail' ends it.",
+    )
+    .default("warn")
+    .flag("checksum-failures"),
+    key(
+        "retention.keep_backups",
+        Form::Integer { min: 1, max: 100_000 },
+        Group::Retention,
+        "Keep at least this many of the newest backups.",
+    )
+    .default("2")
+    .flag("keep-backups"),
+    key(
+        "retention.keep_for",
+        Form::Duration,
+        Group::Retention,
+        "Keep every backup that is younger than this.",
+    )
+    .default("14d")
+    .flag("keep-for"),
+    key(
+        "retention.pitr_window",
+        Form::Duration,
+        Group::Retention,
+        "Keep what is needed to restore to any moment this far back.",
+    )
+    .default("7d")
+    .flag("pitr-window"),
+    key(
+        "run.backup_interval",
+        Form::Duration,
+        Group::Run,
+        "How often 'tidemark run' takes a base backup, counted from the start of the newest one.",
+    )
+    .default("1d")
+    .flag("backup-interval"),
+    key(
+        "run.upkeep_interval",
+        Form::Duration,
+        Group::Run,
+        "How often 'tidemark run' expires, merges small WAL objects and sweeps what nothing refers to.",
+    )
+    .default("1h")
+    .flag("upkeep-interval"),
     key(
         "restore.time_zone",
         Form::Text,

@@ -1,0 +1,326 @@
+//! What the settings mean to each module: its own options, made here and nowhere else.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+use super::{Config, file};
+use crate::capture::stream::{SlotLife, StreamOptions};
+use crate::error::{Context, Error, Kind, Result};
+use crate::restore::time;
+use crate::store::{StaticCredentials, StoreOptions};
+use crate::wire::{CheckpointMode, ConnectOptions};
+
+/// Name we go by at the server unless the connection string names another.
+const APPLICATION_NAME: &str = "tidemark";
+
+/// Whether what is written is sealed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sealing {
+    /// Only recipients can read it.
+    Age,
+    /// Everybody who can read the repository can read it.
+    None,
+}
+
+impl Config {
+    fn text(&self, name: &'static str) -> Option<&str> {
+        self.settings.text(name).filter(|text| !text.is_empty())
+    }
+
+    /// A value that one of our modules parses, with the setting named in front of its error.
+    fn parsed<T: FromStr<Err = Error>>(&self, name: &'static str) -> Result<Option<T>> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let origin = || format!("unable to read '{name}' from {}", self.settings.origin(name));
+        text.parse::<T>().map(Some).context(origin)
+    }
+
+    /// A setting that the table gives a default.
+    fn set<T>(name: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| Error::new(Kind::Config, format!("'{name}' is not set")))
+    }
+
+    /// Name of the cluster inside the repository.
+    #[must_use]
+    pub fn cluster(&self) -> &str {
+        self.text("cluster").unwrap_or_default()
+    }
+
+    /// Where and how to connect to PostgreSQL.
+    ///
+    /// # Errors
+    /// `config` for a connection string libpq would refuse.
+    pub fn connect_options(&self) -> Result<ConnectOptions> {
+        let variable = |name: &str| self.environment.get(name).map(str::to_owned);
+        ConnectOptions::parse(self.text("postgres.url").unwrap_or_default(), &variable)
+            .map(|options| options.with_application_name(APPLICATION_NAME))
+            .context(|| {
+                let origin = self.settings.origin("postgres.url");
+                format!("unable to read 'postgres.url' from {origin}")
+            })
+    }
+
+    /// Where the repository is.
+    ///
+    /// # Errors
+    /// `config` when nothing says so.
+    pub fn repository_url(&self) -> Result<&str> {
+        self.text("repository.url").ok_or_else(|| {
+            Error::new(Kind::Config, "no repository is named").hint(
+                "Give --repository s3://bucket/prefix or a directory, set TIDEMARK_REPOSITORY, or \
+                 write 'url' below [[repository]] in the configuration file.",
+            )
+        })
+    }
+
+    /// How to reach the store of the repository.
+    ///
+    /// # Errors
+    /// `config` for a value that is not understood.
+    pub fn store_options(&self) -> Result<StoreOptions> {
+        let text = |name| self.text(name).map(str::to_owned);
+        let secret = |name| self.text(name).map(|text| SecretString::from(text.to_owned()));
+        let credentials = match (
+            text("repository.access_key_id"),
+            secret("repository.secret_access_key"),
+        ) {
+            (Some(access_key_id), Some(secret_access_key)) => Some(StaticCredentials {
+                access_key_id,
+                secret_access_key,
+                session_token: secret("repository.session_token"),
+            }),
+            (None, None) => None,
+            _ => {
+                return Err(Error::new(
+                    Kind::Config,
+                    "only one of 'repository.access_key_id' and 'repository.secret_access_key' is set",
+                )
+                .hint("Set both, or neither to use the standard AWS credentials."));
+            }
+        };
+        let settings = &self.settings;
+        let attempts =
+            Self::set("repository.attempts_max", settings.integer("repository.attempts_max")?)?;
+        let attempt = settings.duration("repository.attempt_timeout")?;
+        let overall = settings.duration("repository.overall_timeout")?;
+        Ok(StoreOptions {
+            endpoint: text("repository.endpoint"),
+            region: text("repository.region"),
+            addressing: self.parsed("repository.addressing")?.unwrap_or_default(),
+            profile: text("repository.profile"),
+            credentials,
+            ca_file: text("repository.ca_file").map(PathBuf::from),
+            server_side_encryption: self
+                .parsed("repository.server_side_encryption")?
+                .unwrap_or_default(),
+            storage_class: text("repository.storage_class"),
+            checksum: self.parsed("repository.checksum")?.unwrap_or_default(),
+            attempt_timeout: Self::set("repository.attempt_timeout", attempt)?,
+            overall_timeout: Self::set("repository.overall_timeout", overall)?,
+            attempts_max: u32::try_from(attempts).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// Whether what is written is sealed.
+    #[must_use]
+    pub fn sealing(&self) -> Sealing {
+        match self.text("encryption") {
+            Some("none") => Sealing::None,
+            _ => Sealing::Age,
+        }
+    }
+
+    /// The public keys configured.
+    #[must_use]
+    pub fn recipients(&self) -> Vec<String> {
+        self.settings.list("keys.recipients")
+    }
+
+    /// The passphrase itself, or the first line of its file.
+    ///
+    /// # Errors
+    /// `config` when both are set, or the file cannot be read or is empty.
+    pub fn passphrase(&self) -> Result<Option<SecretString>> {
+        match (self.text("keys.passphrase"), self.text("keys.passphrase_file")) {
+            (Some(_), Some(_)) => Err(Error::new(
+                Kind::Config,
+                "both 'keys.passphrase' and 'keys.passphrase_file' are set",
+            )
+            .hint("Keep one of them; 'tidemark config show' prints where each comes from.")),
+            (Some(text), None) => Ok(Some(text.to_owned().into())),
+            (None, Some(path)) => {
+                let attempted = format!("unable to read the passphrase file '{path}'");
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| Error::io(&attempted, &error).with_kind(Kind::Config))?;
+                let line = text.lines().next().unwrap_or_default();
+                if line.is_empty() {
+                    let flaw = format!("{attempted}: its first line is empty");
+                    return Err(Error::new(Kind::Config, flaw));
+                }
+                Ok(Some(line.to_owned().into()))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// The identity file that a setting names.
+    #[must_use]
+    pub fn named_identity_file(&self) -> Option<PathBuf> {
+        self.text("keys.identity_file").map(PathBuf::from)
+    }
+
+    /// Where an identity is read from, and made when a first write needs one.
+    ///
+    /// # Errors
+    /// `config` when neither a setting nor the environment says where.
+    pub fn identity_file(&self) -> Result<PathBuf> {
+        let usual = || Some(file::user_folder(&self.environment)?.join("identity.txt"));
+        self.named_identity_file().or_else(usual).ok_or_else(|| {
+            Error::new(Kind::Config, "unable to tell where the identity file is: HOME is not set")
+                .hint("Name it with --identity or TIDEMARK_KEYS_IDENTITY_FILE.")
+        })
+    }
+
+    /// zstd level.
+    ///
+    /// # Errors
+    /// `config` when it is out of bounds.
+    pub fn compression_level(&self) -> Result<i32> {
+        let level = Self::set("compression.level", self.settings.integer("compression.level")?)?;
+        Ok(i32::try_from(level).unwrap_or_default())
+    }
+
+    /// How the WAL stream runs.
+    ///
+    /// # Errors
+    /// `config` for a value that is not understood.
+    pub fn stream_options(&self) -> Result<StreamOptions> {
+        let settings = &self.settings;
+        let defaults = StreamOptions::default();
+        let interval = |name| Self::set(name, settings.duration(name)?);
+        let uploads = Self::set("wal.uploads_max", settings.integer("wal.uploads_max")?)?;
+        Ok(StreamOptions {
+            slot_name: self.text("postgres.slot").unwrap_or_default().to_owned(),
+            slot_life: SlotLife::Permanent,
+            flush_interval: interval("wal.flush_interval")?,
+            idle_flush_interval: interval("wal.idle_flush_interval")?,
+            lag_ceiling_bytes: settings.size_bytes("wal.lag_ceiling")?,
+            level: self.compression_level()?,
+            uploads_max: usize::try_from(uploads).unwrap_or(defaults.uploads_max),
+            stop_grace: interval("wal.stop_grace")?,
+            ..defaults
+        })
+    }
+
+    /// How the server makes the checkpoint that a backup begins with.
+    #[must_use]
+    pub fn checkpoint(&self) -> CheckpointMode {
+        match self.text("backup.checkpoint") {
+            Some("spread") => CheckpointMode::Spread,
+            _ => CheckpointMode::Fast,
+        }
+    }
+
+    /// Most KiB a second that the server sends for a base backup.
+    ///
+    /// # Errors
+    /// `config` outside what PostgreSQL accepts, 32 kB to 1 GB a second.
+    pub fn rate_limit_kib(&self) -> Result<Option<NonZeroU32>> {
+        let Some(bytes) = self.settings.size_bytes("backup.rate_limit")? else { return Ok(None) };
+        let kib = u32::try_from(bytes / 1024).ok().filter(|kib| (32..=1_048_576).contains(kib));
+        kib.and_then(NonZeroU32::new).map(Some).ok_or_else(|| {
+            let origin = self.settings.origin("backup.rate_limit");
+            let text = self.text("backup.rate_limit").unwrap_or_default();
+            Error::new(
+                Kind::Config,
+                format!(
+                    "unable to read 'backup.rate_limit' from {origin}: '{text}', expected 32 KiB \
+                     to 1 GiB a second"
+                ),
+            )
+        })
+    }
+
+    /// A length of time that the table gives a default.
+    ///
+    /// # Errors
+    /// `config` for a value that is not understood.
+    pub fn interval(&self, name: &'static str) -> Result<Duration> {
+        Self::set(name, self.settings.duration(name)?)
+    }
+
+    /// The zone of times that name none.
+    ///
+    /// # Errors
+    /// `config` or `usage` when there is no such zone.
+    pub fn time_zone(&self) -> Result<Option<jiff::tz::TimeZone>> {
+        self.text("restore.time_zone").map(time::parse_zone).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Environment;
+
+    fn config(variables: &[(&str, &str)]) -> Config {
+        let variables = variables.iter().copied().chain([("TIDEMARK_CONFIG", "")]);
+        Config::load(None, Vec::new(), Environment::of(variables)).unwrap()
+    }
+
+    #[test]
+    fn nothing_set_gives_the_documented_defaults_of_every_module() {
+        let config = config(&[]);
+        assert_eq!(config.cluster(), "main");
+        assert_eq!(config.sealing(), Sealing::Age);
+        assert!(config.identity_file().is_err());
+        assert_eq!(config.repository_url().unwrap_err().kind(), Kind::Config);
+        let (stream, default) = (config.stream_options().unwrap(), StreamOptions::default());
+        assert_eq!(format!("{stream:?}"), format!("{default:?}"));
+        let (store, default) = (config.store_options().unwrap(), StoreOptions::default());
+        assert_eq!(format!("{store:?}"), format!("{default:?}"));
+        assert_eq!(config.rate_limit_kib().unwrap(), None);
+        assert!(config.time_zone().unwrap().is_none());
+    }
+
+    #[test]
+    fn the_identity_file_stands_in_the_users_configuration_folder() {
+        let expected = Path::new("/home/a/.config/tidemark/identity.txt");
+        assert_eq!(config(&[("HOME", "/home/a")]).identity_file().unwrap(), expected);
+    }
+
+    #[test]
+    fn half_a_pair_of_s3_keys_is_refused() {
+        let error = config(&[("TIDEMARK_REPOSITORY_ACCESS_KEY_ID", "A")]).store_options();
+        assert_eq!(error.unwrap_err().kind(), Kind::Config);
+    }
+
+    #[test]
+    fn a_value_its_module_refuses_is_named_with_its_origin() {
+        let config = config(&[("TIDEMARK_REPOSITORY_SERVER_SIDE_ENCRYPTION", "rot13")]);
+        let text = config.store_options().unwrap_err().to_string();
+        assert!(text.starts_with(
+            "unable to read 'repository.server_side_encryption' from \
+             TIDEMARK_REPOSITORY_SERVER_SIDE_ENCRYPTION: "
+        ));
+    }
+
+    #[test]
+    fn rate_limits_outside_what_postgres_accepts_are_refused() {
+        let limit = |text| config(&[("TIDEMARK_BACKUP_RATE_LIMIT", text)]).rate_limit_kib();
+        assert_eq!(limit("1 MiB").unwrap().unwrap().get(), 1024);
+        assert!(limit("1 KiB").is_err() && limit("2 GiB").is_err());
+    }
+
+    #[test]
+    fn a_file_named_and_missing_is_an_error() {
+        let named = Some(Path::new("/nonexistent/t.toml"));
+        let error = Config::load(named, Vec::new(), Environment::default()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+    }
+}
