@@ -25,6 +25,7 @@ mod stream;
 mod terminal;
 mod verify;
 mod wal_get;
+mod words;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
 use crate::config::Environment;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// When to use colour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -87,6 +87,13 @@ impl Terminal {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             written => written.context(|| "unable to write to standard output"),
         }
+    }
+
+    /// Writes one result as one line of JSON to standard output.
+    pub(super) fn json_line(&self, result: &impl serde::Serialize) -> Result<()> {
+        let line = serde_json::to_string(result)
+            .map_err(|error| Error::new(Kind::Bug, format!("unable to write JSON: {error}")))?;
+        self.data(&format!("{line}\n"))
     }
 
     /// Tells the person something in passing.

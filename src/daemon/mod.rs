@@ -1,1 +1,5 @@
-//! The sidecar: everything supervised and scheduled.
+//! The sidecar: everything supervised and scheduled, and the opening moves that every command
+//! shares: the repository, and the keys to write and read it.
+
+pub mod keys;
+pub mod opening;
