@@ -17,6 +17,7 @@ mod inspect;
 mod invocation;
 mod keygen;
 mod list;
+mod progress;
 mod render;
 mod restore;
 mod run;

@@ -1,7 +1,21 @@
 //! `tidemark stream`: WAL into the repository until told to stop.
 
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
 use super::invocation::Invocation;
-use crate::error::{Error, Kind, Result};
+use super::progress::{Progress, REDRAW_INTERVAL};
+use super::terminal::Terminal;
+use super::words;
+use crate::capture::stream::{self, Phase, Snapshot, Status, Stream};
+use crate::clock::Clock;
+use crate::daemon::writing::Writing;
+use crate::error::Result;
+use crate::repo::lease::Wait;
+
+/// How often a plain line says how far the stream is, where there is no terminal.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Stream WAL into the repository until told to stop.
 ///
@@ -15,6 +29,133 @@ pub(super) struct Args {
     pub(super) wait: bool,
 }
 
-pub(super) async fn run(_args: Args, _invocation: Invocation) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "not built yet"))
+pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
+    let Invocation { config, clock, terminal, stop } = &invocation;
+    let options = config.stream_options()?;
+    let postgres = config.connect_options()?;
+    let wait = if args.wait { Wait::Forever } else { Wait::Refuse };
+    let writing = Writing::begin(config, clock, "stream", wait, stop).await?;
+    announce_identity(terminal, writing.identity_made.as_deref());
+    terminal.remark(&format!(
+        "streaming {postgres} by slot '{}' into {}, cluster '{}'",
+        options.slot_name,
+        writing.repository.store().describe(),
+        writing.repository.cluster()
+    ));
+    let status = Arc::new(Status::new());
+    let stream = Stream { options, postgres, writer: writing.writer, status: Arc::clone(&status) };
+    let narrator = tokio::spawn(narrate(Arc::clone(&status), terminal.clone(), clock.clone()));
+    let outcome = stream::run(&stream, &writing.lease, stop).await;
+    writing.lease.release().await;
+    narrator.abort();
+    terminal.finish_progress();
+    outcome?;
+    let last = status.snapshot();
+    terminal.remark(&format!(
+        "stopped; WAL is durable up to {}, {} stored",
+        last.durable_end_lsn,
+        words::bytes(last.stored_bytes)
+    ));
+    Ok(())
+}
+
+/// Tells loudly that a secret was made that nobody has a copy of.
+pub(super) fn announce_identity(terminal: &Terminal, made: Option<&Path>) {
+    if let Some(path) = made {
+        terminal.warn(&format!(
+            "no key was configured, so a new one was made: '{}'. Without this file NOTHING can be \
+             restored: copy it to a safe place away from this machine now.",
+            path.display()
+        ));
+    }
+}
+
+/// Says what the stream does until it is aborted.
+pub(super) async fn narrate(status: Arc<Status>, terminal: Terminal, clock: Clock) {
+    let progress = Progress::begin(&terminal, &clock, PLAIN_INTERVAL);
+    let mut changes = status.subscribe();
+    let mut before = Snapshot::default();
+    loop {
+        let now = status.snapshot();
+        for line in news(&before, &now) {
+            terminal.remark(&line);
+        }
+        for gap in now.gaps.iter().skip(before.gaps.len()) {
+            terminal.warn(&format!(
+                "WAL {} to {} of timeline {} is lost: {}; take a base backup",
+                gap.start_lsn, gap.end_lsn, gap.timeline, gap.reason
+            ));
+        }
+        progress.show(|| line(&now, &clock));
+        before = now;
+        if changes.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(REDRAW_INTERVAL).await;
+    }
+}
+
+/// What a person should know at once, from one look to the next.
+fn news(before: &Snapshot, now: &Snapshot) -> Vec<String> {
+    let mut lines = Vec::new();
+    if now.phase == Phase::Streaming && before.connection_count != now.connection_count {
+        let timeline = now.timeline.map(|timeline| format!(" on timeline {timeline}"));
+        lines.push(format!(
+            "connected; the repository holds WAL up to {}{}",
+            now.durable_end_lsn,
+            timeline.unwrap_or_default()
+        ));
+    }
+    for (name, before, now) in [
+        ("server", &before.server_error, &now.server_error),
+        ("repository", &before.repository_error, &now.repository_error),
+    ] {
+        match (before, now) {
+            (_, Some(error)) if before != now => {
+                lines.push(format!("waiting for the {name}: {error}"))
+            }
+            (Some(_), None) => lines.push(format!("the {name} answers again")),
+            _ => {}
+        }
+    }
+    if now.phase == Phase::Stopping && before.phase != Phase::Stopping {
+        lines.push("stopping: storing what was received".to_owned());
+    }
+    lines
+}
+
+/// How far the stream is.
+fn line(now: &Snapshot, clock: &Clock) -> String {
+    let phase = match now.phase {
+        Phase::Connecting => "connecting",
+        Phase::Streaming => "streaming",
+        Phase::WaitingForRepository => "waiting for the repository",
+        Phase::Stopping => "stopping",
+        Phase::Stopped => "stopped",
+    };
+    let commit = now.newest_durable_commit.and_then(|time| time.to_timestamp());
+    let commit = commit.map_or(String::new(), |time| {
+        format!(", newest durable commit {} ago", words::age(time, clock.now()))
+    });
+    format!(
+        "{phase}: durable up to {}, {} behind{commit}; {} of WAL stored in {}",
+        now.durable_end_lsn,
+        words::bytes(now.lag_bytes()),
+        words::bytes(now.plain_bytes),
+        words::bytes(now.stored_bytes)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_is_told_once_and_so_is_its_end() {
+        let fine = Snapshot::default();
+        let down = Snapshot { repository_error: Some("no answer".into()), ..fine.clone() };
+        assert_eq!(news(&fine, &down), ["waiting for the repository: no answer"]);
+        assert!(news(&down, &down).is_empty());
+        assert_eq!(news(&down, &fine), ["the repository answers again"]);
+    }
 }

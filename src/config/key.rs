@@ -320,7 +320,7 @@ pub const KEYS: &[Key] = &[
         Form::Integer { min: -7, max: 19 },
         Group::Sealing,
         "zstd level: below 0 faster and larger, above smaller and slower. On database pages 3 saves \
-         2 to 5 per cent over 1 and takes half as long again.",
+         2 to 5 per cent over 1 and takes twice as long.",
     )
     .default("1")
     .flag("compression-level"),

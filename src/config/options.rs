@@ -10,12 +10,17 @@ use secrecy::SecretString;
 use super::{Config, file};
 use crate::capture::stream::{SlotLife, StreamOptions};
 use crate::error::{Context, Error, Kind, Result};
+use crate::pipeline::Level;
+use crate::pipeline::budget::{Budget, STREAM_BYTES};
 use crate::restore::time;
 use crate::store::{StaticCredentials, StoreOptions};
 use crate::wire::{CheckpointMode, ConnectOptions};
 
 /// Name we go by at the server unless the connection string names another.
 const APPLICATION_NAME: &str = "tidemark";
+
+/// Least memory a command can work with: the process itself and two parts being uploaded.
+const MEMORY_BYTES_MIN: u64 = 48 << 20;
 
 /// Whether what is written is sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,9 +193,43 @@ impl Config {
     ///
     /// # Errors
     /// `config` when it is out of bounds.
-    pub fn compression_level(&self) -> Result<i32> {
+    pub fn level(&self) -> Result<Level> {
         let level = Self::set("compression.level", self.settings.integer("compression.level")?)?;
-        Ok(i32::try_from(level).unwrap_or_default())
+        Self::set("compression.level", i32::try_from(level).ok().and_then(Level::new))
+    }
+
+    /// Most memory the process may take: what the setting says, else the command's own `limit`.
+    ///
+    /// # Errors
+    /// `config` when it is too little to work with.
+    pub fn memory_bytes(&self, limit: u64) -> Result<u64> {
+        match self.settings.size_bytes("pipeline.memory")? {
+            None => Ok(limit),
+            Some(bytes) if bytes >= MEMORY_BYTES_MIN => Ok(bytes),
+            Some(_) => {
+                let origin = self.settings.origin("pipeline.memory");
+                let text = self.text("pipeline.memory").unwrap_or_default();
+                Err(Error::new(
+                    Kind::Config,
+                    format!(
+                        "unable to read 'pipeline.memory' from {origin}: '{text}', expected at \
+                         least 48 MiB"
+                    ),
+                ))
+            }
+        }
+    }
+
+    /// How many threads compress and encrypt: what the setting says, else as many as the machine
+    /// has cores.
+    ///
+    /// # Errors
+    /// `config` for a value that is not understood.
+    pub fn threads(&self) -> Result<usize> {
+        let set = self.settings.integer("pipeline.threads")?;
+        let set = set.and_then(|count| usize::try_from(count).ok());
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Ok(set.unwrap_or_else(cores))
     }
 
     /// How the WAL stream runs.
@@ -208,11 +247,18 @@ impl Config {
             flush_interval: interval("wal.flush_interval")?,
             idle_flush_interval: interval("wal.idle_flush_interval")?,
             lag_ceiling_bytes: settings.size_bytes("wal.lag_ceiling")?,
-            level: self.compression_level()?,
+            level: self.level()?,
+            budget: Budget::stream(self.memory_bytes(STREAM_BYTES)?),
             uploads_max: usize::try_from(uploads).unwrap_or(defaults.uploads_max),
             stop_grace: interval("wal.stop_grace")?,
             ..defaults
         })
+    }
+
+    /// Whether a store that does not enforce conditional writes is good enough.
+    #[must_use]
+    pub fn accepts_unconditional_store(&self) -> bool {
+        self.text("lease.unconditional_store") == Some("accept")
     }
 
     /// How the server makes the checkpoint that a backup begins with.
