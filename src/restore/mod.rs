@@ -5,11 +5,149 @@
 //! exactly at the target, or an error before anything was written that names the nearest instants that
 //! can be reached.
 
+mod chain;
+#[cfg(test)]
+mod craft;
 pub mod directory;
+pub mod plan;
+mod resolve;
+#[cfg(test)]
+mod resolve_tests;
+mod scan;
 pub mod settings;
+mod source;
 pub mod target;
 pub mod time;
 
 pub use directory::{Owner, TablespaceMapping};
-pub use settings::Action;
+pub use plan::{Moment, Plan, Request};
+pub use settings::{Action, Stop};
 pub use target::{Edge, Target, TimelineChoice};
+
+use crate::error::Result;
+use crate::pg::LsnRange;
+use crate::repo::{BackupSummary, Catalog, Reader, Repository};
+
+use chain::Piece;
+use plan::{PlannedBackup, PlannedWal};
+use resolve::{Base, CaughtUp, Holdings, Resolved};
+use source::RepositoryWal;
+
+/// Exit status of `wal-get` for every failure: above 125 PostgreSQL aborts recovery, where a lower one
+/// means that the WAL ends here (`RestoreArchivedFile` in `xlogarchive.c`, 13 to 18).
+pub const WAL_GET_FATAL_EXIT: u8 = 200;
+
+/// Decides how `request` is restored; reads one or two extents for a time or a position, all WAL after a
+/// backup for a transaction or a restore point, and writes nothing.
+///
+/// # Errors
+/// `not found` when the target cannot be reached, with the nearest instants that can; `corrupt`,
+/// `denied`, and whatever the store reports.
+pub async fn plan(
+    repository: &Repository,
+    reader: &Reader,
+    catalog: &Catalog,
+    request: &Request,
+) -> Result<Plan> {
+    let source = RepositoryWal::new(repository, reader);
+    let holdings = holdings_of(catalog);
+    let resolved = resolve::resolve(&holdings, &source, request).await?;
+    let backup = catalog.backup(resolved.base.id)?;
+    Ok(plan_of(repository, catalog, backup, &request.target, resolved))
+}
+
+fn holdings_of(catalog: &Catalog) -> Holdings {
+    let usable = catalog.backups.iter().filter(|backup| backup.has_all_packs());
+    let base = |backup: &BackupSummary| Base {
+        id: backup.id(),
+        timeline: backup.manifest.end_timeline,
+        start_lsn: backup.manifest.start_lsn,
+        end_lsn: backup.manifest.end_lsn,
+        end_time: backup.manifest.end_time,
+        segment_size: backup.manifest.wal_segment_size_bytes,
+    };
+    let progress = catalog.lease.as_ref().and_then(|lease| lease.progress);
+    Holdings {
+        bases: usable.map(base).collect(),
+        wal: catalog.wal.clone(),
+        histories: catalog.histories.clone(),
+        caught_up: progress.and_then(|progress| {
+            let (timeline, durable_end_lsn) = (progress.timeline, progress.durable_end_lsn);
+            progress.caught_up_time.map(|time| CaughtUp { timeline, durable_end_lsn, time })
+        }),
+    }
+}
+
+fn plan_of(
+    repository: &Repository,
+    catalog: &Catalog,
+    backup: &BackupSummary,
+    target: &Target,
+    resolved: Resolved,
+) -> Plan {
+    let Resolved { base, chain, stop, needed_end, .. } = resolved;
+    // Whole segments are cheaper to hand over, and what follows the stop is not replayed.
+    let wal_end_lsn = match stop {
+        Stop::EndOfWal => chain.end(),
+        _ => base.segment_size.end_of(needed_end).min(chain.end()),
+    };
+    let pieces = chain.within(chain.start(), wal_end_lsn);
+    let wal = planned_wal(catalog, &pieces);
+    let manifest = &backup.manifest;
+    let wal_bytes = wal_end_lsn.saturating_since(chain.start());
+    let wal_stored: u64 = wal.iter().map(|wal| wal.stored_bytes).sum();
+    Plan {
+        cluster: repository.cluster().to_string(),
+        system_id: repository.system_id(),
+        wal_segment_bytes: base.segment_size,
+        target: target.clone(),
+        backup: PlannedBackup {
+            id: base.id,
+            timeline: manifest.timeline,
+            start_lsn: base.start_lsn,
+            end_lsn: base.end_lsn,
+            start_time: manifest.start_time,
+            end_time: manifest.end_time,
+            stored_bytes: manifest.stored_bytes,
+            plain_bytes: manifest.plain_bytes,
+        },
+        timeline: resolved.timeline,
+        stop,
+        applied_end_lsn: resolved.applied_end,
+        last_record_lsn: resolved.last_record.map(LsnRange::start),
+        wal_end_lsn,
+        commit_before: resolved.commit_before,
+        commit_after: resolved.commit_after,
+        wal,
+        fetch_bytes: manifest.stored_bytes + wal_stored,
+        expected_s: Plan::estimate_s(manifest.plain_bytes, wal_bytes),
+        notes: resolved.notes,
+        pieces,
+    }
+}
+
+/// The pieces summed up by timeline.
+fn planned_wal(catalog: &Catalog, pieces: &[Piece]) -> Vec<PlannedWal> {
+    let mut planned: Vec<PlannedWal> = Vec::new();
+    for piece in pieces {
+        let timeline = piece.extent.timeline;
+        let stored = catalog.wal.extents_in(timeline, piece.range);
+        let stored = stored.filter(|stored| stored.name == piece.extent);
+        let stored_bytes: u64 = stored.map(|stored| stored.stored_bytes).sum();
+        match planned.last_mut() {
+            Some(last) if last.timeline == timeline => {
+                last.end_lsn = piece.range.end();
+                last.extent_count += 1;
+                last.stored_bytes += stored_bytes;
+            }
+            _ => planned.push(PlannedWal {
+                timeline,
+                start_lsn: piece.range.start(),
+                end_lsn: piece.range.end(),
+                extent_count: 1,
+                stored_bytes,
+            }),
+        }
+    }
+    planned
+}

@@ -1,0 +1,212 @@
+//! Reading a chain of WAL for its landmarks and record boundaries.
+//!
+//! In: a [`Chain`] and something that gives the plain bytes of extents. Out: landmarks in the order of
+//! the WAL, from a given position on.
+//!
+//! # Shape
+//! At most [`EXTENTS_AHEAD`] extents of at most 16 MiB are in memory.
+//!
+//! # Invariants
+//! No record that ends after the given position is missed: decoding begins at the start of a page
+//! before the position, far enough back that the record which spans the position begins after it.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::ops::ControlFlow;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+
+use crate::error::{Error, Kind, Result};
+use crate::pg::{Lsn, LsnRange, SegmentSize};
+use crate::repo::names::ExtentName;
+use crate::wal::{Landmark, RecordReader, Scanner};
+
+use super::chain::{Chain, Piece};
+
+/// Extents being fetched while one is decoded.
+const EXTENTS_AHEAD: usize = 2;
+/// How far before a position decoding begins at first: longer than any but absurd commit records.
+const BACK_BYTES: u64 = 256 << 10;
+/// `XLOG_BLCKSZ`: the only size of WAL page that is supported.
+pub(crate) const WAL_PAGE_BYTES: u64 = 8192;
+/// `SizeOfXLogShortPHD`
+const SHORT_HEADER_BYTES: u64 = 24;
+/// Offset of `xlp_rem_len` in a page header.
+const REMAINING_OFFSET: usize = 16;
+
+/// Gives the plain WAL of extents.
+pub(crate) trait WalSource: Sync {
+    /// All plain bytes of an extent.
+    fn extent(&self, name: &ExtentName) -> impl Future<Output = Result<Bytes>> + Send;
+}
+
+/// Fetches the pieces of `pieces` in order, ahead of their use.
+pub(crate) fn pieces<'a, S: WalSource>(
+    source: &'a S,
+    pieces: Vec<Piece>,
+    ahead: usize,
+) -> impl futures::Stream<Item = Result<(Piece, Bytes)>> + 'a {
+    futures::stream::iter(pieces)
+        .map(move |piece| async move { Ok((piece, piece_bytes(source, &piece).await?)) })
+        .buffered(ahead)
+}
+
+/// The bytes of one piece.
+pub(crate) async fn piece_bytes<S: WalSource>(source: &S, piece: &Piece) -> Result<Bytes> {
+    let bytes = source.extent(&piece.extent).await?;
+    let whole = piece.extent.range;
+    let index = |position: Lsn| usize::try_from(position.saturating_since(whole.start())).ok();
+    let range = index(piece.range.start()).zip(index(piece.range.end()));
+    let wrong = || {
+        let found = bytes.len();
+        let message =
+            format!("extent '{}' holds {found} bytes of WAL, not its range", piece.extent);
+        Error::new(Kind::Corrupt, message)
+    };
+    if bytes.len() as u64 != whole.len_bytes() {
+        return Err(wrong());
+    }
+    range
+        .filter(|(start, end)| start <= end && *end <= bytes.len())
+        .map_or_else(|| Err(wrong()), |(start, end)| Ok(bytes.slice(start..end)))
+}
+
+/// Gives `each` the landmarks whose record ends after `from`, in order, until it breaks or the chain
+/// ends at `until`.
+pub(crate) async fn landmarks<S: WalSource>(
+    source: &S,
+    chain: &Chain,
+    segment_size: SegmentSize,
+    span: LsnRange,
+    each: &mut (dyn FnMut(Landmark) -> ControlFlow<()> + Send),
+) -> Result<()> {
+    let begin = begin_before(source, chain, span.start()).await?;
+    let mut scanner = Some(Scanner::new(segment_size, begin));
+    let mut fetched =
+        std::pin::pin!(pieces(source, chain.within(begin, span.end()), EXTENTS_AHEAD));
+    while let Some(next) = fetched.next().await {
+        let (piece, bytes) = next?;
+        let Some(mut taken) = scanner.take() else { break };
+        let (taken, found, outcome) = blocking(move || {
+            let mut found = VecDeque::new();
+            let outcome = taken.feed(&bytes, &mut |landmark| found.push_back(landmark));
+            (taken, found, outcome)
+        })
+        .await?;
+        scanner = Some(taken);
+        for landmark in found {
+            if landmark.range().end() > span.start() && each(landmark).is_break() {
+                return Ok(());
+            }
+        }
+        outcome.map_err(|error| {
+            error.context(format!("unable to decode extent '{}'", piece.extent))
+        })?;
+    }
+    Ok(())
+}
+
+/// The records around a position: the last that starts before it, and the first that starts at it or
+/// after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Neighbours {
+    /// Last record that starts before the position.
+    pub(crate) before: Option<LsnRange>,
+    /// First record that starts at the position or after it, if it is complete in the chain.
+    pub(crate) after: Option<LsnRange>,
+}
+
+/// The whole records on both sides of `position`.
+pub(crate) async fn neighbours<S: WalSource>(
+    source: &S,
+    chain: &Chain,
+    segment_size: SegmentSize,
+    position: Lsn,
+) -> Result<Neighbours> {
+    let mut back = BACK_BYTES;
+    loop {
+        let from = Lsn(position.0.saturating_sub(back)).max(chain.start());
+        let found = neighbours_from(source, chain, segment_size, (from, position)).await?;
+        if found.before.is_some() || from == chain.start() {
+            return Ok(found);
+        }
+        back = back.saturating_mul(8);
+    }
+}
+
+async fn neighbours_from<S: WalSource>(
+    source: &S,
+    chain: &Chain,
+    segment_size: SegmentSize,
+    (from, position): (Lsn, Lsn),
+) -> Result<Neighbours> {
+    let begin = begin_before(source, chain, from).await?;
+    let mut found = Neighbours::default();
+    let mut reader = Some(RecordReader::new(segment_size, begin));
+    let mut fetched =
+        std::pin::pin!(pieces(source, chain.within(begin, chain.end()), EXTENTS_AHEAD));
+    while let Some(next) = fetched.next().await {
+        let (piece, bytes) = next?;
+        let Some(mut taken) = reader.take() else { break };
+        let (taken, updated, outcome) = blocking(move || {
+            let outcome = taken.feed(&bytes, &mut |record| {
+                if record.range.start() < position {
+                    found.before = Some(record.range);
+                } else if found.after.is_none() {
+                    found.after = Some(record.range);
+                }
+                Ok(())
+            });
+            (taken, found, outcome)
+        })
+        .await?;
+        reader = Some(taken);
+        found = updated;
+        if found.after.is_some() {
+            break;
+        }
+        outcome.map_err(|error| {
+            error.context(format!("unable to decode extent '{}'", piece.extent))
+        })?;
+    }
+    Ok(found)
+}
+
+/// The start of a page at or before `from`, such that the record which spans `from`, if any, begins at
+/// or after it; the first page of the chain when that is not in the chain.
+async fn begin_before<S: WalSource>(source: &S, chain: &Chain, from: Lsn) -> Result<Lsn> {
+    let first_page = Lsn(chain.start().0.next_multiple_of(WAL_PAGE_BYTES));
+    let mut back = BACK_BYTES;
+    loop {
+        let begin = Lsn(from.0.saturating_sub(back)).align_down(WAL_PAGE_BYTES);
+        if begin <= first_page {
+            return Ok(first_page);
+        }
+        let Some(piece) = chain.within(begin, Lsn(begin.0 + SHORT_HEADER_BYTES)).first().copied()
+        else {
+            return Ok(first_page);
+        };
+        // A header cut in two by the end of an extent is not worth the trouble: go back a page.
+        let header = piece_bytes(source, &piece).await?;
+        let field = header.get(REMAINING_OFFSET..REMAINING_OFFSET + 4);
+        let remaining = field.and_then(|field| field.try_into().ok()).map(u32::from_le_bytes);
+        if let Some(remaining) = remaining {
+            let payload = WAL_PAGE_BYTES - SHORT_HEADER_BYTES;
+            // Generous: every page's worth of the rest takes a page, and one more for what is cut.
+            let pages = u64::from(remaining).div_ceil(payload) + 1;
+            let ends_by = begin.0.saturating_add(pages.saturating_mul(WAL_PAGE_BYTES));
+            if remaining == 0 || ends_by <= from.0 {
+                return Ok(begin);
+            }
+        }
+        back = if remaining.is_some() { back.saturating_mul(8) } else { back + WAL_PAGE_BYTES };
+    }
+}
+
+/// Runs decoding on a thread that may be busy.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        Error::new(Kind::Bug, format!("unable to decode WAL: the decoder ended early: {error}"))
+    })
+}
