@@ -69,13 +69,16 @@ impl Budget {
         // A part runs over by at most one frame before it is handed on.
         let part_whole = part + frame_bytes_max();
         let thread = context_bytes(level) + part_whole + 2 * BLOCK_BYTES as u64;
-        // Uploads get two fifths: at least two parts, so that one is filled while another travels.
+        // Uploads get two fifths or more.
         let uploads = (data * 2 / 5 / part_whole).max(2);
         let threads = data.saturating_sub(uploads * part_whole) / thread;
         let threads = threads.clamp(1, THREADS_MAX.min(cores.max(1) as u64));
-        // What the threads do not need goes to uploads.
-        let left = data.saturating_sub(threads * thread);
-        let uploads = (left / part_whole).clamp(2, 32);
+        // What the threads do not need goes to uploads: as many as there are threads at least, which
+        // the packing needs so that workers never wait for each other.
+        let uploads_for = |threads| (data.saturating_sub(threads * thread) / part_whole).min(32);
+        let enough = |threads: &u64| uploads_for(*threads) >= (*threads).max(2);
+        let threads = (1..=threads).rev().find(enough).unwrap_or(1);
+        let uploads = uploads_for(threads).max(2);
         Self {
             thread_count: to_count(threads),
             part_bytes: to_count(part),
@@ -149,8 +152,8 @@ fn frame_bytes_max() -> u64 {
 pub fn context_bytes(level: Level) -> u64 {
     match level.get() {
         ..=2 => 3 * MIB,
-        3..=8 => 6 * MIB,
-        9..=15 => 14 * MIB,
+        3..=7 => 6 * MIB,
+        8..=15 => 14 * MIB,
         _ => 18 * MIB,
     }
 }
@@ -176,7 +179,7 @@ mod tests {
                     let budget = Budget::backup(limit, cores, level);
                     let used = budget.backup_bytes(level) + PROCESS_BYTES;
                     assert!(used <= limit, "{cores} cores, {level:?}, {limit}: {used} {budget:?}");
-                    assert!(budget.parts_max > budget.thread_count);
+                    assert!(budget.parts_max >= 2 * budget.thread_count);
                 }
             }
         }

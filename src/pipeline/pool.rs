@@ -133,6 +133,23 @@ impl Pool {
     pub fn close(&self) {
         self.places.close();
     }
+
+    /// A handle that can do what [`Pool::close`] does.
+    #[must_use]
+    pub fn closer(&self) -> Closer {
+        Closer(self.places.clone())
+    }
+}
+
+/// Closes a pool from elsewhere, without keeping its threads alive.
+#[derive(Clone, Debug)]
+pub struct Closer(Permits);
+
+impl Closer {
+    /// As [`Pool::close`].
+    pub fn close(&self) {
+        self.0.close();
+    }
 }
 
 /// The future of a job's result; dropping it drops the result, not the job.
