@@ -249,7 +249,7 @@ impl Front {
 
     /// The public section in `bytes`, which begin with the object and reach to [`Front::end`], and
     /// what it says of backup `id`.
-    fn public<'a>(
+    pub(super) fn public<'a>(
         &self,
         bytes: &'a [u8],
         id: BackupId,
@@ -272,17 +272,16 @@ impl Front {
         Ok((section, public))
     }
 
-    /// Splits a whole manifest object into what it says publicly and its private frames' place, once
-    /// the private section is opened by `open`.
+    /// Reads a whole manifest object; `open` opens its private frames, which begin where it is told.
     pub(super) fn decode_whole(
         object: &[u8],
         id: BackupId,
         system_id: SystemId,
-        open: impl FnOnce(&ObjectHeader, &PublicManifest, usize) -> Result<Vec<u8>>,
+        open: impl FnOnce(usize) -> Result<Vec<u8>>,
     ) -> Result<Manifest> {
         let front = Self::decode(object)?;
         let (section, public) = front.public(object, id, system_id)?;
-        let private = open(&front.header, &public, front.end)?;
+        let private = open(front.end)?;
         let private: Private = serde_json::from_slice(&private)
             .map_err(|error| corrupt(format!("its private section is not a manifest: {error}")))?;
         if private.public_blake3 != blake3::hash(section).to_hex().as_str() {

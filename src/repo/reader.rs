@@ -306,10 +306,14 @@ impl Reader {
         let attempted = || format!("unable to read manifest '{name}'");
         let object = repository.store().get(&name, None).await.context(attempted)?;
         let front = Front::decode(&object).context(attempted)?;
-        let key = self.object_key(&front.header, &thing).await.context(attempted)?;
         let system_id = repository.system_id();
+        // Said before the key is asked for: who may open it is in the public section.
+        let (_, public) = front.public(&object, id, system_id).context(attempted)?;
+        let key = self.object_key(&front.header, &thing).await.context(|| {
+            format!("{} (written for {})", attempted(), public.recipients.join(", "))
+        })?;
         on_blocking_thread(move || {
-            Front::decode_whole(&object, id, system_id, |_, _, private_start| {
+            Front::decode_whole(&object, id, system_id, |private_start| {
                 open_blocks(&key, &object, private_start..object.len(), 0, PRIVATE_BYTES_MAX)
             })
         })

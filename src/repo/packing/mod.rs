@@ -31,6 +31,8 @@
 
 mod collector;
 mod commit;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::fmt;
