@@ -153,8 +153,8 @@ pub fn context_bytes(level: Level) -> u64 {
     match level.get() {
         ..=2 => 3 * MIB,
         3..=7 => 6 * MIB,
-        8..=12 => 14 * MIB,
-        _ => 24 * MIB,
+        8..=12 => 13 * MIB,
+        _ => 20 * MIB,
     }
 }
 
@@ -198,7 +198,6 @@ mod tests {
             let mut out = Vec::new();
             compressor.append(&[Bytes::from(noise.clone())], &mut out).unwrap();
             let bytes = compressor.memory_bytes() as u64;
-            println!("{level:?}: {bytes}");
             assert!(bytes <= context_bytes(level), "{level:?}: {bytes}");
         }
     }

@@ -73,7 +73,7 @@ pub fn compressed_bytes_max(plain_len: usize) -> usize {
     zstd_safe::compress_bound(plain_len)
 }
 
-/// A compression context; costs about 1.3 MiB at level 1 and 1 MiB blocks, up to 13 MiB at 19.
+/// A compression context; costs about 1.3 MiB at level 1 and 1 MiB blocks, 19 MiB at level 19.
 pub struct Compressor {
     context: CCtx<'static>,
     level: Level,

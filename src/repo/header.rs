@@ -18,7 +18,7 @@
 //!     68    4  bytes of the extent's frames, after this header
 //!     72    8  start LSN
 //!     80    8  end LSN
-//!     88    8  greatest commit time, microseconds since 1970, 0 for none
+//!     88    8  greatest commit or abort time, microseconds since 1970, 0 for none
 //! ```
 //!
 //! # Invariants

@@ -11,7 +11,8 @@
 //! <cluster>/marks/…  <cluster>/reports/…  <cluster>/lease
 //! ```
 //! A backup id is `<start time YYYYMMDDTHHMMSSZ>-<timeline 8 HEX>-<start LSN 16 HEX>`. An extent's time
-//! is the greatest commit time inside in microseconds since 1970, 0 when there is no commit. All parts
+//! is the greatest time of a commit or abort record that ends inside, in microseconds since 1970, 0
+//! when there is none. All parts
 //! have fixed width, so the order of names is the order of things.
 
 use std::fmt;
@@ -279,7 +280,7 @@ pub struct ExtentName {
     pub timeline: TimelineId,
     /// The bytes `[start, end)`, at least one.
     pub range: LsnRange,
-    /// Greatest commit time inside, `None` when no commit or abort record ends inside.
+    /// Greatest time of the commit and abort records that end inside, `None` when there is none.
     pub time: Option<PgTime>,
 }
 

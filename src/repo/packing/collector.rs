@@ -37,6 +37,8 @@ pub(super) struct Collected {
     pub(super) packs: Vec<PackSummary>,
     /// The first bad pages, by path and block.
     pub(super) failures: Vec<ChecksumFailure>,
+    /// Number of all bad pages.
+    pub(super) failure_count: u64,
     /// When the last pack was durable.
     pub(super) last_put: Option<Instant>,
 }
@@ -166,7 +168,8 @@ impl Collector {
                 let mut failures = self.failures;
                 failures.sort_by(|a, b| (&a.path, a.block).cmp(&(&b.path, b.block)));
                 let packs = self.packs.into_values().collect();
-                Ok(Collected { packs, failures, last_put: self.last_put })
+                let failure_count = self.shared.counters.progress().checksum_failure_count;
+                Ok(Collected { packs, failures, failure_count, last_put: self.last_put })
             }
             Err(error) => {
                 self.take_back().await;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Shared;
 use super::collector::Collected;
 use crate::error::{Context, Error, Kind, Result};
-use crate::repo::manifest::{BackupKind, Manifest, ManifestFacts, PublicManifest};
+use crate::repo::manifest::{BackupKind, ChecksumFailure, Manifest, ManifestFacts, PublicManifest};
 use crate::repo::names::{BackupId, Object};
 use crate::store::PutOutcome;
 
@@ -38,10 +38,26 @@ impl PackedBackup {
         self.collected.packs.iter().map(|pack| pack.stored_bytes).sum()
     }
 
-    /// Bad pages found.
+    /// Number of bad pages found and not forgiven.
     #[must_use]
     pub fn checksum_failure_count(&self) -> u64 {
-        self.shared.counters.progress().checksum_failure_count
+        self.collected.failure_count
+    }
+
+    /// The first bad pages, by path and block, at most
+    /// [`CHECKSUM_FAILURES_MAX`](crate::repo::manifest::CHECKSUM_FAILURES_MAX).
+    #[must_use]
+    pub fn checksum_failures(&self) -> &[ChecksumFailure] {
+        &self.collected.failures
+    }
+
+    /// Strikes out the bad pages that `is_fine` says are not: a page that was torn while it was being
+    /// read looks damaged, and its WAL repairs it.
+    pub fn forgive(&mut self, is_fine: impl Fn(&ChecksumFailure) -> bool) {
+        let before = self.collected.failures.len();
+        self.collected.failures.retain(|failure| !is_fine(failure));
+        let forgiven = before - self.collected.failures.len();
+        self.collected.failure_count -= forgiven as u64;
     }
 
     /// Puts the manifest: the backup is visible on return. To be called only once the WAL from its
@@ -139,7 +155,7 @@ impl PackedBackup {
                 stored_bytes: packs.iter().map(|pack| pack.stored_bytes).sum(),
                 file_count: progress.file_count,
                 pack_bytes: packs.iter().map(|pack| pack.stored_bytes).collect(),
-                checksum_failure_count: progress.checksum_failure_count,
+                checksum_failure_count: self.collected.failure_count,
                 key_id: writer.key_id(),
                 recipients: writer.recipients().to_vec(),
             },
