@@ -1,3 +1,7 @@
 //! Integration tests that need no PostgreSQL server of their own.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
+
+mod s3_server;
+mod store_contract;
+mod store_faults;
