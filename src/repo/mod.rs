@@ -45,6 +45,9 @@ pub use packing::{BackupWriter, FileMeta, Inspect, PackOptions, PackProgress, Pa
 pub use reader::{Check, FetchedBatch, FetchedExtent, FrameBatch, PackHandle, Reader};
 pub use writer::Writer;
 
+/// What this module's interface is spoken in, for those above it.
+pub use crate::pipeline::{Budget, Level, Permits, Pool, PoolOptions, Worker, budget};
+
 use std::sync::Arc;
 
 use bytes::Bytes;
