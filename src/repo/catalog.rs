@@ -166,6 +166,13 @@ impl Catalog {
     /// timeline, then oldest backup first. Backups with missing packs reach nothing.
     #[must_use]
     pub fn intervals(&self) -> Vec<Interval> {
+        let mut all = self.intervals_towards_all();
+        all.retain(|interval| interval.arrived);
+        all
+    }
+
+    /// The same with those that end before the timeline they lead to.
+    pub(super) fn intervals_towards_all(&self) -> Vec<Interval> {
         let timelines = self.lineage().timelines();
         let all = timelines.iter().flat_map(|timeline| {
             self.backups.iter().filter_map(|backup| self.interval(backup, *timeline))
@@ -194,8 +201,7 @@ impl Catalog {
     /// Whether a restore of the backup can end at its own end at least.
     #[must_use]
     pub fn is_restorable(&self, backup: &BackupSummary) -> bool {
-        let timelines = self.lineage().timelines();
-        timelines.iter().any(|timeline| self.interval(backup, *timeline).is_some())
+        backup.has_all_packs() && self.lineage().is_complete(&backup.span())
     }
 
     /// The holes in the WAL, each once.
@@ -235,5 +241,128 @@ impl Catalog {
     #[must_use]
     pub fn segment_size(&self) -> Option<SegmentSize> {
         self.backups.last().map(|backup| backup.manifest.wal_segment_size_bytes)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use jiff::SignedDuration;
+
+    use super::super::coverage::tests::timeline;
+    use super::super::manifest::BackupKind;
+    use super::*;
+    use crate::pg::SystemId;
+
+    /// The zero of the tests' time.
+    pub(in crate::repo) fn at_minute(minute: i64) -> Timestamp {
+        let zero: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        zero + SignedDuration::from_mins(minute)
+    }
+
+    /// A backup of timeline `number` that ran over `[start, end)` during those minutes.
+    pub(in crate::repo) fn backup(
+        number: u32,
+        lsns: (u64, u64),
+        minutes: (i64, i64),
+    ) -> BackupSummary {
+        let id = BackupId::new(at_minute(minutes.0), timeline(number), Lsn(lsns.0));
+        let manifest = PublicManifest {
+            id,
+            system_id: SystemId(7),
+            postgres_version_num: 150_000,
+            wal_segment_size_bytes: SegmentSize::new(1 << 20).unwrap(),
+            kind: BackupKind::Full,
+            parents: Vec::new(),
+            timeline: timeline(number),
+            end_timeline: timeline(number),
+            start_lsn: Lsn(lsns.0),
+            end_lsn: Lsn(lsns.1),
+            start_time: at_minute(minutes.0),
+            end_time: at_minute(minutes.1),
+            plain_bytes: 100,
+            stored_bytes: 10,
+            file_count: 1,
+            pack_bytes: vec![10],
+            checksum_failure_count: 0,
+            key_id: KeyId::NONE,
+            recipients: Vec::new(),
+        };
+        let objects = BackupObjects {
+            pack_count: 1,
+            stored_bytes: 12,
+            newest: at_minute(minutes.1),
+            bad_packs: Vec::new(),
+        };
+        BackupSummary { manifest, objects }
+    }
+
+    #[test]
+    fn a_backup_with_a_missing_pack_reaches_nothing() {
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([super::super::coverage::tests::extent(1, 0, 100, 5)]),
+            ..Catalog::default()
+        };
+        assert_eq!(catalog.intervals().len(), 1);
+        assert!(catalog.is_restorable(&catalog.backups[0]));
+        catalog.backups[0].objects.bad_packs = vec![1];
+        assert!(catalog.intervals().is_empty());
+    }
+
+    #[test]
+    fn a_silent_cluster_can_be_restored_up_to_what_its_writer_saw_last() {
+        use super::super::lease::Progress;
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([super::super::coverage::tests::extent(1, 0, 100, 0)]),
+            ..Catalog::default()
+        };
+        let progress = |end| Progress {
+            timeline: timeline(1),
+            durable_end_lsn: Lsn(end),
+            caught_up_time: Some(at_minute(90)),
+        };
+        let lease = |end| LeaseInfo {
+            epoch: 1,
+            released: false,
+            description: "stream".into(),
+            process: super::super::process::ProcessIdentity::default(),
+            acquired_time: at_minute(0),
+            renewed_time: at_minute(90),
+            ttl_ms: 1,
+            progress: Some(progress(end)),
+            key_id: None,
+        };
+        assert_eq!(catalog.intervals()[0].until_time, at_minute(1));
+        catalog.lease = Some(lease(100));
+        assert_eq!(catalog.intervals()[0].until_time, at_minute(90));
+        catalog.lease = Some(lease(101));
+        assert_eq!(catalog.intervals()[0].until_time, at_minute(1), "there is more than we see");
+    }
+
+    #[test]
+    fn a_hole_that_retention_made_is_told_from_one_that_was_lost() {
+        use super::super::coverage::tests::extent;
+        let mut catalog = Catalog {
+            wal: WalCatalog::new([extent(1, 0, 10, 1), extent(1, 20, 30, 3), extent(1, 40, 50, 5)]),
+            ..Catalog::default()
+        };
+        catalog.marks.expired.insert(timeline(1), Lsn(20));
+        let gaps = catalog.gaps();
+        let seen: Vec<_> =
+            gaps.iter().map(|gap| (gap.gap.missing.start().0, gap.expired)).collect();
+        assert_eq!(seen, [(10, true), (30, false)]);
+        assert!(gaps[1].last_commit_before < gaps[1].commit_after);
+    }
+
+    #[test]
+    fn a_backup_that_is_not_listed_is_refused_with_the_reason() {
+        let id = backup(1, (10, 20), (0, 1)).id();
+        let mut catalog = Catalog::default();
+        assert!(catalog.backup(id).unwrap_err().message().contains("no such backup"));
+        catalog.incomplete.push(IncompleteBackup { id, objects: BackupObjects::default() });
+        let error = catalog.backup(id).unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.message().contains("no manifest"), "{error}");
     }
 }

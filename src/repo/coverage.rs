@@ -301,12 +301,14 @@ impl WalCatalog {
         Ok(chosen)
     }
 
-    /// Greatest commit time of the extents wholly inside `wanted`; a time that may belong to a commit
-    /// outside does not count.
+    /// Greatest commit time of the extents that share a byte with `wanted` and end inside it. The
+    /// commit of one that reaches beyond may lie outside. That of one that begins before may too, but
+    /// then it is an earlier one.
     #[must_use]
     pub fn newest_commit_in(&self, timeline: TimelineId, wanted: LsnRange) -> Option<PgTime> {
         let rows = self.timelines.get(&timeline)?.near(wanted).iter();
-        rows.filter(|row| wanted.covers(row.range())).filter_map(Row::time).max()
+        let inside = rows.filter(|row| wanted.start() < row.end() && row.end() <= wanted.end());
+        inside.filter_map(Row::time).max()
     }
 
     /// The extent with the greatest commit time of all.
@@ -413,6 +415,8 @@ pub(super) mod tests {
         assert_eq!(newest(30), Some(PgTime(9)));
         assert_eq!(newest(15), Some(PgTime(5)));
         assert_eq!(newest(5), None);
+        let straddling = wal.newest_commit_in(timeline(1), range(Lsn(15), Lsn(30)));
+        assert_eq!(straddling, Some(PgTime(9)));
         assert_eq!(wal.newest_commit().unwrap().name.range.start(), Lsn(10));
     }
 

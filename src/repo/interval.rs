@@ -55,6 +55,9 @@ pub struct Interval {
     pub from_time: Timestamp,
     /// Greatest time up to which all commits are known to be there.
     pub until_time: Timestamp,
+    /// Whether the WAL reaches the target timeline itself. Where it does not, the interval tells
+    /// nothing that one of an ancestor does not tell, but for WAL that only descendants hold.
+    pub arrived: bool,
     /// Whether it ends where the target timeline's WAL ends, so that it grows as WAL arrives.
     pub open: bool,
     /// Which WAL is read from which timeline, from the backup's start to `until_lsn`.
@@ -202,28 +205,39 @@ impl Lineage<'_> {
         Ok(pieces)
     }
 
+    /// Whether the backup began and ended on the way to `target`.
+    #[must_use]
+    pub fn descends_from(&self, target: TimelineId, backup: &BackupSpan) -> bool {
+        let start = backup.id.start_lsn();
+        let last = Lsn(backup.end_lsn.0.saturating_sub(1)).max(start);
+        self.is_on_path(target, backup.id.timeline(), start)
+            && self.is_on_path(target, backup.end_timeline, last)
+    }
+
+    /// Whether the WAL from the backup's start to its end is there, so that it can be restored to
+    /// its own end at least.
+    #[must_use]
+    pub fn is_complete(&self, backup: &BackupSpan) -> bool {
+        self.timelines().into_iter().any(|target| {
+            let stretches = || self.walk(target, backup.id.start_lsn(), backup.end_lsn);
+            let reached = || stretches().last().map(|stretch| stretch.range.end());
+            self.descends_from(target, backup) && reached() == Some(backup.end_lsn)
+        })
+    }
+
     /// What can be restored from `backup` towards `target`.
     #[must_use]
     pub fn interval(&self, backup: &BackupSpan, target: TimelineId) -> Option<Interval> {
-        let path = self.path(target);
-        let start = backup.id.start_lsn();
-        let on_path = |timeline, position| {
-            part_at(&path, position).is_some_and(|part| part.timeline == timeline)
-        };
-        let last = Lsn(backup.end_lsn.0.saturating_sub(1)).max(start);
-        if !on_path(backup.id.timeline(), start) || !on_path(backup.end_timeline, last) {
+        if !self.descends_from(target, backup) {
             return None;
         }
-        let stretches = self.walk(target, start, Lsn(u64::MAX));
+        let stretches = self.walk(target, backup.id.start_lsn(), Lsn(u64::MAX));
         let until_lsn = stretches.last().map(|stretch| stretch.range.end())?;
-        // Towards a timeline whose own WAL is not reached it would repeat that of an ancestor.
         let arrived = stretches.last().is_some_and(|stretch| stretch.timeline == target);
-        if until_lsn < backup.end_lsn || !arrived {
+        if until_lsn < backup.end_lsn {
             return None;
         }
-        let newest = stretches.iter().filter_map(|stretch| {
-            self.wal.newest_commit_in(stretch.timeline, stretch.range)?.to_timestamp()
-        });
+        let newest = stretches.iter().filter_map(|stretch| self.newest_commit(target, stretch));
         let until_time = newest.max().map_or(backup.end_time, |time| time.max(backup.end_time));
         Some(Interval {
             timeline: target,
@@ -232,9 +246,20 @@ impl Lineage<'_> {
             until_lsn,
             from_time: backup.end_time,
             until_time,
-            open: self.wal.last_end(target).is_none_or(|end| end <= until_lsn),
+            arrived,
+            open: arrived && self.wal.last_end(target).is_none_or(|end| end <= until_lsn),
             path: stretches,
         })
+    }
+
+    /// Greatest commit time of the extents inside a stretch of the path to `target`, whichever of
+    /// the path's timelines holds them.
+    fn newest_commit(&self, target: TimelineId, stretch: &Stretch) -> Option<Timestamp> {
+        let path = self.path(target);
+        let holders = path.iter().skip_while(|part| part.timeline != stretch.timeline);
+        let times =
+            holders.filter_map(|holder| self.wal.newest_commit_in(holder.timeline, stretch.range));
+        times.max()?.to_timestamp()
     }
 
     /// The holes between WAL that is there, on the way to every known timeline, each once.

@@ -773,10 +773,10 @@ impl Holder {
     /// Safe: a renewal that was sent and whose answer was not seen stays in doubt, and the next one
     /// looks first.
     async fn renew(&mut self) -> Result<Renewal> {
-        if self.look_first || !self.in_doubt.is_empty() {
-            if let Some(rival) = self.look().await? {
-                return Ok(Renewal::Fenced(rival));
-            }
+        if (self.look_first || !self.in_doubt.is_empty())
+            && let Some(rival) = self.look().await?
+        {
+            return Ok(Renewal::Fenced(rival));
         }
         let clock = self.shared.clock.clone();
         let term = Term { sent: clock.instant(), sent_time: clock.now() };

@@ -58,6 +58,23 @@ pub(super) fn expired(timeline: TimelineId, horizon: Lsn) -> Object {
     Object::Mark(format!("expired-{:08X}-{:016X}", timeline.get(), horizon.0))
 }
 
+/// Deletes the marks of `timeline` that a newer one says more than.
+pub(super) async fn drop_superseded(
+    repository: &Repository,
+    timeline: TimelineId,
+    horizon: Lsn,
+) -> Result<()> {
+    let prefix = format!("{}marks/expired-{:08X}-", repository.cluster().prefix(), timeline.get());
+    let old = repository.store().list_all(&prefix).await?.into_iter().map(|object| object.name);
+    let old: Vec<_> = old
+        .filter(|name| match Object::parse(repository.cluster(), name) {
+            Some(Object::Mark(mark)) => parse_expired(&mark).is_some_and(|(_, lsn)| lsn < horizon),
+            _ => false,
+        })
+        .collect();
+    if old.is_empty() { Ok(()) } else { repository.store().delete(&old).await }
+}
+
 /// Holds a backup: retention leaves it, and the WAL it needs, alone until the hold is released.
 ///
 /// # Durability

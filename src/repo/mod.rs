@@ -26,6 +26,7 @@ pub mod pack;
 pub mod packing;
 mod process;
 pub mod reader;
+pub mod retention;
 pub mod writer;
 
 pub use catalog::{BackupSummary, Catalog, IncompleteBackup};

@@ -1,0 +1,214 @@
+//! The second opinion: what could still be restored if a plan were carried out.
+//!
+//! Nothing here knows the rules by which the plan was made. It makes the catalog that would be left,
+//! asks that for its recoverable intervals, and compares.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+
+use crate::error::{Error, Kind, Result};
+use crate::pg::TimelineId;
+
+use crate::repo::catalog::{BackupSummary, Catalog};
+use crate::repo::interval::Interval;
+use crate::repo::names::{BackupId, ExtentName};
+
+use super::{DeletionPlan, days};
+
+/// Proves that `plan`, carried out on `catalog`, breaks nothing that must stay.
+///
+/// 1. *Window.* Every moment since the window's start that can be recovered now, towards any
+///    timeline, can be recovered afterwards; without a window, every moment that can be recovered
+///    from a backup that stays.
+/// 2. *Chains.* Every backup that stays and can be restored now can be restored afterwards, and so
+///    can whatever refers to its packs.
+/// 3. *Count and age.* The newest backup stays, and the newest that can be restored; at least
+///    `keep_count` that can be restored stay, or all; no backup goes that is held, or younger than
+///    `keep_days`.
+/// 4. *Scope.* Nothing goes that is not a listed backup or known WAL; nothing of a backup without a
+///    manifest.
+///
+/// # Errors
+/// `bug` naming the first promise that would be broken.
+pub fn check(catalog: &Catalog, plan: &DeletionPlan) -> Result<()> {
+    let gone = plan.deleted_ids();
+    let after = left_after(catalog, plan, &gone);
+    let comparison = Comparison {
+        catalog,
+        plan,
+        gone: &gone,
+        intervals_before: catalog.intervals_towards_all(),
+        intervals_after: after.intervals_towards_all(),
+        restorable_after: restorable(&after),
+    };
+    comparison.scope()?;
+    comparison.count_and_age()?;
+    comparison.chains()?;
+    comparison.window()
+}
+
+fn left_after(catalog: &Catalog, plan: &DeletionPlan, gone: &BTreeSet<BackupId>) -> Catalog {
+    let extents: std::collections::HashSet<ExtentName> =
+        plan.wal.iter().flat_map(|wal| wal.extents.iter().copied()).collect();
+    Catalog {
+        backups: catalog.backups.iter().filter(|b| !gone.contains(&b.id())).cloned().collect(),
+        wal: catalog.wal.without(|name| extents.contains(name)),
+        histories: catalog.histories.clone(),
+        lease: catalog.lease.clone(),
+        ..Catalog::default()
+    }
+}
+
+fn restorable(catalog: &Catalog) -> BTreeSet<BackupId> {
+    let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
+    restorable.map(BackupSummary::id).collect()
+}
+
+fn broken(promise: impl std::fmt::Display) -> Error {
+    Error::new(Kind::Bug, format!("the plan of deletions must not be carried out: {promise}"))
+        .hint("Nothing was deleted. Run 'tidemark verify', and report this as a defect.")
+}
+
+struct Comparison<'a> {
+    catalog: &'a Catalog,
+    plan: &'a DeletionPlan,
+    gone: &'a BTreeSet<BackupId>,
+    intervals_before: Vec<Interval>,
+    intervals_after: Vec<Interval>,
+    restorable_after: BTreeSet<BackupId>,
+}
+
+impl Comparison<'_> {
+    fn scope(&self) -> Result<()> {
+        let listed: BTreeSet<BackupId> =
+            self.catalog.backups.iter().map(BackupSummary::id).collect();
+        if let Some(id) = self.gone.difference(&listed).next() {
+            return Err(broken(format!("backup '{id}' is not listed")));
+        }
+        // WAL that a backup in progress may need: everything since it began, where it began.
+        for backup in &self.catalog.incomplete {
+            let (timeline, start) = (backup.id.timeline(), backup.id.start_lsn());
+            let of_timeline = self.plan.wal.iter().filter(|wal| wal.timeline == timeline);
+            if of_timeline.flat_map(|wal| &wal.extents).any(|name| name.range.end() > start) {
+                let id = backup.id;
+                return Err(broken(format!("backup '{id}', without a manifest, may need its WAL")));
+            }
+        }
+        Ok(())
+    }
+
+    fn count_and_age(&self) -> Result<()> {
+        let newest = self.catalog.backups.last().map(BackupSummary::id);
+        let restorable = restorable(self.catalog);
+        for id in newest.iter().chain(restorable.last()) {
+            if self.gone.contains(id) {
+                return Err(broken(format!("'{id}' is the newest backup")));
+            }
+        }
+        if !self.gone.is_empty()
+            && self.plan.options.keep_days.is_none()
+            && self.plan.options.keep_count.is_none()
+        {
+            return Err(broken("no rule says that a backup may go"));
+        }
+        let count = self.plan.options.keep_count.map_or(0, |count| count as usize);
+        let left = restorable.difference(self.gone).count();
+        if left < count.min(restorable.len()) {
+            return Err(broken(format!("{left} backups would be left, {count} are to be kept")));
+        }
+        if let Some(id) = self.catalog.marks.holds.intersection(self.gone).next() {
+            return Err(broken(format!("backup '{id}' is held")));
+        }
+        let age = self.plan.options.keep_days.map(days);
+        for backup in self.catalog.backups.iter().filter(|b| self.gone.contains(&b.id())) {
+            let old = self.plan.planned_time.duration_since(backup.manifest.end_time);
+            if age.is_some_and(|age| old < age) {
+                let id = backup.id();
+                return Err(broken(format!("backup '{id}' is younger than is to be kept")));
+            }
+        }
+        Ok(())
+    }
+
+    fn chains(&self) -> Result<()> {
+        let lost = restorable(self.catalog)
+            .into_iter()
+            .find(|id| !self.gone.contains(id) && !self.restorable_after.contains(id));
+        if let Some(id) = lost {
+            return Err(broken(format!("backup '{id}' stays but could not be restored")));
+        }
+        for backup in self.catalog.backups.iter().filter(|b| !self.gone.contains(&b.id())) {
+            let id = backup.id();
+            if let Some(parent) = backup.manifest.parents.iter().find(|p| self.gone.contains(p)) {
+                return Err(broken(format!("backup '{id}' refers to packs of '{parent}'")));
+            }
+        }
+        Ok(())
+    }
+
+    fn window(&self) -> Result<()> {
+        let Some(start) = self.plan.window_start else { return self.reach() };
+        for timeline in self.catalog.lineage().timelines() {
+            let before = self.moments(&self.intervals_before, timeline, start);
+            let after = self.moments(&self.intervals_after, timeline, start);
+            for (from, until) in before {
+                if !after.iter().any(|(f, u)| *f <= from && until <= *u) {
+                    return Err(broken(format!(
+                        "times from {from} to {until} on timeline {timeline} could not be \
+                         recovered any more"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Without a window: what stays reaches as far as before.
+    fn reach(&self) -> Result<()> {
+        let stays = |interval: &&Interval| !self.gone.contains(&interval.backup);
+        for interval in self.intervals_before.iter().filter(stays) {
+            let is_same = |other: &Interval| {
+                (other.backup, other.timeline, other.until_lsn)
+                    == (interval.backup, interval.timeline, interval.until_lsn)
+            };
+            if !self.intervals_after.iter().any(is_same) {
+                let (id, timeline) = (interval.backup, interval.timeline);
+                return Err(broken(format!(
+                    "less could be recovered from '{id}' on timeline {timeline}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Maximal stretches of recoverable time since `start` towards `timeline`. The newest timeline
+    /// has no end where its WAL ends.
+    fn moments(
+        &self,
+        intervals: &[Interval],
+        timeline: TimelineId,
+        start: Timestamp,
+    ) -> Vec<(Timestamp, Timestamp)> {
+        let newest = self.catalog.wal.timelines().last();
+        let mut stretches: Vec<(Timestamp, Timestamp)> = intervals
+            .iter()
+            .filter(|interval| interval.timeline == timeline)
+            .map(|interval| {
+                let grows = interval.open && newest == Some(timeline);
+                let until = if grows { Timestamp::MAX } else { interval.until_time };
+                (interval.from_time.max(start), until)
+            })
+            .filter(|(from, until)| from <= until)
+            .collect();
+        stretches.sort_unstable();
+        let mut joined: Vec<(Timestamp, Timestamp)> = Vec::new();
+        for (from, until) in stretches {
+            match joined.last_mut() {
+                Some(last) if from <= last.1 => last.1 = last.1.max(until),
+                _ => joined.push((from, until)),
+            }
+        }
+        joined
+    }
+}

@@ -1,0 +1,383 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::pg::{PgTime, TimelineHistory};
+use crate::repo::catalog::tests::{at_minute, backup};
+use crate::repo::catalog::{BackupObjects, IncompleteBackup};
+use crate::repo::coverage::WalCatalog;
+use crate::repo::coverage::tests::timeline;
+
+/// 128 KiB of WAL a minute, so that positions and times mean the same.
+const MINUTE_BYTES: u64 = 1 << 17;
+const DAY: i64 = 24 * 60;
+
+/// WAL of timeline `number` from one minute to another, stored as it was written.
+fn wal(number: u32, from: i64, until: i64) -> StoredExtent {
+    let lsn = |minute: i64| Lsn(u64::try_from(minute).unwrap() * MINUTE_BYTES);
+    StoredExtent {
+        name: ExtentName {
+            timeline: timeline(number),
+            range: LsnRange::new(lsn(from), lsn(until)).unwrap(),
+            time: Some(PgTime::from_timestamp(at_minute(until))),
+        },
+        stored_bytes: 100,
+        modified: at_minute(until),
+    }
+}
+
+fn days_of_wal(number: u32, from: i64, until: i64) -> impl Iterator<Item = StoredExtent> {
+    (from..until).map(move |day| wal(number, day * DAY, (day + 1) * DAY))
+}
+
+/// A backup taken in the first hour of `day`.
+fn daily(number: u32, day: i64) -> BackupSummary {
+    let lsn = u64::try_from(day * DAY).unwrap() * MINUTE_BYTES;
+    backup(number, (lsn, lsn + 60 * MINUTE_BYTES), (day * DAY, day * DAY + 60))
+}
+
+fn month() -> Catalog {
+    Catalog {
+        backups: (0..30).map(|day| daily(1, day)).collect(),
+        wal: WalCatalog::new(days_of_wal(1, 0, 30)),
+        ..Catalog::default()
+    }
+}
+
+fn options(days: Option<u32>, count: Option<u32>, pitr: Option<u32>) -> RetentionOptions {
+    RetentionOptions { keep_days: days, keep_count: count, pitr_days: pitr }
+}
+
+fn kept_days(plan: &DeletionPlan) -> Vec<i64> {
+    let day = |id: BackupId| id.start_time().duration_since(at_minute(0)).as_mins() / DAY;
+    plan.keep.iter().map(|kept| day(kept.id)).collect()
+}
+
+fn now(day: i64) -> Timestamp {
+    at_minute(day * DAY)
+}
+
+#[test]
+fn without_a_rule_nothing_goes() {
+    let plan = plan(&month(), &options(None, None, None), now(30)).unwrap();
+    assert!(plan.is_empty());
+    assert_eq!(plan.to_string().lines().last(), Some("nothing to delete"));
+}
+
+#[test]
+fn count_keeps_the_newest_and_the_wal_from_the_oldest_of_them() {
+    let plan = plan(&month(), &options(None, Some(3), None), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [27, 28, 29]);
+    assert_eq!(plan.wal[0].horizon_lsn.0, 26 * 1440 * MINUTE_BYTES, "an hour of slack is kept");
+    assert_eq!(plan.wal[0].extent_count, 26);
+    assert_eq!(plan.stored_bytes(), 27 * 12 + 26 * 100);
+    let text = plan.to_string();
+    assert!(text.contains("delete backup 20260101T000000Z-00000001-0000000000000000: ended"));
+    assert!(
+        text.contains("delete WAL of timeline 1 before 1/24800000: 26 extents, 2.5 KiB"),
+        "{text}"
+    );
+}
+
+#[test]
+fn age_and_count_both_have_to_agree() {
+    let by =
+        |days, count| kept_days(&plan(&month(), &options(days, count, None), now(30)).unwrap());
+    assert_eq!(by(Some(2), Some(5)), [25, 26, 27, 28, 29]);
+    assert_eq!(by(Some(5), Some(2)), [25, 26, 27, 28, 29]);
+    assert_eq!(by(Some(0), None), [29], "the newest always stays");
+    assert_eq!(by(None, Some(0)), [29]);
+}
+
+#[test]
+fn the_window_keeps_the_backup_it_begins_with() {
+    let plan = plan(&month(), &options(None, Some(1), Some(7)), now(30)).unwrap();
+    // The window begins on day 23 less an hour, so with the backup of day 22.
+    assert_eq!(kept_days(&plan), [22, 23, 24, 25, 26, 27, 28, 29]);
+    assert_eq!(plan.keep[0].reasons, [Reason::WindowBase].into());
+    assert_eq!(plan.wal[0].horizon_lsn.0, 22 * 1440 * MINUTE_BYTES);
+}
+
+#[test]
+fn an_old_backup_that_is_held_keeps_only_the_wal_it_needs_itself() {
+    let mut catalog = month();
+    catalog.marks.holds.insert(catalog.backups[3].id());
+    let plan = plan(&catalog, &options(None, Some(1), Some(2)), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [3, 27, 28, 29]);
+    assert_eq!(plan.keep[0].reasons, [Reason::Held].into());
+    let stretches: Vec<_> = plan.wal[0]
+        .stretches
+        .iter()
+        .map(|s| (s.range.start().0 / MINUTE_BYTES / 1440, s.range.end().0 / MINUTE_BYTES / 1440))
+        .collect();
+    assert_eq!(stretches, [(0, 3), (4, 27)]);
+}
+
+#[test]
+fn the_parents_of_a_kept_backup_stay() {
+    let mut catalog = month();
+    let (first, second) = (catalog.backups[1].id(), catalog.backups[2].id());
+    catalog.backups[29].manifest.parents = vec![second];
+    catalog.backups[2].manifest.parents = vec![first];
+    let plan = plan(&catalog, &options(None, Some(1), Some(0)), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [1, 2, 29]);
+    assert_eq!(plan.keep[0].reasons, [Reason::Parent].into());
+}
+
+#[test]
+fn a_backup_in_progress_keeps_its_wal_and_is_no_reason_to_delete_another() {
+    let mut catalog = month();
+    let running = catalog.backups.remove(20);
+    catalog
+        .incomplete
+        .push(IncompleteBackup { id: running.id(), objects: BackupObjects::default() });
+    let plan = plan(&catalog, &options(None, Some(1), Some(0)), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [29]);
+    assert_eq!(plan.wal[0].horizon_lsn.0, 20 * 1440 * MINUTE_BYTES);
+}
+
+#[test]
+fn a_backup_that_cannot_be_restored_does_not_count() {
+    let mut catalog = month();
+    // The WAL of the newest two is lost.
+    catalog.wal = WalCatalog::new(days_of_wal(1, 0, 28));
+    let plan = plan(&catalog, &options(None, Some(2), None), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [26, 27, 29]);
+}
+
+#[test]
+fn without_a_backup_all_wal_stays() {
+    let catalog = Catalog { backups: Vec::new(), ..month() };
+    let plan = plan(&catalog, &options(Some(0), Some(0), Some(0)), now(3000)).unwrap();
+    assert!(plan.is_empty());
+    assert_eq!(plan.remarks, ["there is no backup yet: all WAL is kept"]);
+}
+
+#[test]
+fn a_silent_cluster_keeps_its_window_base_however_old_its_last_commit_is() {
+    let mut catalog = month();
+    catalog.backups.truncate(3);
+    let plan = plan(&catalog, &options(None, Some(1), Some(7)), now(300)).unwrap();
+    assert_eq!(kept_days(&plan), [2]);
+    assert_eq!(plan.wal[0].horizon_lsn.0, 2 * 1440 * MINUTE_BYTES);
+}
+
+/// Timeline 2 left 1 on day 10; 1 went on until day 12.
+fn promoted() -> Catalog {
+    let switch = Lsn(10 * 1440 * MINUTE_BYTES);
+    let history = format!("1\t{switch}\tpromoted\n");
+    let history = TimelineHistory::decode(timeline(2), history.as_bytes()).unwrap();
+    Catalog {
+        backups: (0..30).map(|day| daily(if day < 10 { 1 } else { 2 }, day)).collect(),
+        wal: WalCatalog::new(days_of_wal(1, 0, 12).chain(days_of_wal(2, 10, 30))),
+        histories: [(timeline(2), history)].into(),
+        ..Catalog::default()
+    }
+}
+
+#[test]
+fn a_window_across_a_promotion_keeps_the_old_timeline_up_to_the_switch() {
+    let plan = plan(&promoted(), &options(None, Some(1), Some(3)), now(12)).unwrap();
+    assert!(kept_days(&plan).starts_with(&[8, 9, 10]), "{plan}");
+    assert_eq!(plan.wal.len(), 1);
+    assert_eq!(plan.wal[0].timeline, timeline(1));
+    assert_eq!(plan.wal[0].horizon_lsn.0, 8 * 1440 * MINUTE_BYTES);
+}
+
+#[test]
+fn a_dead_branch_goes_when_the_window_has_left_it() {
+    let plan = plan(&promoted(), &options(None, Some(1), Some(5)), now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [24, 25, 26, 27, 28, 29]);
+    let gone: Vec<_> = plan.wal.iter().map(|w| (w.timeline.get(), w.extent_count)).collect();
+    assert_eq!(gone, [(1, 12), (2, 14)]);
+}
+
+#[test]
+fn wal_of_unknown_descent_stays() {
+    let mut catalog = promoted();
+    catalog.histories.clear();
+    let plan = plan(&catalog, &options(None, Some(1), Some(5)), now(30)).unwrap();
+    assert!(plan.wal.iter().all(|wal| wal.timeline == timeline(1)));
+    assert!(plan.remarks[0].contains("history file of timeline 2 is missing"));
+}
+
+#[test]
+fn a_plan_that_breaks_a_promise_is_refused_by_the_second_check() {
+    let catalog = month();
+    let good = plan(&catalog, &options(Some(2), Some(2), Some(2)), now(30)).unwrap();
+    check(&catalog, &good).unwrap();
+    let refused = |change: &dyn Fn(&mut Catalog, &mut DeletionPlan), promise: &str| {
+        let (mut catalog, mut plan) = (catalog.clone(), good.clone());
+        change(&mut catalog, &mut plan);
+        let error = check(&catalog, &plan).unwrap_err();
+        assert!(error.message().contains(promise), "{error}");
+    };
+    let take = |plan: &mut DeletionPlan, index: usize| {
+        let backup = &catalog.backups[index];
+        plan.backups.push(DeletedBackup {
+            id: backup.id(),
+            end_time: backup.manifest.end_time,
+            pack_count: 1,
+            stored_bytes: 1,
+        });
+    };
+    refused(&|_, plan| take(plan, 29), "is the newest backup");
+    refused(&|_, plan| take(plan, 28), "younger than is to be kept");
+    refused(&|_, plan| take(plan, 27), "could not be recovered any more");
+    let hold = |catalog: &mut Catalog, _: &mut DeletionPlan| {
+        catalog.marks.holds.insert(catalog.backups[0].id());
+    };
+    refused(&hold, "is held");
+    refused(
+        &|catalog, _| {
+            let parent = catalog.backups[0].id();
+            catalog.backups[29].manifest.parents.push(parent);
+        },
+        "refers to packs of",
+    );
+    refused(
+        &|catalog, _| {
+            let running = catalog.backups.remove(0);
+            let objects = BackupObjects::default();
+            catalog.incomplete.push(IncompleteBackup { id: running.id(), objects });
+        },
+        "is not listed",
+    );
+    refused(
+        &|_, plan| {
+            let extents = days_of_wal(1, 29, 30).map(|extent| extent.name);
+            plan.wal[0].extents.extend(extents);
+        },
+        "could not be restored",
+    );
+    refused(&|_, plan| plan.options = options(None, None, Some(2)), "no rule says");
+}
+
+/// A tree of timelines with holes, backups here and there, and commits all the time.
+#[derive(Debug, Clone)]
+struct World {
+    catalog: Catalog,
+    options: RetentionOptions,
+    now_day: i64,
+}
+
+fn worlds() -> impl Strategy<Value = World> {
+    let rules =
+        (prop::option::of(0_u32..25), prop::option::of(0_u32..6), prop::option::of(0_u32..25));
+    (
+        prop::collection::vec(1_i64..28, 0..3),
+        prop::collection::vec((1_u32..4, 0_i64..30, 1_i64..4), 1..45),
+        prop::collection::vec((1_u32..4, 0_i64..30, prop::bool::weighted(0.1)), 0..14),
+        rules,
+        30_i64..40,
+        prop::collection::btree_set(0_usize..14, 0..2),
+    )
+        .prop_map(|(mut switches, extents, backups, rules, now_day, held)| {
+            switches.sort_unstable();
+            let extents = extents.iter().map(|(t, day, len)| wal(*t, day * DAY, (day + len) * DAY));
+            let mut catalog = Catalog { wal: WalCatalog::new(extents), ..Catalog::default() };
+            let parents: Vec<(u32, i64)> = (1..).zip(switches).collect();
+            for count in 1..=parents.len() {
+                let lines = parents.iter().take(count).map(|(parent, day)| {
+                    let lsn = Lsn(u64::try_from(day * DAY).unwrap() * MINUTE_BYTES);
+                    format!("{parent}\t{lsn}\n")
+                });
+                let id = timeline(u32::try_from(count).unwrap() + 1);
+                let text: String = lines.collect();
+                let history = TimelineHistory::decode(id, text.as_bytes()).unwrap();
+                catalog.histories.insert(id, history);
+            }
+            for (number, day, in_progress) in backups {
+                let summary = daily(number, day);
+                if in_progress {
+                    let objects = BackupObjects::default();
+                    catalog.incomplete.push(IncompleteBackup { id: summary.id(), objects });
+                } else {
+                    catalog.backups.push(summary);
+                }
+            }
+            catalog.backups.sort_by_key(BackupSummary::id);
+            catalog.backups.dedup_by_key(|backup| backup.id());
+            for index in held {
+                if let Some(backup) = catalog.backups.get(index) {
+                    catalog.marks.holds.insert(backup.id());
+                }
+            }
+            let options = options(rules.0, rules.1, rules.2);
+            World { catalog, options, now_day }
+        })
+}
+
+/// The model: which days of a timeline's path can be recovered to, day by day, asking only whether
+/// each day's WAL is in some extent of a timeline that may hold it.
+fn recoverable_days(catalog: &Catalog, target: TimelineId, backups: &[BackupSummary]) -> Vec<i64> {
+    let path = catalog.lineage().path(target);
+    let lsn = |day: i64| Lsn(u64::try_from(day * DAY).unwrap() * MINUTE_BYTES);
+    let part_of =
+        |day: i64| path.iter().position(|part| part.end.is_none_or(|end| lsn(day) < end)).unwrap();
+    let held = |day: i64| {
+        path[part_of(day)..].iter().any(|holder| {
+            catalog.wal.extents(holder.timeline).any(|e| e.name.range.contains(lsn(day)))
+        })
+    };
+    let mut days = Vec::new();
+    for end in 1..34 {
+        let possible = backups.iter().any(|backup| {
+            let start = i64::try_from(backup.id().start_lsn().0 / MINUTE_BYTES).unwrap() / DAY;
+            start < end
+                && path[part_of(start)].timeline == backup.id().timeline()
+                && (start..end).all(held)
+                && path[part_of(end - 1)..].iter().any(|part| part.timeline == target)
+        });
+        if possible {
+            days.push(end);
+        }
+    }
+    days
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Whatever the repository looks like: both checks agree, and by a model that shares nothing
+    /// with either, all that was promised can still be recovered.
+    #[test]
+    fn no_plan_ever_takes_what_a_kept_moment_needs(world in worlds()) {
+        let World { catalog, options, now_day } = world;
+        let plan = plan(&catalog, &options, now(now_day)).unwrap();
+        let gone = plan.deleted_ids();
+        let taken: BTreeSet<ExtentName> =
+            plan.wal.iter().flat_map(|wal| wal.extents.iter().copied()).collect();
+        let mut after = catalog.clone();
+        after.backups.retain(|backup| !gone.contains(&backup.id()));
+        after.wal = catalog.wal.without(|name| taken.contains(name));
+
+        prop_assert_eq!(after.backups.last(), catalog.backups.last());
+        prop_assert!(catalog.marks.holds.is_disjoint(&gone));
+        for target in catalog.lineage().timelines() {
+            // What stays can be restored as before; without a window as far as before.
+            for backup in &after.backups {
+                let alone = std::slice::from_ref(backup);
+                let before_days = recoverable_days(&catalog, target, alone);
+                let after_days = recoverable_days(&after, target, alone);
+                if options.pitr_days.is_none() {
+                    prop_assert_eq!(&before_days, &after_days);
+                }
+                prop_assert_eq!(before_days.first(), after_days.first());
+            }
+            // Inside the window nothing changes.
+            if let Some(pitr) = options.pitr_days {
+                let first = now_day - i64::from(pitr);
+                let inside = |days: Vec<i64>| -> Vec<i64> {
+                    days.into_iter().filter(|day| *day > first).collect()
+                };
+                prop_assert_eq!(
+                    inside(recoverable_days(&catalog, target, &catalog.backups)),
+                    inside(recoverable_days(&after, target, &after.backups))
+                );
+            }
+        }
+        // Doing it twice finds nothing more to do.
+        let again = super::plan(&after, &options, now(now_day)).unwrap();
+        prop_assert!(again.backups.is_empty(), "a second plan deletes more: {}", again);
+    }
+}
