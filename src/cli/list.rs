@@ -265,6 +265,7 @@ mod tests {
             until_lsn: Lsn(until),
             from_time: Timestamp::UNIX_EPOCH,
             until_time: Timestamp::UNIX_EPOCH,
+            arrived: true,
             open: false,
             path: Vec::new(),
         }

@@ -273,6 +273,7 @@ struct Shared {
     held: Mutex<Term>,
     state: watch::Sender<LeaseState>,
     progress: Mutex<Option<Progress>>,
+    key_id: Mutex<Option<String>>,
 }
 
 /// When the renewal that counts was sent.
@@ -456,6 +457,7 @@ impl Lease {
             held: Mutex::new(term),
             state: watch::Sender::new(LeaseState::Held),
             progress: Mutex::new(None),
+            key_id: Mutex::new(contents.key_id.clone()),
         });
         let stop = tokio_util::sync::CancellationToken::new();
         let holder = Holder {
@@ -488,6 +490,12 @@ impl Lease {
     /// What the next renewal publishes.
     pub fn report(&self, progress: Progress) {
         *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+    }
+
+    /// Names the data key that the holder seals with from now on, so that a sweep keeps it; published
+    /// with the next renewal.
+    pub fn seals_with(&self, key_id: String) {
+        *self.shared.key_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(key_id);
     }
 
     /// Gives the lease back, so that the next writer need not wait; at most ten seconds. A store
@@ -781,13 +789,8 @@ impl Holder {
         let clock = self.shared.clock.clone();
         let term = Term { sent: clock.instant(), sent_time: clock.now() };
         self.attempt += 1;
-        let progress = *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = Contents {
-            renewals: self.attempt,
-            renewed_time: term.sent_time,
-            progress: progress.or(self.contents.progress),
-            ..self.contents.clone()
-        };
+        let next =
+            Contents { renewals: self.attempt, renewed_time: term.sent_time, ..self.published() };
         let body = next.encode()?;
         self.in_doubt.push((self.attempt, term));
         match self.store.replace_if(&self.name, body, Some(self.tag.clone())).await? {
@@ -824,17 +827,22 @@ impl Holder {
         Ok(None)
     }
 
+    /// The contents with what the holder has to say now.
+    fn published(&self) -> Contents {
+        let progress = *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let key_id = self.shared.key_id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Contents { progress: progress.or(self.contents.progress), key_id, ..self.contents.clone() }
+    }
+
     async fn give_back(mut self) -> Result<()> {
         if self.look().await?.is_some() {
             return Ok(());
         }
-        let progress = *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner);
         let last = Contents {
             standing: Standing::Released,
             renewals: self.attempt + 1,
             renewed_time: self.shared.clock.now(),
-            progress: progress.or(self.contents.progress),
-            ..self.contents.clone()
+            ..self.published()
         };
         self.store.replace_if(&self.name, last.encode()?, Some(self.tag.clone())).await?;
         Ok(())
@@ -893,11 +901,13 @@ mod tests {
             caught_up_time: Some(clock.now()),
         };
         lease.report(progress);
+        lease.seals_with("abc".into());
         lease.release().await;
         assert_eq!(guard.lost().await.kind(), Kind::Conflict);
         let info = read(&memory, &name()).await.unwrap().unwrap();
         assert!(info.released);
         assert_eq!(info.progress, Some(progress), "what was reached stays known");
+        assert_eq!(info.key_id.as_deref(), Some("abc"));
         let lease = take(&memory, &clock, on_host("beta", Wait::Refuse)).await.unwrap();
         assert_eq!(lease.epoch(), 2);
     }
