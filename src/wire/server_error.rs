@@ -218,7 +218,7 @@ fn judge_by_situation(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, St
             Kind::Denied,
             format!("Grant role '{user}' what it lacks; REPLICATION and pg_monitor are enough."),
         ),
-        ("53300", "InitWalSenderSlot") => (
+        ("53300", "InitProcess") if physical => (
             Kind::Unavailable,
             "All of max_wal_senders are in use (or it is 0): raise it, with wal_level = replica, \
              and restart the server, or stop a standby or backup that holds one."
@@ -287,7 +287,7 @@ mod tests {
             ("28P01", "auth_failed", Kind::Denied),
             ("28000", "ClientAuthentication", Kind::Denied),
             ("42501", "InitPostgres", Kind::Denied),
-            ("53300", "InitWalSenderSlot", Kind::Unavailable),
+            ("53300", "InitProcess", Kind::Unavailable),
             ("55000", "CheckSlotRequirements", Kind::Config),
             ("55000", "ReplicationSlotAcquire", Kind::NotFound),
             ("57P03", "ProcessStartupPacket", Kind::Unavailable),

@@ -12,3 +12,4 @@ mod harness;
 
 mod server;
 mod wal_oracle;
+mod wire;
