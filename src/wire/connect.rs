@@ -156,7 +156,7 @@ impl Search<'_> {
                 Ok(connection) => connection,
                 Err(Attempt::Unreachable(error)) => return Err(Failure::Address(error)),
                 Err(Attempt::NotNow(error)) => return Err(Failure::Host(error)),
-                Err(Attempt::WrongPassword(error)) => return Err(Failure::Final(error)),
+                Err(Attempt::Hopeless(error)) => return Err(Failure::Final(error)),
                 Err(Attempt::Refused(error)) => {
                     debug!(?method, %error, "connection attempt refused");
                     refused = Some(match refused {
@@ -181,14 +181,21 @@ impl Search<'_> {
         let socket =
             Socket::connect(address, self.options.tcp).await.map_err(Attempt::Unreachable)?;
         if let Some(required) = &self.options.required_peer {
-            socket.check_peer(required).map_err(Attempt::Refused)?;
+            socket.check_peer(required).map_err(Attempt::Hopeless)?;
         }
         let socket = socket.into_transport();
         let secured = match method {
             Encryption::Plain => Secured::plain(socket),
             Encryption::Tls => self.begin_tls(host, socket).await?,
         };
-        self.start_up(host, secured).await
+        let encrypted = secured.encrypted;
+        self.start_up(host, secured).await.map_err(|attempt| match attempt {
+            // The server declined TLS and we went on without: both ways have been tried.
+            Attempt::Refused(error) if method == Encryption::Tls && !encrypted => {
+                Attempt::Hopeless(error)
+            }
+            attempt => attempt,
+        })
     }
 
     async fn begin_tls(
@@ -198,13 +205,13 @@ impl Search<'_> {
     ) -> Result<Secured, Attempt> {
         let options = &self.options.tls;
         if options.negotiation == SslNegotiation::Postgres {
-            match ask_for_tls(&mut socket).await.map_err(Attempt::Refused)? {
+            match ask_for_tls(&mut socket).await.map_err(Attempt::broken)? {
                 Encryption::Tls => {}
                 Encryption::Plain if options.mode < SslMode::Require => {
                     return Ok(Secured::plain(socket));
                 }
                 Encryption::Plain => {
-                    return Err(Attempt::Refused(
+                    return Err(Attempt::Hopeless(
                         Error::new(
                             Kind::Config,
                             "the server does not offer TLS, but sslmode demands it",
@@ -242,10 +249,10 @@ impl Search<'_> {
         let mut channel = Channel::new(secured.transport);
         self.send_startup(&mut channel).await?;
         loop {
-            match channel.receive().await.map_err(Attempt::Refused)? {
+            match channel.receive().await.map_err(Attempt::broken)? {
                 Message::Authentication(request) => {
                     let outcome =
-                        exchange.answer(request, channel.outgoing()).map_err(Attempt::Refused)?;
+                        exchange.answer(request, channel.outgoing()).map_err(Attempt::Hopeless)?;
                     if outcome == Outcome::Done {
                         break;
                     }
@@ -259,7 +266,7 @@ impl Search<'_> {
                         error = error.context(format!("with the password of {}", password.source));
                     }
                     return Err(match (wrong_password, not_now) {
-                        (true, _) => Attempt::WrongPassword(error),
+                        (true, _) => Attempt::Hopeless(error),
                         (_, true) => Attempt::NotNow(error),
                         _ => Attempt::Refused(error),
                     });
@@ -268,7 +275,7 @@ impl Search<'_> {
                     debug!(?unknown_options, "the server negotiates the protocol version");
                 }
                 Message::NoticeResponse(notice) => debug!(%notice, "notice while connecting"),
-                other => return Err(Attempt::Refused(unexpected(&other))),
+                other => return Err(Attempt::Hopeless(unexpected(&other))),
             }
         }
         channel.begin_session();
@@ -294,7 +301,7 @@ impl Search<'_> {
         parameters.extend(options.backend_options.iter().map(|text| ("options", text.as_str())));
         frontend::startup_message(parameters, channel.outgoing())
             .context(|| "unable to write the startup message")
-            .map_err(|error| Attempt::Refused(error.with_kind(Kind::Config)))?;
+            .map_err(|error| Attempt::Hopeless(error.with_kind(Kind::Config)))?;
         channel.flush().await;
         Ok(())
     }
@@ -303,7 +310,7 @@ impl Search<'_> {
         let mut parameters = BTreeMap::new();
         let mut process_id = 0;
         loop {
-            match channel.receive().await.map_err(Attempt::Refused)? {
+            match channel.receive().await.map_err(Attempt::broken)? {
                 Message::ParameterStatus { name, value } => {
                     if parameters.len() < PARAMETER_COUNT_MAX {
                         parameters.insert(name, value);
@@ -318,15 +325,15 @@ impl Search<'_> {
                     return Err(if not_now {
                         Attempt::NotNow(error)
                     } else {
-                        Attempt::Refused(error)
+                        Attempt::Hopeless(error)
                     });
                 }
-                other => return Err(Attempt::Refused(unexpected(&other))),
+                other => return Err(Attempt::Hopeless(unexpected(&other))),
             }
         }
         debug!(%host, process_id, session = ?self.session, "connected");
         Connection::new(channel, parameters, self.options, self.session, self.clock)
-            .map_err(Attempt::Refused)
+            .map_err(Attempt::Hopeless)
     }
 
     fn asked(&self) -> Asked<'_> {
@@ -385,14 +392,21 @@ impl Search<'_> {
 
 /// Why one attempt at one address failed.
 enum Attempt {
-    /// Nobody there.
+    /// Nobody there, or the connection broke.
     Unreachable(Error),
     /// The server does not accept connections now.
     NotNow(Error),
-    /// Another encryption method would not make this password right.
-    WrongPassword(Error),
-    /// Anything else, which another encryption method may cure.
+    /// The server's answer, or the handshake, which the other way of `sslmode` may change.
     Refused(Error),
+    /// Nothing would change it: a wrong or missing password, a refusal of our own.
+    Hopeless(Error),
+}
+
+impl Attempt {
+    /// Of an exchange that failed: a broken connection, or bytes that make no sense.
+    fn broken(error: Error) -> Self {
+        if error.is_transient() { Self::Unreachable(error) } else { Self::Hopeless(error) }
+    }
 }
 
 /// A connected socket, encrypted or not.

@@ -378,7 +378,7 @@ async fn the_host_that_target_session_attrs_asks_for_is_found() {
 async fn refusals_say_what_to_do() {
     let settings = Settings::default()
         .conf("password_encryption = 'scram-sha-256'")
-        .conf("max_wal_senders = 1")
+        .conf("max_wal_senders = 4")
         .hba("local all postgres trust")
         .hba("host all postgres 127.0.0.1/32 trust")
         .hba("host replication postgres 127.0.0.1/32 trust")
@@ -420,8 +420,12 @@ async fn refusals_say_what_to_do() {
     connect(&format!("{at} user=scram password=s3cret-scram")).await.unwrap().close().await;
     connect(&format!("{at} user=clear password=s3cret-clear")).await.unwrap().close().await;
 
-    let _only_one = replicate(&server).await;
-    expect("user=postgres", Kind::Unavailable, &["53300", "max_wal_senders"]).await;
+    let mut held = Vec::new();
+    while let Ok(connection) = connect(&server.conninfo()).await {
+        held.push(connection);
+    }
+    assert!((1..=4).contains(&held.len()));
+    expect("user=postgres", Kind::Unavailable, &["53300", "All of max_wal_senders"]).await;
     server.stop(Stop::Fast);
     expect("user=postgres", Kind::Unavailable, &["refused", "Is PostgreSQL running"]).await;
 }
