@@ -154,3 +154,63 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
         _ = write!(text, "{byte:02x}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lsn::Lsn;
+    use super::*;
+
+    fn manifest(version: u32) -> String {
+        let version = Version::from_server_version_num(version).unwrap();
+        let mut manifest = BackupManifest::new(version, SystemId(42));
+        let modified = Timestamp::from_second(1_700_000_000).unwrap();
+        let mut text = Vec::new();
+        for (path, crc32c) in [
+            (&b"PG_VERSION"[..], Some(0x0403_0201)),
+            (b"odd \"\\\n\x01 \xc3\xa9", None),
+            (b"latin \xe9", Some(0)),
+        ] {
+            manifest.file(&ManifestFile { path, size_bytes: 3, modified, crc32c });
+            text.extend(manifest.take());
+        }
+        let range = |start, end| LsnRange::new(Lsn(start), Lsn(end)).unwrap();
+        let first = (TimelineId::new(2).unwrap(), range(0x300_0000, 0x1_0000_00A0));
+        text.extend(manifest.finish(&[first, (TimelineId::FIRST, range(0x200_0028, 0x300_0000))]));
+        String::from_utf8(text).unwrap()
+    }
+
+    const FILES: &str = "\
+\"Files\": [
+{ \"Path\": \"PG_VERSION\", \"Size\": 3, \"Last-Modified\": \"2023-11-14 22:13:20 GMT\", \
+\"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"01020304\" },
+{ \"Path\": \"odd \\\"\\\\\\n\\u0001 \u{e9}\", \"Size\": 3, \
+\"Last-Modified\": \"2023-11-14 22:13:20 GMT\" },
+{ \"Encoded-Path\": \"6c6174696e20e9\", \"Size\": 3, \
+\"Last-Modified\": \"2023-11-14 22:13:20 GMT\", \"Checksum-Algorithm\": \"CRC32C\", \
+\"Checksum\": \"00000000\" }
+],
+\"WAL-Ranges\": [
+{ \"Timeline\": 2, \"Start-LSN\": \"0/3000000\", \"End-LSN\": \"1/A0\" },
+{ \"Timeline\": 1, \"Start-LSN\": \"0/2000028\", \"End-LSN\": \"0/3000000\" }
+],
+";
+
+    #[test]
+    fn the_text_is_postgres_own() {
+        for (version, head) in [
+            (160_000, "{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n".to_owned()),
+            (
+                170_000,
+                "{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": 42,\n".into(),
+            ),
+        ] {
+            let text = manifest(version);
+            let body = head + FILES;
+            let rest = text.strip_prefix(&body).unwrap_or_else(|| panic!("{text}\n{body}"));
+            let checksum = digest::digest(&digest::SHA256, body.as_bytes());
+            let mut expected = "\"Manifest-Checksum\": \"".to_owned();
+            push_hex(&mut expected, checksum.as_ref());
+            assert_eq!(rest, expected + "\"}\n");
+        }
+    }
+}

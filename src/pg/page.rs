@@ -145,3 +145,66 @@ pub fn verify_page(page: &[u8; BLCKSZ], block_number: u32, backup_start_lsn: Lsn
         PageVerdict::Mismatch { expected, found: header.checksum }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// `pg_checksum_page`, word by word as PostgreSQL writes it down.
+    fn plain_checksum(page: &[u8; BLCKSZ], block_number: u32) -> u16 {
+        let mut page = *page;
+        page[8..10].fill(0);
+        let word = |row: usize, column: usize| u32_at(&page, (row * N_SUMS + column) * 4).unwrap();
+        let mut sums = CHECKSUM_BASE_OFFSETS;
+        for row in 0..BLCKSZ / (4 * N_SUMS) + 2 {
+            for (column, sum) in sums.iter_mut().enumerate() {
+                let value = if row < BLCKSZ / (4 * N_SUMS) { word(row, column) } else { 0 };
+                let mixed = *sum ^ value;
+                *sum = mixed.wrapping_mul(FNV_PRIME) ^ (mixed >> 17);
+            }
+        }
+        let folded = sums.into_iter().fold(0, |folded, sum| folded ^ sum) ^ block_number;
+        u16::try_from(folded % 65_535 + 1).unwrap()
+    }
+
+    fn page_with(lsn: u64, upper: u16, fill: u8) -> [u8; BLCKSZ] {
+        let mut page = [fill; BLCKSZ];
+        page[0..4].copy_from_slice(&u32::try_from(lsn >> 32).unwrap().to_le_bytes());
+        page[4..8].copy_from_slice(&u32::try_from(lsn & 0xffff_ffff).unwrap().to_le_bytes());
+        page[14..16].copy_from_slice(&upper.to_le_bytes());
+        page
+    }
+
+    #[test]
+    fn a_page_is_judged_by_the_rules_of_a_base_backup() {
+        let start = Lsn(0x1_0000_0010);
+        let new = page_with(0, 0, 0);
+        assert_eq!(verify_page(&new, 0, start), PageVerdict::New);
+        let changed = page_with(start.0, 8000, 3);
+        assert_eq!(verify_page(&changed, 0, start), PageVerdict::ChangedSinceStart);
+        let mut page = page_with(start.0 - 1, 8000, 3);
+        let expected = page_checksum(&page, 9);
+        let found = 0x0303;
+        assert_eq!(verify_page(&page, 9, start), PageVerdict::Mismatch { expected, found });
+        page[8..10].copy_from_slice(&expected.to_le_bytes());
+        assert_eq!(verify_page(&page, 9, start), PageVerdict::Ok);
+        assert_ne!(verify_page(&page, 10, start), PageVerdict::Ok, "a block in another's place");
+        assert_eq!(PageHeader::decode(&page).lsn, Lsn(start.0 - 1));
+    }
+
+    proptest! {
+        #[test]
+        fn the_fast_checksum_is_the_plain_one(
+            seed in proptest::collection::vec(any::<u8>(), 64),
+            block_number in any::<u32>(),
+        ) {
+            let mut page = [0; BLCKSZ];
+            for (index, byte) in page.iter_mut().enumerate() {
+                *byte = seed[index % 64].wrapping_mul(u8::try_from(index / 64 % 251).unwrap());
+            }
+            prop_assert_eq!(page_checksum(&page, block_number), plain_checksum(&page, block_number));
+        }
+    }
+}

@@ -15,9 +15,9 @@
 //! an `XLOG_SWITCH` is all zeros, page headers included); read on 13, 15, 17, 18.
 
 use super::page::{
-    LONG_HEADER_BYTES, MAXALIGN, PageHeader, PageStart, RECORD_BYTES_MAX, RECORD_CRC_OFFSET,
-    RECORD_HEADER_BYTES, RecordHeader, SHORT_HEADER_BYTES, XLOG_BLCKSZ, damaged_page,
-    damaged_record,
+    LONG_HEADER_BYTES, MAXALIGN, PageHeader, PageStart, RECORD_BYTES_MAX, RECORD_BYTES_MIN,
+    RECORD_CRC_OFFSET, RECORD_HEADER_BYTES, RecordHeader, SHORT_HEADER_BYTES, XLOG_BLCKSZ,
+    damaged_page, damaged_record,
 };
 use super::rmgr::RmgrId;
 use crate::error::Result;
@@ -44,11 +44,7 @@ pub(super) trait Sink {
     /// The record is complete and its CRC is right.
     fn end(&mut self, header: &RecordHeader, range: LsnRange) -> Result<()>;
     /// A record in one piece: instead of the three calls above.
-    fn whole(&mut self, record: &WholeRecord<'_>) -> Result<()> {
-        self.begin(record.header, record.major);
-        self.body(record.header, record.body);
-        self.end(record.header, record.range)
-    }
+    fn whole(&mut self, record: &WholeRecord<'_>) -> Result<()>;
 }
 
 /// A record whose body lies in one piece.
@@ -403,7 +399,7 @@ impl Assembler {
         self.crc.restart();
         self.header = Some(header);
         sink.begin(&header, major);
-        let rest_bytes = length_bytes.saturating_sub(RECORD_HEADER_BYTES as u32);
+        let rest_bytes = length_bytes.saturating_sub(RECORD_BYTES_MIN);
         self.state = State::InBody { rest_bytes };
         if rest_bytes == 0 {
             self.finish_record(sink)?;
@@ -526,7 +522,7 @@ fn align_up(position: Lsn) -> Lsn {
 
 #[inline]
 fn check_length(length_bytes: u32, start: Lsn) -> Result<()> {
-    if (RECORD_HEADER_BYTES as u32..=RECORD_BYTES_MAX).contains(&length_bytes) {
+    if (RECORD_BYTES_MIN..=RECORD_BYTES_MAX).contains(&length_bytes) {
         return Ok(());
     }
     Err(damaged_record(start, &format!("its length is {length_bytes} bytes")))

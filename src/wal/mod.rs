@@ -6,12 +6,16 @@
 //! headers, the chain of records and their CRCs, so that damaged WAL is never taken for good.
 
 mod assembler;
+#[cfg(test)]
+pub(crate) mod craft;
 mod landmark;
 mod page;
 mod reader;
 mod record;
 mod rmgr;
 mod scanner;
+#[cfg(test)]
+mod tests;
 mod xact;
 
 pub use assembler::CrcCheck;

@@ -18,6 +18,8 @@ pub(crate) const SHORT_HEADER_BYTES: usize = 24;
 pub(crate) const LONG_HEADER_BYTES: usize = 40;
 /// `SizeOfXLogRecord`
 pub(crate) const RECORD_HEADER_BYTES: usize = 24;
+/// Least length of a record: its header, as for an `XLOG_SWITCH`.
+pub(crate) const RECORD_BYTES_MIN: u32 = 24;
 /// Bytes of the record header in front of its CRC.
 pub(crate) const RECORD_CRC_OFFSET: usize = 20;
 /// Records begin on multiples of this (`MAXALIGN`).

@@ -56,3 +56,16 @@ impl fmt::Display for RmgrId {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_pg_waldump() {
+        assert_eq!(RmgrId::XACT.to_string(), "Transaction");
+        assert_eq!(RmgrId(21).to_string(), "LogicalMessage");
+        assert_eq!(RmgrId(128).to_string(), "custom128");
+        assert!(RmgrId(21).is_valid() && !RmgrId(22).is_valid() && RmgrId(255).is_valid());
+    }
+}

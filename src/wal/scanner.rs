@@ -10,7 +10,7 @@
 //! `xlog.c`; the structures in `src/include/access/{xact,xlog_internal}.h` and
 //! `src/include/catalog/pg_control.h`; read on 13 to 18.
 
-use super::assembler::{Assembler, CrcCheck, Sink, XLOG_SWITCH};
+use super::assembler::{Assembler, CrcCheck, Sink, WholeRecord, XLOG_SWITCH};
 use super::landmark::{CheckpointKind, Landmark};
 use super::page::{RecordHeader, damaged_record};
 use super::record::main_data_of_prefix;
@@ -291,6 +291,16 @@ impl Sink for Picker<'_> {
     }
 
     #[inline]
+    fn whole(&mut self, record: &WholeRecord<'_>) -> Result<()> {
+        // Nearly every record: nothing is kept, nothing was.
+        if Interest::of(record.header).is_none() {
+            return Ok(());
+        }
+        self.begin(record.header, record.major);
+        self.body(record.header, record.body);
+        self.end(record.header, record.range)
+    }
+
     fn end(&mut self, header: &RecordHeader, range: LsnRange) -> Result<()> {
         let Some(interest) = self.pick.interest else { return Ok(()) };
         let landmark = self.pick.landmark(interest, header, range).ok_or_else(|| {

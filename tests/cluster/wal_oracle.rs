@@ -439,7 +439,7 @@ fn waldump_landmark(record: &str) -> Option<String> {
         }
         "SWITCH" => "switch".into(),
         "PARAMETER_CHANGE" => {
-            let value = |name: &str| Some(rest.split_once(name)?.1.split(' ').next()?);
+            let value = |name: &str| rest.split_once(name)?.1.split(' ').next();
             let level = match value("wal_level=")? {
                 "minimal" => 0,
                 "replica" => 1,
