@@ -211,16 +211,16 @@ impl Shared {
         if named.is_empty() {
             return Err(s3_error!(MalformedXML, "You must specify at least one part"));
         }
+        let numbers: Vec<u32> = named
+            .iter()
+            .map(|name| name.part_number.and_then(|number| u32::try_from(number).ok()).unwrap_or(0))
+            .collect();
+        if !numbers.is_sorted_by(|earlier, later| earlier < later) {
+            return Err(s3_error!(InvalidPartOrder));
+        }
         let mut parts = Vec::new();
-        let mut last_number = 0;
         let last_index = named.len() - 1;
-        for (index, name) in named.into_iter().enumerate() {
-            let number =
-                name.part_number.and_then(|number| u32::try_from(number).ok()).unwrap_or(0);
-            if number <= last_number {
-                return Err(s3_error!(InvalidPartOrder));
-            }
-            last_number = number;
+        for (index, (name, number)) in named.into_iter().zip(numbers).enumerate() {
             let message = "One or more of the specified parts could not be found.";
             let Some(part) = upload.parts.get(&number) else {
                 return Err(s3_error!(InvalidPart, "{message}"));

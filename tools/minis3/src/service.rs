@@ -53,6 +53,9 @@ impl Shared {
     }
 
     fn make_bucket(&self, config: &BucketConfig) -> S3Result<()> {
+        if !s3s::path::check_bucket_name(&config.name) {
+            return Err(s3_error!(InvalidBucketName, "not a bucket's name: '{}'", config.name));
+        }
         let mut state = self.state();
         if state.buckets.contains_key(&config.name) {
             return Ok(());
