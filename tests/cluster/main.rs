@@ -10,6 +10,8 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod base;
 mod server;
+mod stream;
 mod wal_oracle;
 mod wire;

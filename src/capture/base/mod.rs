@@ -1,3 +1,438 @@
 //! The base backup: the server's data directory into packs, while it runs.
+//!
+//! # Shape
+//! ```text
+//!  BASE_BACKUP ──▶ tar splitter ──▶ files ──▶ BackupWriter (workers: checksums, zstd, seal) ──▶ packs
+//!  stream of the WAL ───────────────────────────────────────────────────────────────▶ extents
+//!                       both durable ──▶ manifest: the backup exists
+//! ```
+//!
+//! # Durability
+//! A backup is visible by its manifest only, which is put after all packs and all WAL from the start
+//! of its first segment to its end. An attempt that fails or is cancelled discards its packs as far as
+//! the store answers; one that is killed leaves packs without a manifest, which no listing shows as a
+//! backup and the sweep removes.
 
+mod files;
+pub mod pages;
+pub mod progress;
+pub mod settings;
 pub mod tar;
+pub mod wal;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::capture::stream::{self, Status, Stream, StreamOptions};
+use crate::clock::Clock;
+use crate::error::{Error, Kind, Result};
+use crate::pg::backup_label::BackupFrom;
+use crate::pg::{BackupLabel, ControlFile, Lsn, TimelineId};
+use crate::repo::{
+    BackupId, BackupWriter, ChecksumFailure, LeaseOptions, Manifest, ManifestFacts, PackOptions,
+    PackedBackup, Repository, Tablespace, Writer,
+};
+use crate::wire::{
+    BaseBackup, BaseBackupEvent, BaseBackupOptions, CheckpointMode, ConnectOptions, Connection,
+};
+
+use files::Files;
+use pages::{Check, Pages};
+use settings::ServerFacts;
+use wal::{Feed, NeededWal};
+
+pub use progress::{BaseBackupPhase, BaseBackupProgress, Progress};
+
+/// Most damaged pages named in an error.
+const NAMED_FAILURES_MAX: usize = 5;
+
+/// What is done about page checksums.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageChecksums {
+    /// Not checked.
+    Ignore,
+    /// Checked; damage is a warning that marks the backup.
+    #[default]
+    Warn,
+    /// Checked; damage fails the backup.
+    Fail,
+}
+
+/// How a base backup is taken.
+#[derive(Clone, Debug)]
+pub struct BaseOptions {
+    /// Label in `backup_label`.
+    pub label: String,
+    /// How the checkpoint is reached.
+    pub checkpoint: CheckpointMode,
+    /// Most KiB a second the server may send.
+    pub rate_max_kib: Option<u32>,
+    /// What is done about page checksums.
+    pub page_checksums: PageChecksums,
+    /// Threads, memory, level and size of packs.
+    pub pack: PackOptions,
+    /// Longest that the WAL of the backup may not get on.
+    pub wal_stall_max: Duration,
+}
+
+/// Who streams the WAL.
+#[derive(Clone, Debug)]
+pub enum WalStreaming {
+    /// The caller, in this process.
+    InThisProcess(Arc<Status>),
+    /// Another process if one holds the lease, else this backup with these options.
+    Elsewhere(Box<(StreamOptions, LeaseOptions)>),
+}
+
+/// A base backup to be taken.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// How.
+    pub options: BaseOptions,
+    /// From where.
+    pub postgres: ConnectOptions,
+    /// Into what.
+    pub writer: Writer,
+    /// Who streams the WAL.
+    pub wal: WalStreaming,
+    /// Where progress is shown.
+    pub progress: Arc<Progress>,
+}
+
+/// A complete base backup.
+#[derive(Clone, Debug)]
+pub struct BackupReport {
+    /// Its manifest, as stored.
+    pub manifest: Manifest,
+    /// Whether the server was a primary or a standby.
+    pub from: BackupFrom,
+    /// How long it took from connecting to the manifest.
+    pub elapsed: Duration,
+}
+
+/// Takes a base backup.
+///
+/// # Errors
+/// What the server and the store report; `conflict` for another cluster than the repository's,
+/// `corrupt` for damaged pages under [`PageChecksums::Fail`], `cancelled` when `cancel` was.
+///
+/// # Cancel safety
+/// Cancel by `cancel`, so that what was stored is discarded; a dropped future leaves it to the sweep.
+pub async fn backup(base: &Base, cancel: &CancellationToken) -> Result<BackupReport> {
+    let repository = base.writer.repository();
+    let clock = repository.clock().clone();
+    let began = clock.instant();
+    let mut feed = tokio::select! {
+        () = cancel.cancelled() => return Err(cancelled()),
+        feed = open_feed(base, &clock) => feed?,
+    };
+    let outcome = take(base, &mut feed, cancel).await;
+    if let Ok((manifest, _)) = &outcome {
+        feed.backup_taken(manifest.public.start_lsn);
+    }
+    let closed = feed.close().await;
+    let (manifest, from) = outcome?;
+    if let Err(error) = closed {
+        tracing::warn!("the backup is complete, but the WAL stream ended badly: {error}");
+    }
+    base.progress.enter(BaseBackupPhase::Complete);
+    let elapsed = clock.instant().saturating_duration_since(began);
+    Ok(BackupReport { manifest, from, elapsed })
+}
+
+async fn open_feed(base: &Base, clock: &Clock) -> Result<Feed> {
+    match &base.wal {
+        WalStreaming::InThisProcess(status) => Ok(Feed::Caller(Arc::clone(status))),
+        WalStreaming::Elsewhere(how) => {
+            let (options, lease) = &**how;
+            let stream = Stream {
+                options: options.clone(),
+                postgres: base.postgres.clone(),
+                writer: base.writer.clone(),
+                status: Arc::new(Status::new()),
+            };
+            Feed::open(wal::for_one_backup(stream), lease.clone(), clock).await
+        }
+    }
+}
+
+/// Copies, waits for the WAL, and puts the manifest.
+async fn take(
+    base: &Base,
+    feed: &mut Feed,
+    cancel: &CancellationToken,
+) -> Result<(Manifest, BackupFrom)> {
+    let repository = base.writer.repository();
+    let (facts, connection) = tokio::select! {
+        () = cancel.cancelled() => return Err(cancelled()),
+        met = settings::meet(&base.postgres, repository) => met?,
+    };
+    let mut copy = Copy::new(base, facts);
+    let copied = tokio::select! {
+        () = cancel.cancelled() => Err(cancelled()),
+        copied = copy.run(connection) => copied,
+    };
+    let ended = match copied {
+        Ok(ended) => ended,
+        Err(error) => {
+            copy.abort().await;
+            return Err(error);
+        }
+    };
+    base.progress.enter(BaseBackupPhase::Storing);
+    // Dropping it unfinished stops its uploads.
+    let mut packed = tokio::select! {
+        () = cancel.cancelled() => return Err(cancelled()),
+        packed = copy.finish_packs() => packed?,
+    };
+    let ready = tokio::select! {
+        () = cancel.cancelled() => Err(cancelled()),
+        ready = make_ready(base, feed, &mut packed, &ended) => ready,
+    };
+    if let Err(error) = ready {
+        packed.abort().await;
+        return Err(error);
+    }
+    let from = ended.label.from;
+    let manifest = packed.commit(ended.into_manifest_facts()).await?;
+    Ok((manifest, from))
+}
+
+fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "the base backup was stopped on request")
+}
+
+/// What is known when the server has sent everything.
+#[derive(Debug)]
+struct Ended {
+    id: BackupId,
+    facts: ServerFacts,
+    label: BackupLabel,
+    end_lsn: Lsn,
+    end_timeline: TimelineId,
+    start_time: Timestamp,
+    end_time: Timestamp,
+    tablespaces: Vec<Tablespace>,
+}
+
+/// Rechecks suspects and waits for the WAL: after that the backup may become visible.
+async fn make_ready(
+    base: &Base,
+    feed: &mut Feed,
+    packed: &mut PackedBackup,
+    ended: &Ended,
+) -> Result<()> {
+    let repository: &Repository = base.writer.repository();
+    base.progress.enter(BaseBackupPhase::Rechecking);
+    let suspects = packed.checksum_failures().to_vec();
+    let start_lsn = ended.id.start_lsn();
+    let damaged = pages::recheck(&suspects, start_lsn, &base.postgres, repository.clock()).await;
+    packed.forgive(|suspect| !damaged.contains(suspect));
+    judge(base.options.page_checksums, packed)?;
+    base.progress.enter(BaseBackupPhase::WaitingForWal);
+    let facts = &ended.facts;
+    let needed =
+        NeededWal::of(facts.history.clone(), start_lsn, ended.end_lsn, facts.segment_size)?;
+    feed.wait(&needed, repository, base.options.wal_stall_max).await
+}
+
+/// Says what is wrong with the pages, or fails for it.
+fn judge(wanted: PageChecksums, packed: &PackedBackup) -> Result<()> {
+    let failures: &[ChecksumFailure] = packed.checksum_failures();
+    for failure in failures {
+        let ChecksumFailure { path, block, expected, found } = failure;
+        tracing::warn!(
+            "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
+        );
+    }
+    if failures.is_empty() || wanted != PageChecksums::Fail {
+        return Ok(());
+    }
+    let named: Vec<String> = failures
+        .iter()
+        .take(NAMED_FAILURES_MAX)
+        .map(|failure| format!("block {} of '{}'", failure.block, failure.path))
+        .collect();
+    let more = if failures.len() > named.len() { ", and more" } else { "" };
+    let (count, named) = (packed.checksum_failure_count(), named.join(", "));
+    let message = format!("{count} pages on the server are damaged: {named}{more}");
+    Err(Error::new(Kind::Corrupt, message).hint(
+        "Repair the tables from an older backup, or take this one with damage as a warning only \
+         (--page-checksums warn).",
+    ))
+}
+
+impl Ended {
+    fn into_manifest_facts(self) -> ManifestFacts {
+        ManifestFacts {
+            postgres_version_num: self.facts.version.server_version_num(),
+            segment_size: self.facts.segment_size,
+            end_timeline: self.end_timeline,
+            end_lsn: self.end_lsn,
+            start_time: self.start_time,
+            end_time: self.end_time,
+            tablespaces: self.tablespaces,
+            settings: self.facts.settings,
+        }
+    }
+}
+
+/// The copy in the making.
+struct Copy<'a> {
+    base: &'a Base,
+    facts: Option<ServerFacts>,
+    backup: Option<BackupWriter>,
+    files: Files,
+    oids: Vec<Option<u32>>,
+    tablespaces: Vec<Tablespace>,
+    begun: Option<(BackupId, Timestamp)>,
+}
+
+impl<'a> Copy<'a> {
+    fn new(base: &'a Base, facts: ServerFacts) -> Self {
+        Self {
+            base,
+            facts: Some(facts),
+            backup: None,
+            files: Files::new(),
+            oids: Vec::new(),
+            tablespaces: Vec::new(),
+            begun: None,
+        }
+    }
+
+    /// Receives everything.
+    async fn run(&mut self, connection: Connection) -> Result<Ended> {
+        let options = &self.base.options;
+        self.base.progress.enter(BaseBackupPhase::Checkpoint);
+        let asked = BaseBackupOptions {
+            label: options.label.clone(),
+            checkpoint: options.checkpoint,
+            rate_max_kib: options.rate_max_kib,
+        };
+        let mut source: BaseBackup = connection.base_backup(&asked).await?;
+        let mut end = None;
+        while let Some(event) = source.next().await? {
+            match event {
+                BaseBackupEvent::Start { start_lsn, timeline, tablespaces } => {
+                    self.begin(start_lsn, timeline, tablespaces)?;
+                }
+                BaseBackupEvent::Archive { index } => {
+                    let oid = self.oids.get(index).copied().flatten();
+                    self.files.begin_archive(oid)?;
+                }
+                BaseBackupEvent::Data(bytes) => {
+                    let backup = self.backup.as_mut().ok_or_else(out_of_order)?;
+                    let len = bytes.len() as u64;
+                    self.files.write(bytes, backup).await?;
+                    let packed = backup.progress();
+                    self.base.progress.update(|now| {
+                        now.received_bytes += len;
+                        now.file_count = packed.file_count;
+                        now.stored_bytes = packed.stored_bytes;
+                        now.suspect_page_count = packed.checksum_failure_count;
+                    });
+                }
+                BaseBackupEvent::Progress { .. } => {}
+                BaseBackupEvent::End { end_lsn, timeline } => end = Some((end_lsn, timeline)),
+            }
+        }
+        self.end(end.ok_or_else(out_of_order)?)
+    }
+
+    fn begin(
+        &mut self,
+        start_lsn: Lsn,
+        timeline: TimelineId,
+        tablespaces: Vec<crate::wire::Tablespace>,
+    ) -> Result<()> {
+        let base = self.base;
+        let now = base.writer.repository().clock().now();
+        let id = BackupId::new(now, timeline, start_lsn);
+        let facts = self.facts.as_ref().ok_or_else(out_of_order)?;
+        let check = match base.options.page_checksums {
+            PageChecksums::Ignore => Check::None,
+            PageChecksums::Warn | PageChecksums::Fail if facts.has_checksums => Check::Every,
+            PageChecksums::Warn | PageChecksums::Fail => Check::None,
+        };
+        let pages = Arc::new(Pages::new(start_lsn, check));
+        self.backup = Some(base.writer.backup(id, base.options.pack.clone(), pages)?);
+        self.begun = Some((id, now));
+        self.oids = tablespaces.iter().map(|tablespace| tablespace.oid).collect();
+        let total_kib: Option<u64> = tablespaces.iter().map(|tablespace| tablespace.size_kib).sum();
+        for tablespace in tablespaces {
+            if let (Some(oid), Some(location)) = (tablespace.oid, tablespace.location) {
+                self.tablespaces.push(Tablespace { oid, location });
+            }
+        }
+        base.progress.update(|now| {
+            now.phase = BaseBackupPhase::Copying;
+            now.id = Some(id);
+            now.total_bytes = total_kib.map(|kib| kib.saturating_mul(1024));
+        });
+        tracing::info!("base backup '{id}' begins at {start_lsn} on timeline {timeline}");
+        Ok(())
+    }
+
+    fn end(&mut self, (end_lsn, end_timeline): (Lsn, TimelineId)) -> Result<Ended> {
+        let (id, start_time) = self.begun.ok_or_else(out_of_order)?;
+        let facts = self.facts.take().ok_or_else(out_of_order)?;
+        let (label, control) = std::mem::take(&mut self.files).finish()?;
+        check_agreement(id, &facts, &label, &control, end_timeline)?;
+        Ok(Ended {
+            id,
+            facts,
+            label,
+            end_lsn,
+            end_timeline,
+            start_time,
+            end_time: self.base.writer.repository().clock().now(),
+            tablespaces: std::mem::take(&mut self.tablespaces),
+        })
+    }
+
+    async fn finish_packs(&mut self) -> Result<PackedBackup> {
+        self.backup.take().ok_or_else(out_of_order)?.finish_packs().await
+    }
+
+    async fn abort(&mut self) {
+        if let Some(backup) = self.backup.take() {
+            backup.abort().await;
+        }
+    }
+}
+
+/// What the files say must be what the protocol said.
+fn check_agreement(
+    id: BackupId,
+    facts: &ServerFacts,
+    label: &BackupLabel,
+    control: &ControlFile,
+    end_timeline: TimelineId,
+) -> Result<()> {
+    let differs = |found: String| {
+        Err(Error::new(
+            Kind::Corrupt,
+            format!("the server's base backup contradicts itself: {found}"),
+        ))
+    };
+    if label.start_lsn != id.start_lsn() || label.timeline != id.timeline() {
+        let (lsn, timeline) = (label.start_lsn, label.timeline);
+        return differs(format!("backup_label names {lsn} on timeline {timeline} for '{id}'"));
+    }
+    if end_timeline != id.timeline() {
+        return differs(format!("it ends on timeline {end_timeline}"));
+    }
+    stream::server::check_system(facts.system_id, control.system_id)?;
+    if control.wal_segment_size != facts.segment_size {
+        return differs("pg_control names another WAL segment size".to_owned());
+    }
+    Ok(())
+}
+
+fn out_of_order() -> Error {
+    Error::new(Kind::Bug, "the events of a base backup came out of order")
+}

@@ -37,14 +37,15 @@ pub enum MemberKind {
     /// A directory.
     Directory,
     /// A symbolic link to this target.
-    Symlink(String),
+    Symlink(Vec<u8>),
 }
 
 /// A member's header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// Path as written, without a trailing slash and without a leading `./`.
-    pub path: String,
+    /// Path as written, without a trailing slash and without a leading `./`; names in a data directory
+    /// need not be UTF-8.
+    pub path: Vec<u8>,
     /// What it is.
     pub kind: MemberKind,
     /// Permission bits.
@@ -89,8 +90,8 @@ enum State {
 /// Names carried over from extension headers to the member they belong to.
 #[derive(Debug, Default)]
 struct Overrides {
-    path: Option<String>,
-    link: Option<String>,
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
     size_bytes: Option<u64>,
 }
 
@@ -240,26 +241,22 @@ impl Splitter {
 
     fn begin_member(&mut self, header: &[u8], kind: u8, size: u64) -> Result<TarEvent> {
         let overrides = std::mem::take(&mut self.overrides);
-        let path = match overrides.path {
-            Some(path) => path,
-            None => self.header_path(header)?,
-        };
-        let directory_by_name = path.ends_with('/');
-        let path = path.trim_end_matches('/');
-        let path = path.strip_prefix("./").unwrap_or(path).to_owned();
+        let path = overrides.path.unwrap_or_else(|| header_path(header));
+        let directory_by_name = path.ends_with(b"/");
+        let end = path.iter().rposition(|byte| *byte != b'/').map_or(0, |last| last + 1);
+        let path = path.get(..end).unwrap_or_default();
+        let path = path.strip_prefix(b"./").unwrap_or(path).to_vec();
         let kind = match kind {
             b'0' | 0 if !directory_by_name => MemberKind::File,
             b'0' | 0 | b'5' => MemberKind::Directory,
-            b'2' => {
-                let link = match overrides.link {
-                    Some(link) => link,
-                    None => self.text(field(header, 157, 100))?,
-                };
-                MemberKind::Symlink(link)
-            }
+            b'2' => MemberKind::Symlink(
+                overrides.link.unwrap_or_else(|| text(field(header, 157, 100)).to_vec()),
+            ),
             other => {
-                let found = format!("'{path}' has the tar type '{}'", other.escape_ascii());
-                let message = format!("unable to take a member of the base backup: {found}");
+                let (path, kind) = (path.escape_ascii(), other.escape_ascii());
+                let message = format!(
+                    "unable to take a member of the base backup: '{path}' has the tar type '{kind}'"
+                );
                 return Err(Error::new(Kind::Unsupported, message));
             }
         };
@@ -276,25 +273,18 @@ impl Splitter {
         Ok(TarEvent::Begin(Member { path, kind, mode, size_bytes, mtime_seconds }))
     }
 
-    fn header_path(&self, header: &[u8]) -> Result<String> {
-        let name = self.text(field(header, 0, 100))?;
-        let ustar = field(header, 257, 5) == b"ustar";
-        let prefix = if ustar { self.text(field(header, 345, 155))? } else { String::new() };
-        Ok(if prefix.is_empty() { name } else { format!("{prefix}/{name}") })
-    }
-
     /// Takes over the value of an extension header.
     fn extend(&mut self, kind: u8, value: &[u8]) -> Result<()> {
         match kind {
-            b'L' => self.overrides.path = Some(self.text(value)?),
-            b'K' => self.overrides.link = Some(self.text(value)?),
+            b'L' => self.overrides.path = Some(text(value).to_vec()),
+            b'K' => self.overrides.link = Some(text(value).to_vec()),
             b'x' => {
                 for (key, value) in
                     pax_records(value).ok_or_else(|| self.damaged("a pax header cannot be read"))?
                 {
                     match key {
-                        b"path" => self.overrides.path = Some(self.text(value)?),
-                        b"linkpath" => self.overrides.link = Some(self.text(value)?),
+                        b"path" => self.overrides.path = Some(text(value).to_vec()),
+                        b"linkpath" => self.overrides.link = Some(text(value).to_vec()),
                         b"size" => {
                             let size = std::str::from_utf8(value).ok().and_then(|v| v.parse().ok());
                             let size = size.filter(|size| *size <= MEMBER_BYTES_MAX);
@@ -309,17 +299,6 @@ impl Splitter {
             _ => {}
         }
         Ok(())
-    }
-
-    fn text(&self, bytes: &[u8]) -> Result<String> {
-        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-        let text = bytes.get(..end).map(|text| String::from_utf8(text.to_vec()));
-        match text {
-            Some(Ok(text)) => Ok(text),
-            _ => Err(self.damaged("a file name is not UTF-8").hint(
-                "Rename the file in the data directory, or the tablespace, to a UTF-8 name.",
-            )),
-        }
     }
 
     fn damaged(&self, found: &str) -> Error {
@@ -347,6 +326,21 @@ fn padding_of(size_bytes: u64) -> u64 {
 
 fn field(header: &[u8], offset: usize, len: usize) -> &[u8] {
     header.get(offset..offset + len).unwrap_or_default()
+}
+
+/// A text field, which ends at its first zero byte or fills it.
+fn text(field: &[u8]) -> &[u8] {
+    field.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// The path in a header; ustar keeps the front of a long one apart.
+fn header_path(header: &[u8]) -> Vec<u8> {
+    let name = text(field(header, 0, 100));
+    let ustar = field(header, 257, 5) == b"ustar";
+    match text(field(header, 345, 155)) {
+        prefix if ustar && !prefix.is_empty() => [prefix, b"/", name].concat(),
+        _ => name.to_vec(),
+    }
 }
 
 /// `read_tar_number`: octal with leading spaces, or base-256 when the top bit is set.
@@ -468,13 +462,14 @@ mod tests {
             let mut archive = archive.clone();
             archive.resize(archive.len() + end_blocks * BLOCK_BYTES, 0);
             let members = read(&archive, 100).unwrap();
-            let paths: Vec<&str> = members.iter().map(|(m, _)| m.path.as_str()).collect();
+            let paths: Vec<String> =
+                members.iter().map(|(m, _)| m.path.escape_ascii().to_string()).collect();
             assert_eq!(paths, ["backup_label", "base", "global", "pg_tblspc/16384", "empty"]);
             assert_eq!(members[0].1, b"START WAL LOCATION");
             assert_eq!(members[0].0.mode, 0o600);
             assert_eq!(members[0].0.mtime_seconds, 0o14000000000);
             assert_eq!(members[1].0.kind, MemberKind::Directory);
-            assert_eq!(members[3].0.kind, MemberKind::Symlink("/mnt/x".into()));
+            assert_eq!(members[3].0.kind, MemberKind::Symlink(b"/mnt/x".to_vec()));
         }
     }
 
@@ -493,7 +488,7 @@ mod tests {
         gnu.extend_from_slice(long.as_bytes());
         gnu.resize(2 * BLOCK_BYTES, 0);
         gnu.extend(member("base/short", b"1"));
-        assert_eq!(read(&gnu, 7).unwrap()[0].0.path, long);
+        assert_eq!(read(&gnu, 7).unwrap()[0].0.path, long.as_bytes());
 
         let record = format!(" path={long}\n");
         let len = record.len() + 3;
@@ -502,7 +497,7 @@ mod tests {
         let sum = checksum(&pax[..BLOCK_BYTES]);
         pax[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         pax.extend(member("base/short", b"2"));
-        assert_eq!(read(&pax, 1000).unwrap()[0].0.path, long);
+        assert_eq!(read(&pax, 1000).unwrap()[0].0.path, long.as_bytes());
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub(super) struct Engine<'a> {
     pub(super) clock: Clock,
     pub(super) status: Arc<Status>,
     pub(super) ledger: Ledger,
+    /// Whether what earlier processes stored is in the books.
+    loaded: bool,
     pub(super) uploads: Uploads,
     pub(super) sealer: Sealer,
     pub(super) lag: LagWatch,
@@ -88,17 +90,17 @@ impl LagWatch {
 }
 
 impl<'a> Engine<'a> {
-    /// Reads what the repository holds and gets ready.
-    pub(super) async fn start(stream: &'a Stream, lease: &'a Lease) -> Result<Self> {
+    /// Gets ready; what the repository holds is read with the first session.
+    pub(super) fn start(stream: &'a Stream, lease: &'a Lease) -> Result<Self> {
         let options = &stream.options;
-        let held = Held::load(stream.writer.repository()).await?;
         Ok(Self {
             stream,
             lease,
             guard: lease.guard(),
             clock: stream.writer.repository().clock().clone(),
             status: Arc::clone(&stream.status),
-            ledger: Ledger::new(held),
+            ledger: Ledger::new(Held::default()),
+            loaded: false,
             uploads: Uploads::new(stream.writer.clone(), options.uploads_max, &stream.status),
             sealer: Sealer::start(stream.writer.clone(), options.level)?,
             lag: LagWatch { ceiling_bytes: options.lag_ceiling_bytes, before_bytes: None },
@@ -206,6 +208,10 @@ impl<'a> Engine<'a> {
     /// Connects and prepares server and slot. The inner error is final.
     async fn meet(&mut self) -> Result<Result<(Server, OurSlot)>> {
         let stream = self.stream;
+        if !self.loaded {
+            self.ledger = Ledger::new(Held::load(stream.writer.repository()).await?);
+            self.loaded = true;
+        }
         let expected = stream.writer.repository().system_id();
         let mut server = match Server::meet(&stream.postgres, expected, &self.clock).await? {
             Ok(server) => server,

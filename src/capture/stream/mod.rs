@@ -132,7 +132,7 @@ pub struct Stream {
 /// The server is told a flush position only for WAL that the repository holds; killed at any moment,
 /// a later call goes on where the books in the repository end.
 pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
-    let outcome = match engine::Engine::start(stream, lease).await {
+    let outcome = match engine::Engine::start(stream, lease) {
         Ok(mut engine) => engine.run(cancel).await,
         Err(error) => Err(error),
     };

@@ -21,6 +21,10 @@ use crate::repo::{ExtentBuilder, Writer};
 /// of compression.
 const ORDERS_MAX: usize = 16;
 
+/// Below this a sealed extent is copied out of the buffer it was made in, which has room for a
+/// megabyte more.
+const SMALL_BYTES: usize = 1 << 20;
+
 /// Where the pieces of an extent belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -183,7 +187,11 @@ fn execute(
             let filled = builder.take().ok_or_else(empty)?;
             let extent_end = extent.cut.range.end();
             assert!(filled.end() == extent_end, "an extent does not hold what it is called");
-            let sealed = filled.finish(extent.cut.greatest_time)?;
+            let mut sealed = filled.finish(extent.cut.greatest_time)?;
+            // A small extent in a buffer made for a large one would be counted for what it holds.
+            if sealed.body.len() < SMALL_BYTES {
+                sealed.body = Bytes::copy_from_slice(&sealed.body);
+            }
             Ok(Some(Upload { sealed, extent, chain }))
         }
     }

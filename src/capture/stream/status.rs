@@ -243,9 +243,12 @@ impl Status {
         });
     }
 
-    /// A base backup that began after every known gap is complete.
-    pub fn base_backup_taken(&self) {
-        self.update(|now| now.base_backup_needed = false);
+    /// A base backup that starts at `start_lsn` is complete: it is the needed one when it starts
+    /// after every known gap.
+    pub fn base_backup_taken(&self, start_lsn: Lsn) {
+        self.update(|now| {
+            now.base_backup_needed &= now.gaps.iter().any(|gap| gap.end_lsn > start_lsn);
+        });
     }
 
     /// Records how long a commit waited until it was durable.

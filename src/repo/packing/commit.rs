@@ -8,7 +8,7 @@ use super::Shared;
 use super::collector::Collected;
 use crate::error::{Context, Error, Kind, Result};
 use crate::repo::manifest::{BackupKind, ChecksumFailure, Manifest, ManifestFacts, PublicManifest};
-use crate::repo::names::{BackupId, Object};
+use crate::repo::names::{BackupId, Object, PackName};
 use crate::store::PutOutcome;
 
 /// A manifest is refused so long after its last pack was put: the sweep takes packs without a
@@ -91,6 +91,18 @@ impl PackedBackup {
                 Kind::Conflict,
                 format!("{}: it has a manifest already", attempted()),
             )),
+        }
+    }
+
+    /// Gives the backup up: deletes its packs, as far as the store lets us; the sweep does the rest.
+    pub async fn abort(self) {
+        let repository = self.shared.writer.repository();
+        let backup = self.shared.backup;
+        let name = |number| repository.name(&Object::Pack(PackName { backup, number })).ok();
+        let names: Vec<_> =
+            self.collected.packs.iter().filter_map(|pack| name(pack.number)).collect();
+        if let Err(error) = repository.store().delete(&names).await {
+            tracing::warn!("packs of the abandoned backup '{backup}' are left behind: {error}");
         }
     }
 

@@ -1,0 +1,147 @@
+//! The archives of `BASE_BACKUP` to files of a backup.
+//!
+//! Members pass through without being copied; of the three small files that say what the backup is
+//! (`backup_label`, `global/pg_control`, `tablespace_map`) a copy is kept to check and to learn from.
+
+use bytes::{Bytes, BytesMut};
+
+use super::tar::{Member, MemberKind, Splitter, TarEvent};
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::backup_label::BACKUP_LABEL_BYTES_MAX;
+use crate::pg::{BackupLabel, ControlFile};
+use crate::repo::{BackupWriter, FileMeta, FilePath};
+
+/// Largest of the files kept: `pg_control` has 8 KiB, a label 200 bytes.
+const KEPT_BYTES_MAX: u64 = BACKUP_LABEL_BYTES_MAX as u64;
+
+/// What the small files said.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// `backup_label`, the first file of the main archive.
+    pub(super) label: Option<BackupLabel>,
+    /// `global/pg_control`, the last file of the main archive.
+    pub(super) control: Option<ControlFile>,
+}
+
+/// The archives in their order.
+#[derive(Debug)]
+pub(super) struct Files {
+    /// `None` between archives.
+    splitter: Option<Splitter>,
+    /// Put in front of each member's path: the tablespace.
+    prefix: String,
+    /// Path and content of the file being kept.
+    keeping: Option<(String, BytesMut)>,
+    in_file: bool,
+    found: Found,
+}
+
+impl Default for Files {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Files {
+    /// Before the first archive.
+    #[must_use]
+    pub(super) fn new() -> Self {
+        Self {
+            splitter: None,
+            prefix: String::new(),
+            keeping: None,
+            in_file: false,
+            found: Found::default(),
+        }
+    }
+
+    /// The archive of the tablespace `oid`, or of the data directory itself, begins.
+    ///
+    /// # Errors
+    /// `corrupt` when the archive before ended inside a member.
+    pub(super) fn begin_archive(&mut self, oid: Option<u32>) -> Result<()> {
+        self.end_archive()?;
+        self.splitter = Some(Splitter::new());
+        self.prefix = oid.map(|oid| format!("pg_tblspc/{oid}/")).unwrap_or_default();
+        Ok(())
+    }
+
+    fn end_archive(&mut self) -> Result<()> {
+        match self.splitter.take() {
+            Some(splitter) => splitter.finish(),
+            None => Ok(()),
+        }
+    }
+
+    /// The next bytes of the archive, into `backup`.
+    ///
+    /// # Errors
+    /// `corrupt` for what is no archive; what the store reported meanwhile.
+    pub(super) async fn write(&mut self, bytes: Bytes, backup: &mut BackupWriter) -> Result<()> {
+        let outside = || Error::new(Kind::Corrupt, "the server sent bytes outside an archive");
+        self.splitter.as_mut().ok_or_else(outside)?.push(bytes);
+        while let Some(event) = self.splitter.as_mut().ok_or_else(outside)?.next()? {
+            match event {
+                TarEvent::Begin(member) => self.begin(member, backup).await?,
+                TarEvent::Data(data) => {
+                    if let Some((_, content)) = &mut self.keeping {
+                        content.extend_from_slice(&data);
+                    }
+                    backup.write(data).await?;
+                }
+                TarEvent::End => self.end(backup).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn begin(&mut self, member: Member, backup: &mut BackupWriter) -> Result<()> {
+        let path = FilePath::new([self.prefix.as_bytes(), &member.path].concat())
+            .context(|| "unable to take a member of the base backup")?;
+        let mtime = i64::try_from(member.mtime_seconds).unwrap_or(i64::MAX);
+        match member.kind {
+            MemberKind::File => {
+                self.keeping = self.wants(&path, member.size_bytes);
+                self.in_file = true;
+                let (mode, size_bytes) = (member.mode, member.size_bytes);
+                backup.begin_file(FileMeta { path, mode, mtime, size_bytes }).await
+            }
+            MemberKind::Directory => backup.add_directory(path, member.mode, mtime).await,
+            MemberKind::Symlink(target) => backup.add_symlink(path, mtime, target).await,
+        }
+    }
+
+    fn wants(&self, path: &FilePath, size_bytes: u64) -> Option<(String, BytesMut)> {
+        let path =
+            path.as_str().filter(|path| ["backup_label", "global/pg_control"].contains(path))?;
+        (size_bytes <= KEPT_BYTES_MAX).then(|| (path.to_owned(), BytesMut::new()))
+    }
+
+    async fn end(&mut self, backup: &mut BackupWriter) -> Result<()> {
+        if !std::mem::take(&mut self.in_file) {
+            return Ok(());
+        }
+        match self.keeping.take() {
+            Some((path, content)) if path == "backup_label" => {
+                self.found.label = Some(BackupLabel::decode(&content)?);
+            }
+            Some((_, content)) => self.found.control = Some(ControlFile::decode(&content)?),
+            None => {}
+        }
+        backup.end_file().await
+    }
+
+    /// Ends the last archive and gives what was found.
+    ///
+    /// # Errors
+    /// `corrupt` when it ended inside a member, or a file that every backup has was not in it.
+    pub(super) fn finish(mut self) -> Result<(BackupLabel, ControlFile)> {
+        self.end_archive()?;
+        let missing = |name: &str| {
+            Error::new(Kind::Corrupt, format!("the server sent a base backup without '{name}'"))
+        };
+        let label = self.found.label.ok_or_else(|| missing("backup_label"))?;
+        let control = self.found.control.ok_or_else(|| missing("global/pg_control"))?;
+        Ok((label, control))
+    }
+}

@@ -1,0 +1,264 @@
+//! Page checksums of a base backup, checked on the worker threads that compress it.
+//!
+//! A page that is being written while the server reads it may arrive half old, half new. PostgreSQL's
+//! own check reads such a block again; we cannot from inside a stream, so every page that looks
+//! damaged is a suspect, and after the copy the suspects are read again through SQL. What is fine
+//! then was torn, and replay writes it anew from the full-page image that the running backup forced.
+//!
+//! # Source
+//! `sendFile` and `verify_page_checksum` in `src/backend/backup/basebackup.c` (13 to 18).
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::clock::Clock;
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::Lsn;
+use crate::pg::data_dir::RelationFile;
+use crate::pg::page::{BLCKSZ, PageVerdict, RELSEG_SIZE, verify_page};
+use crate::repo::{ChecksumFailure, FileMeta, Inspect};
+use crate::wire::{ConnectOptions, Connection, Session};
+
+/// How often a suspect is read again: the server may be writing it once more.
+const READS_MAX: u32 = 3;
+/// Between two reads of a suspect.
+const READ_PAUSE: Duration = Duration::from_millis(100);
+
+/// Checks pages while they are packed.
+#[derive(Debug)]
+pub struct Pages {
+    /// Where the backup starts: what was changed later is repaired by replay.
+    start_lsn: Lsn,
+    /// Whether pages carry checksums and somebody wants to know.
+    check: Check,
+}
+
+/// Whether pages are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Each page of each relation file.
+    Every,
+    /// None.
+    None,
+}
+
+impl Pages {
+    /// For a backup that starts at `start_lsn`.
+    #[must_use]
+    pub fn new(start_lsn: Lsn, check: Check) -> Self {
+        Self { start_lsn, check }
+    }
+}
+
+impl Inspect for Pages {
+    fn block(&self, file: &FileMeta, file_offset: u64, data: &[Bytes]) -> Vec<ChecksumFailure> {
+        let relation = match (self.check, file.path.as_str()) {
+            (Check::Every, Some(path)) => RelationFile::from_path(path),
+            _ => None,
+        };
+        let Some(relation) = relation else { return Vec::new() };
+        let mut failures = Vec::new();
+        let mut offset = file_offset;
+        for_each_page(data, |page| {
+            if let Some(block) = relation.block_number_at(offset)
+                && let PageVerdict::Mismatch { expected, found } =
+                    verify_page(page, block, self.start_lsn)
+            {
+                failures.push(ChecksumFailure {
+                    path: file.path.to_string(),
+                    block,
+                    expected,
+                    found,
+                });
+            }
+            offset += BLCKSZ as u64;
+        });
+        failures
+    }
+}
+
+/// Calls `look` with each whole page of `data`; only pages that straddle two slices are copied. Bytes
+/// after the last whole page are no page (PostgreSQL does not check them either).
+fn for_each_page(data: &[Bytes], mut look: impl FnMut(&[u8; BLCKSZ])) {
+    let mut straddling = [0; BLCKSZ];
+    let mut held = 0;
+    for slice in data {
+        let mut rest: &[u8] = slice;
+        if held > 0 {
+            let take = rest.len().min(BLCKSZ - held);
+            let (front, back) = rest.split_at(take);
+            if let Some(room) = straddling.get_mut(held..held + take) {
+                room.copy_from_slice(front);
+            }
+            (rest, held) = (back, held + take);
+            if held < BLCKSZ {
+                continue;
+            }
+            look(&straddling);
+        }
+        let (pages, tail) = rest.as_chunks::<BLCKSZ>();
+        pages.iter().for_each(&mut look);
+        if let Some(room) = straddling.get_mut(..tail.len()) {
+            room.copy_from_slice(tail);
+        }
+        held = tail.len();
+    }
+}
+
+/// Reads suspects again and returns those that are damaged indeed; all of them when the server does
+/// not let us read (that takes `pg_read_server_files`, or being superuser).
+///
+/// # Errors
+/// Never for a suspect: what cannot be read again stays one.
+pub async fn recheck(
+    suspects: &[ChecksumFailure],
+    start_lsn: Lsn,
+    postgres: &ConnectOptions,
+    clock: &Clock,
+) -> Vec<ChecksumFailure> {
+    if suspects.is_empty() {
+        return Vec::new();
+    }
+    match recheck_each(suspects, start_lsn, postgres, clock).await {
+        Ok(damaged) => damaged,
+        Err(error) => {
+            tracing::warn!(
+                "pages whose checksum is wrong could not be read a second time, so pages that were \
+                 only being written may be among them: {error}"
+            );
+            suspects.to_vec()
+        }
+    }
+}
+
+async fn recheck_each(
+    suspects: &[ChecksumFailure],
+    start_lsn: Lsn,
+    postgres: &ConnectOptions,
+    clock: &Clock,
+) -> Result<Vec<ChecksumFailure>> {
+    let mut connection = Connection::connect(postgres, Session::Database, clock).await?;
+    let mut damaged = Vec::new();
+    for suspect in suspects {
+        let mut bad = true;
+        for attempt in 0..READS_MAX {
+            if attempt > 0 {
+                tokio::time::sleep(READ_PAUSE).await;
+            }
+            bad = is_damaged(&mut connection, suspect, start_lsn).await?;
+            if !bad {
+                break;
+            }
+        }
+        if bad {
+            damaged.push(suspect.clone());
+        }
+    }
+    connection.close().await;
+    Ok(damaged)
+}
+
+async fn is_damaged(
+    connection: &mut Connection,
+    suspect: &ChecksumFailure,
+    start_lsn: Lsn,
+) -> Result<bool> {
+    let offset = u64::from(suspect.block % RELSEG_SIZE) * BLCKSZ as u64;
+    let path = suspect.path.replace('\'', "''");
+    let sql = format!(
+        "select pg_catalog.encode(pg_catalog.pg_read_binary_file('{path}', {offset}, {BLCKSZ}, \
+         true), 'hex')"
+    );
+    let rows = connection
+        .query(&sql)
+        .await
+        .context(|| format!("unable to read block {} of '{}'", suspect.block, suspect.path))?;
+    let text = rows.first().map(|row| row.get(0)).transpose()?.flatten();
+    // A file, or its end, that is gone was dropped or truncated; replay does the same.
+    let Some(text) = text else { return Ok(false) };
+    if text.len() < 2 * BLCKSZ {
+        return Ok(false);
+    }
+    let page = decode_page(text).ok_or_else(|| {
+        Error::new(Kind::Corrupt, "the server sent a page that is not hexadecimal")
+    })?;
+    let verdict = verify_page(&page, suspect.block, start_lsn);
+    Ok(matches!(verdict, PageVerdict::Mismatch { .. }))
+}
+
+fn decode_page(hex: &str) -> Option<[u8; BLCKSZ]> {
+    let mut page = [0; BLCKSZ];
+    let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+    if pairs.len() != BLCKSZ || !rest.is_empty() {
+        return None;
+    }
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    for (byte, [high, low]) in page.iter_mut().zip(pairs) {
+        *byte = digit(*high)? << 4 | digit(*low)?;
+    }
+    Some(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::page::page_checksum;
+    use crate::repo::FilePath;
+
+    fn page(number: u8, block: u32) -> [u8; BLCKSZ] {
+        let mut page = [number; BLCKSZ];
+        page[..8].copy_from_slice(&[0, 0, 0, 0, 0, 16, 0, 0]);
+        page[12..20].copy_from_slice(&[24, 0, 0, 32, 0, 32, 4, 32]);
+        let sum = page_checksum(&page, block);
+        page[8..10].copy_from_slice(&sum.to_le_bytes());
+        page
+    }
+
+    fn file(path: &str) -> FileMeta {
+        let path = FilePath::new(path).unwrap();
+        FileMeta { path, mode: 0o600, mtime: 0, size_bytes: 0 }
+    }
+
+    fn cut(bytes: &[u8], at: &[usize]) -> Vec<Bytes> {
+        let mut slices = Vec::new();
+        let mut from = 0;
+        for at in at.iter().chain([&bytes.len()]) {
+            slices.push(Bytes::copy_from_slice(&bytes[from..*at]));
+            from = *at;
+        }
+        slices
+    }
+
+    #[test]
+    fn damage_is_found_however_the_slices_lie_and_named_by_its_block() {
+        let mut bytes = [page(1, 128), page(2, 129), page(3, 130)].concat();
+        bytes[BLCKSZ + 5000] ^= 1;
+        bytes.extend([9; 100]);
+        let pages = Pages::new(Lsn(1 << 40), Check::Every);
+        for at in [vec![], vec![10], vec![BLCKSZ], vec![1, 2, 9000, 9001, 20_000], vec![100, 100]] {
+            let found = pages.block(&file("base/5/1234"), 1 << 20, &cut(&bytes, &at));
+            assert_eq!(found.len(), 1, "{at:?}");
+            assert_eq!((found[0].block, found[0].path.as_str()), (129, "base/5/1234"));
+        }
+        assert!(pages.block(&file("base/5/PG_VERSION"), 1 << 20, &cut(&bytes, &[])).is_empty());
+        let off = Pages::new(Lsn(1 << 40), Check::None);
+        assert!(off.block(&file("base/5/1234"), 1 << 20, &cut(&bytes, &[])).is_empty());
+    }
+
+    #[test]
+    fn pages_changed_since_the_start_are_left_to_replay() {
+        let mut bytes = page(1, 0).to_vec();
+        bytes[5000] ^= 1;
+        let pages = Pages::new(Lsn(1), Check::Every);
+        assert!(pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[])).is_empty());
+    }
+
+    #[test]
+    fn a_page_comes_back_from_its_hexadecimal_form() {
+        let page = page(7, 3);
+        let hex: String = page.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(decode_page(&hex), Some(page));
+        assert_eq!(decode_page(&hex[2..]), None);
+    }
+}

@@ -1,0 +1,297 @@
+//! Base backups of real servers: what is stored is what the server holds, and nothing half-done is
+//! ever visible.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidemark::capture::base::{
+    self, BackupReport, Base, BaseOptions, PageChecksums, Progress, WalStreaming,
+};
+use tidemark::error::{Kind, Result};
+use tidemark::pg::backup_label::BackupFrom;
+use tidemark::pipeline::{Budget, Level, Worker};
+use tidemark::repo::{
+    BackupId, Check, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName, PackOptions,
+};
+use tidemark::store::Store;
+use tidemark::store::memory::{Call, Outcome};
+use tidemark::wire::CheckpointMode;
+use tokio_util::sync::CancellationToken;
+
+use super::stream::{Place, Running, connect_options, settings, wal_end};
+use crate::harness::{Account, Binaries, Postgres, Settings};
+
+fn options() -> BaseOptions {
+    BaseOptions {
+        label: "a 'test'".into(),
+        checkpoint: CheckpointMode::Fast,
+        rate_max_kib: None,
+        page_checksums: PageChecksums::Warn,
+        pack: PackOptions {
+            budget: Budget::backup(128 << 20, 2, Level::default()),
+            level: Level::default(),
+            pack_bytes: 64 << 20,
+        },
+        wal_stall_max: Duration::from_secs(60),
+    }
+}
+
+fn alone(place: &Place, server: &Postgres) -> Base {
+    let mut lease = LeaseOptions::new("backup");
+    lease.ttl = Duration::from_secs(10);
+    Base {
+        options: options(),
+        postgres: connect_options(server),
+        writer: place.writer.clone(),
+        wal: WalStreaming::Elsewhere(Box::new((place.stream(server).options, lease))),
+        progress: Arc::new(Progress::new()),
+    }
+}
+
+async fn take(base: &Base) -> Result<BackupReport> {
+    base::backup(base, &CancellationToken::new()).await
+}
+
+/// Every file of a backup, by path.
+async fn files(place: &Place, manifest: &Manifest) -> BTreeMap<String, Vec<u8>> {
+    let reader = place.repository.reader(Vec::new());
+    let backup = manifest.public.id;
+    let mut files = BTreeMap::new();
+    let mut worker = Worker::new(Level::default()).unwrap();
+    for summary in &manifest.packs {
+        let pack = reader.pack(PackName { backup, number: summary.number }).await.unwrap();
+        let footer = reader.pack_footer(&pack, summary.stored_bytes, summary.footer).await.unwrap();
+        for entry in &footer.entries {
+            if let EntryKind::File { size_bytes, .. } = &entry.kind {
+                let file: &mut Vec<u8> = files.entry(entry.path.to_string()).or_default();
+                file.resize(*size_bytes as usize, 0);
+            }
+        }
+        for batch in FrameBatch::plan(&footer, 4 << 20, |_| true) {
+            let fetched = reader.fetch(&pack, batch).await.unwrap();
+            fetched
+                .open(&footer, Check::Hashes, &mut worker, |frame, plain| {
+                    let mut at = 0;
+                    for span in &frame.spans {
+                        let path = footer.entries[span.entry as usize].path.to_string();
+                        let (from, len) = (span.file_offset as usize, span.bytes as usize);
+                        let file = files.get_mut(&path).unwrap();
+                        file[from..from + len].copy_from_slice(&plain[at..at + len]);
+                        at += len;
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+    files
+}
+
+/// Compares the files of a backup with a data folder that has not changed since, and returns how many
+/// were compared.
+fn compare(files: &BTreeMap<String, Vec<u8>>, data: &Path) -> usize {
+    let differs = ["backup_label", "tablespace_map", "global/pg_control"];
+    let mut compared = 0;
+    for (path, content) in files {
+        if differs.contains(&path.as_str()) || path.starts_with("pg_stat") {
+            continue;
+        }
+        let truth =
+            std::fs::read(data.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+        assert!(&truth == content, "{path} differs: {} and {} bytes", truth.len(), content.len());
+        compared += 1;
+    }
+    compared
+}
+
+fn fill(server: &Postgres, rows: u32) {
+    server.psql(&format!(
+        "create table t (id bigserial primary key, body text);
+         insert into t (body) select repeat(md5(i::text), 30) from generate_series(1, {rows}) i;
+         analyze t"
+    ));
+}
+
+async fn stored_names(place: &Place, prefix: &str) -> Vec<String> {
+    let objects = place.memory.list_all(prefix).await.unwrap();
+    objects.into_iter().map(|object| object.name.to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alone_on_a_silent_database_it_completes_at_once_and_holds_every_file() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings().conf("autovacuum = off"));
+    fill(&server, 3000);
+    let location = Account::current().make_dir(server.home(), "space");
+    server.psql(&format!("create tablespace space location '{}'", location.display()));
+    server.psql("create table far tablespace space as select * from t");
+    server.psql("checkpoint");
+    let place = Place::of(&server).await;
+    let began = Instant::now();
+    let base = alone(&place, &server);
+    let report = take(&base).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    assert_eq!(report.from, BackupFrom::Primary);
+    let manifest = &report.manifest;
+    assert_eq!(manifest.public.checksum_failure_count, 0);
+    assert_eq!(manifest.tablespaces.len(), 1);
+    assert_eq!(manifest.tablespaces[0].location, location.display().to_string());
+    assert_eq!(manifest.settings["max_connections"], "100");
+
+    // No slot is left behind, and what is listed can be restored.
+    assert_eq!(server.psql("select count(*) from pg_replication_slots"), "0");
+    let catalog = place.catalog().await;
+    assert_eq!(catalog.backups.len(), 1);
+    let public = &manifest.public;
+    let needed = tidemark::pg::LsnRange::new(public.start_lsn, public.end_lsn).unwrap();
+    catalog.wal.cover(public.timeline, needed).unwrap();
+    place.check_wal(&[&server]).await;
+
+    let files = files(&place, manifest).await;
+    server.psql("checkpoint");
+    let compared = compare(&files, server.data());
+    assert!(compared > 900, "{compared} files");
+    let oid = server.psql("select oid from pg_tablespace where spcname = 'space'");
+    assert!(files.keys().any(|path| path.starts_with(&format!("pg_tblspc/{oid}/PG_"))));
+    for path in ["backup_label", "tablespace_map", "global/pg_control", "PG_VERSION"] {
+        assert!(files.contains_key(path), "{path}");
+    }
+    let progress = base.progress.snapshot();
+    assert_eq!(progress.file_count, files.len() as u64);
+    assert_eq!(progress.id, Some(public.id));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_a_running_stream_it_leaves_the_wal_to_that() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 2000);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    // As another process, which finds the lease taken.
+    let report = take(&alone(&place, &server)).await.unwrap();
+    assert_eq!(running.status.snapshot().gaps.len(), 0);
+    // And in the same process.
+    let wal = WalStreaming::InThisProcess(Arc::clone(&running.status));
+    let again = take(&Base { wal, ..alone(&place, &server) }).await.unwrap();
+    assert!(again.manifest.public.start_lsn > report.manifest.public.start_lsn);
+    assert_eq!(server.psql("select slot_name from pg_replication_slots"), "tidemark");
+    running.stop().await.unwrap();
+    assert_eq!(place.catalog().await.backups.len(), 2);
+    assert_eq!(place.check_wal(&[&server]).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_taken_from_a_standby_that_is_asked_to_flush() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&primary, 1000);
+    let standby = primary.standby();
+    primary.psql("insert into t (body) values ('later')");
+    let end = wal_end(&primary);
+    while standby.psql("select pg_last_wal_replay_lsn()").parse::<tidemark::pg::Lsn>().unwrap()
+        < end
+    {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    primary.psql("checkpoint");
+    let place = Place::of(&primary).await;
+    let began = Instant::now();
+    let report = take(&alone(&place, &standby)).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    assert_eq!(report.from, BackupFrom::Standby);
+    place.check_wal(&[&standby]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_page_is_named_and_fails_the_backup_only_if_wanted() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 3000);
+    server.psql("checkpoint");
+    let path = server.psql("select pg_relation_filepath('t')");
+    server.stop(crate::harness::postgres::Stop::Fast);
+    let file = server.data().join(&path);
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[3 * 8192 + 4000] ^= 0x10;
+    std::fs::write(&file, bytes).unwrap();
+    server.run();
+    let place = Place::of(&server).await;
+    let mut base = alone(&place, &server);
+    base.options.page_checksums = PageChecksums::Fail;
+    let error = take(&base).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
+    assert!(error.message().contains(&format!("block 3 of '{path}'")), "{error}");
+    assert!(stored_names(&place, "main/base/").await.is_empty());
+
+    let report = take(&alone(&place, &server)).await.unwrap();
+    let failures = &report.manifest.checksum_failures;
+    assert_eq!((failures.len(), failures[0].block, failures[0].path.clone()), (1, 3, path));
+    assert_eq!(report.manifest.public.checksum_failure_count, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_fails_or_is_stopped_leaves_nothing_to_trip_over() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 20_000);
+    let place = Place::of(&server).await;
+
+    let mut slow = alone(&place, &server);
+    slow.options.rate_max_kib = Some(4096);
+    let cancel = CancellationToken::new();
+    let stopper = cancel.clone();
+    let mut progress = slow.progress.subscribe();
+    let stopping = tokio::spawn(async move {
+        progress.wait_for(|now| now.received_bytes > 4 << 20).await.unwrap();
+        stopper.cancel();
+    });
+    let error = base::backup(&slow, &cancel).await.unwrap_err();
+    stopping.await.unwrap();
+    assert_eq!(error.kind(), Kind::Cancelled);
+    assert!(place.catalog().await.backups.is_empty());
+    assert!(stored_names(&place, "main/base/").await.is_empty());
+
+    place.memory.fail_next(Call::Part, Outcome::Denied);
+    place.memory.fail_next(Call::Complete, Outcome::Denied);
+    assert!(take(&alone(&place, &server)).await.is_err());
+    assert!(place.catalog().await.backups.is_empty());
+
+    let report = take(&alone(&place, &server)).await.unwrap();
+    let listed: Vec<BackupId> =
+        place.catalog().await.backups.iter().map(|backup| backup.manifest.id).collect();
+    assert_eq!(listed, [report.manifest.public.id]);
+    assert_eq!(server.psql("select count(*) from pg_replication_slots"), "0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_goes_on_under_load_and_pages_written_meanwhile_are_no_damage() {
+    let server = Postgres::start(
+        &Binaries::of_this_run(),
+        &Settings::default().conf("full_page_writes = on").conf("checkpoint_timeout = 30s"),
+    );
+    fill(&server, 40_000);
+    let place = Place::of(&server).await;
+    let stop = CancellationToken::new();
+    let client = server.client().await;
+    let writing = tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            let mut count = 0;
+            while !stop.is_cancelled() {
+                let sql =
+                    "update t set body = md5(random()::text) || body where id % 97 = 3; checkpoint";
+                client.batch_execute(sql).await.unwrap();
+                count += 1;
+            }
+            count
+        }
+    });
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    for _ in 0..3 {
+        let report = take(&alone(&place, &server)).await.unwrap();
+        assert_eq!(report.manifest.public.checksum_failure_count, 0);
+    }
+    stop.cancel();
+    assert!(writing.await.unwrap() > 0);
+    running.stop().await.unwrap();
+}
