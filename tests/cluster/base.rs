@@ -252,7 +252,9 @@ async fn an_attempt_that_fails_or_is_stopped_leaves_nothing_to_trip_over() {
 
     place.memory.fail_next(Call::Part, Outcome::Denied);
     place.memory.fail_next(Call::Complete, Outcome::Denied);
-    assert!(take(&alone(&place, &server)).await.is_err());
+    let mut parts = alone(&place, &server);
+    parts.options.pack.budget.part_bytes = 256 << 10;
+    assert!(take(&parts).await.is_err());
     assert!(place.catalog().await.backups.is_empty());
 
     let report = take(&alone(&place, &server)).await.unwrap();
