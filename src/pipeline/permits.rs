@@ -1,4 +1,4 @@
-//! Counted permits that async code awaits and worker threads block on: how every queue and every
+//! Counted permits that tasks await and worker threads block on: how every queue and every
 //! buffer of the engine is bounded.
 //!
 //! # Shape
@@ -12,7 +12,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{self, Poll};
 
 use futures::channel::oneshot;
 
@@ -56,13 +58,13 @@ impl Permits {
     /// Waits until `amount` is free and takes it. A request for more than there is in all waits for
     /// all of it, so that one oversized item passes alone instead of never.
     ///
-    /// # Errors
-    /// `cancelled` when the permits were closed.
-    pub async fn acquire(&self, amount: u64) -> Result<Permit> {
-        match self.request(amount)? {
-            Ok(permit) => Ok(permit),
-            Err(granted) => granted.await.map_err(|oneshot::Canceled| closed()),
-        }
+    /// The future gives `cancelled` when the permits were closed.
+    pub fn acquire(&self, amount: u64) -> Acquire {
+        Acquire(match self.request(amount) {
+            Ok(Ok(permit)) => Stage::Ready(Some(Ok(permit))),
+            Ok(Err(granted)) => Stage::Waiting(granted),
+            Err(closed) => Stage::Ready(Some(Err(closed))),
+        })
     }
 
     /// As [`Permits::acquire`], blocking the thread: for worker threads only.
@@ -70,12 +72,7 @@ impl Permits {
     /// # Errors
     /// `cancelled` when the permits were closed.
     pub fn acquire_blocking(&self, amount: u64) -> Result<Permit> {
-        match self.request(amount)? {
-            Ok(permit) => Ok(permit),
-            Err(granted) => {
-                futures::executor::block_on(granted).map_err(|oneshot::Canceled| closed())
-            }
-        }
+        futures::executor::block_on(self.acquire(amount))
     }
 
     /// Takes `amount` if it is free and nobody waits.
@@ -126,6 +123,30 @@ impl Permits {
     #[must_use]
     pub fn total(&self) -> u64 {
         self.0.total
+    }
+}
+
+/// The future of [`Permits::acquire`].
+#[must_use = "a request that is dropped takes nothing"]
+#[derive(Debug)]
+pub struct Acquire(Stage);
+
+#[derive(Debug)]
+enum Stage {
+    Ready(Option<Result<Permit>>),
+    Waiting(oneshot::Receiver<Permit>),
+}
+
+impl Future for Acquire {
+    type Output = Result<Permit>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Stage::Ready(outcome) => Poll::Ready(outcome.take().unwrap_or_else(|| Err(closed()))),
+            Stage::Waiting(granted) => {
+                Pin::new(granted).poll(context).map_err(|oneshot::Canceled| closed())
+            }
+        }
     }
 }
 

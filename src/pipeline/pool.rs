@@ -8,7 +8,6 @@
 //! A dropped [`Pool::run`] that had its place runs to its end and its result is dropped.
 
 use std::fmt;
-use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::task::{self, Poll};
@@ -16,9 +15,10 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use futures::channel::oneshot;
+use futures::{FutureExt, TryFutureExt};
 
 use super::codec::{Compressor, Decompressor, Level};
-use super::permits::Permits;
+use super::permits::{Permit, Permits};
 use crate::error::{Error, Kind, Result};
 
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;
@@ -94,39 +94,25 @@ impl Pool {
         self.thread_count
     }
 
-    /// Waits for a place in the queue, queues `job`, and returns the future of its result: so that
-    /// a caller can feed many jobs in order and collect their results as they come.
+    /// Waits for a place in the queue, queues `job`, and gives the future of its result: so that a
+    /// caller can feed many jobs in order and collect their results as they come.
     ///
-    /// # Errors
-    /// `cancelled` when the pool was stopped; the inner future gives `bug` when the job panicked.
-    pub async fn submit<T: Send + 'static>(
+    /// The future gives `cancelled` when the pool was stopped; the inner one `bug` when the job
+    /// panicked.
+    pub fn submit<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Worker) -> T + Send + 'static,
-    ) -> Result<Completion<T>> {
-        let place = self.places.acquire(1).await?;
-        let (sender, receiver) = oneshot::channel();
-        let job: Job = Box::new(move |worker| {
-            let result = job(worker);
-            drop(place);
-            // A caller that has gone does not want its result.
-            drop(sender.send(result));
-        });
-        // Never blocks: there are as many places as the channel holds.
-        self.jobs.send(job).map_err(|_gone| {
-            Error::new(Kind::Bug, "unable to queue a job: all worker threads have ended")
-        })?;
-        Ok(Completion(receiver))
+    ) -> impl Future<Output = Result<Completion<T>>> {
+        let jobs = self.jobs.clone();
+        self.places.acquire(1).map(move |place| queue(&jobs, place?, job))
     }
 
-    /// Runs `job` on a worker thread and returns its result.
-    ///
-    /// # Errors
-    /// As [`Pool::submit`].
-    pub async fn run<T: Send + 'static>(
+    /// Runs `job` on a worker thread and gives its result, or fails as [`Pool::submit`] does.
+    pub fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Worker) -> T + Send + 'static,
-    ) -> Result<T> {
-        self.submit(job).await?.await
+    ) -> impl Future<Output = Result<T>> {
+        self.submit(job).and_then(|completion| completion)
     }
 
     /// Makes every later job fail as cancelled; jobs already queued still run.
@@ -150,6 +136,26 @@ impl Closer {
     pub fn close(&self) {
         self.0.close();
     }
+}
+
+/// Queues a job that has its place.
+fn queue<T: Send + 'static>(
+    jobs: &Sender<Job>,
+    place: Permit,
+    job: impl FnOnce(&mut Worker) -> T + Send + 'static,
+) -> Result<Completion<T>> {
+    let (sender, receiver) = oneshot::channel();
+    let job: Job = Box::new(move |worker| {
+        let result = job(worker);
+        drop(place);
+        // A caller that has gone does not want its result.
+        drop(sender.send(result));
+    });
+    // Never blocks: there are as many places as the channel holds.
+    jobs.send(job).map_err(|_gone| {
+        Error::new(Kind::Bug, "unable to queue a job: all worker threads have ended")
+    })?;
+    Ok(Completion(receiver))
 }
 
 /// The future of a job's result; dropping it drops the result, not the job.

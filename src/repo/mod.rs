@@ -47,7 +47,7 @@ pub use reader::{Check, FetchedBatch, FetchedExtent, FrameBatch, PackHandle, Rea
 pub use writer::Writer;
 
 /// What this module's interface is spoken in, for those above it.
-pub use crate::pipeline::{Budget, Level, Permits, Pool, PoolOptions, Worker, budget};
+pub use crate::pipeline::{Budget, Level, Permit, Permits, Pool, PoolOptions, Worker, budget};
 
 use std::sync::Arc;
 

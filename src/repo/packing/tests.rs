@@ -1,3 +1,5 @@
+//! Backups written to a store in memory and read back, with all that can go wrong in between.
+
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -422,7 +424,6 @@ async fn an_object_in_the_place_of_another_is_refused() {
     place.store.damage(&name(1), |body| *body = second.to_vec()).unwrap();
     let error = read_pack(&place.reader(), &manifest).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-    assert!(error.to_string().contains("authentic") || error.to_string().contains("trailer"));
 }
 
 #[tokio::test]
