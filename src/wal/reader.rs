@@ -50,8 +50,10 @@ impl RecordReader {
     /// among them, in order.
     ///
     /// # Errors
-    /// `corrupt` or `unsupported`, naming the position, and whatever `each` returns. The reader is
-    /// of no use afterwards; what it gave before is right.
+    /// `corrupt` or `unsupported`, naming the position, and whatever `each` returns. The reader takes no more bytes then; what
+    /// it gave before is right, and its positions stay. A segment file of a running server may hold
+    /// pages of an older segment behind its end: reading them ends with such an error, at
+    /// `last_record_end`.
     pub fn feed(
         &mut self,
         bytes: &[u8],

@@ -69,8 +69,10 @@ impl Scanner {
     /// them, in order.
     ///
     /// # Errors
-    /// `corrupt` or `unsupported`, naming the position. The scanner is of no use afterwards; what
-    /// it gave before is right.
+    /// `corrupt` or `unsupported`, naming the position. The scanner takes no more bytes then; what
+    /// it gave before is right, and its positions stay. A segment file of a running server may hold
+    /// pages of an older segment behind its end: reading them ends with such an error, at
+    /// `last_record_end`.
     pub fn feed(&mut self, bytes: &[u8], found: &mut dyn FnMut(Landmark)) -> Result<()> {
         self.assembler.feed(bytes, &mut Picker { pick: &mut self.pick, found })
     }

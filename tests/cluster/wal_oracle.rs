@@ -11,11 +11,16 @@ use tidemark::pg::backup_manifest::{BackupManifest, ManifestFile};
 use tidemark::pg::control::ControlFile;
 use tidemark::pg::data_dir::RelationFile;
 use tidemark::pg::page::{BLCKSZ, PageVerdict, page_checksum, verify_page};
-use tidemark::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId, Version, crc32c};
+use tidemark::pg::{
+    Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId, Version, crc32c,
+};
 use tidemark::wal::{ImageCompression, Landmark, Record, RecordReader, Scanner};
 
 use crate::harness::postgres::Stop;
 use crate::harness::{Binaries, Postgres, Settings};
+
+/// Where the client programs are when the server's folder has none.
+const CLIENT_BIN: &str = "TIDEMARK_TEST_PG_CLIENT_BIN";
 
 /// Every record the clusters write stays until it is compared.
 fn keep_all_wal() -> Settings {
@@ -515,6 +520,58 @@ fn a_record_that_a_crash_cut_off_is_passed_over() {
         let records: Vec<String> = records.into_iter().map(|record| record.0).collect();
         assert_eq!(records, expected);
     }
+}
+
+#[test]
+fn a_promotion_shows_in_the_wal_and_in_the_history_file() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &keep_all_wal());
+    if !primary.binaries().has("pg_basebackup") && std::env::var_os(CLIENT_BIN).is_none() {
+        return;
+    }
+    let standby = primary.standby();
+    primary.psql("create table t as select generate_series(1, 1000)");
+    let replayed = "select pg_last_wal_replay_lsn() >= ";
+    let target = primary.psql("select pg_current_wal_lsn()");
+    while standby.psql(&format!("{replayed} '{target}'")) != "t" {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    primary.stop(Stop::Immediate);
+    standby.promote();
+    standby.psql("insert into t values (1)");
+    let xid: u32 = standby
+        .psql("select xmin::text from t order by xmin::text::int desc limit 1")
+        .parse()
+        .unwrap();
+    standby.stop(Stop::Fast);
+
+    let second = TimelineId::new(2).unwrap();
+    let wal = standby.data().join("pg_wal");
+    let text = std::fs::read(wal.join(second.history_file_name())).unwrap();
+    let history = TimelineHistory::decode(second, &text).unwrap();
+    let switch_lsn = history.entries()[0].switch_lsn;
+    assert_eq!(history.timeline_at(switch_lsn), second);
+    assert_eq!(history.timeline_at(Lsn(switch_lsn.0 - 1)), TimelineId::FIRST);
+
+    let size = SegmentSize::DEFAULT;
+    let name = size.file_name(second, size.number_of(switch_lsn));
+    let bytes = std::fs::read(wal.join(name)).unwrap();
+    let mut scanner = Scanner::new(size, size.start_of(switch_lsn));
+    let mut found = Vec::new();
+    // The file was recycled: behind the end of the WAL it may hold pages of an older segment.
+    let outcome = scanner.feed(&bytes, &mut |landmark| found.push(landmark));
+    assert!(scanner.is_behind_end() || outcome.is_err());
+    assert_eq!(scanner.last_record_end(), found.last().unwrap().range().end());
+    assert_eq!(scanner.timeline(), Some(second));
+    let at = found.iter().position(|landmark| landmark.range().start() >= switch_lsn).unwrap();
+    match &found[at] {
+        Landmark::EndOfRecovery { timeline, previous_timeline, .. } => {
+            assert_eq!((*timeline, *previous_timeline), (second, TimelineId::FIRST));
+        }
+        Landmark::Checkpoint { timeline, .. } => assert_eq!(*timeline, second),
+        other => panic!("the new timeline begins with {other:?}"),
+    }
+    let committed = |landmark: &Landmark| matches!(landmark, Landmark::Commit { xid: found, .. } if *found == xid);
+    assert!(found[at..].iter().any(committed), "{found:?}");
 }
 
 #[test]
