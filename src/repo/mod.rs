@@ -11,6 +11,7 @@
 //!   parsed, and whatever is wrong is an error of kind `corrupt` that names object and offset.
 
 pub mod catalog;
+pub mod compaction;
 pub mod coverage;
 pub mod extent;
 pub mod header;

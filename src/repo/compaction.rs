@@ -1,0 +1,406 @@
+//! Joins small WAL extents into larger objects, without a key.
+//!
+//! In: the WAL's names. Out: a [`CompactionPlan`], pure; [`apply`] carries it out. A joint object is
+//! the concatenation of whole sealed extents that follow one another, so a host that can only write
+//! can make it and nothing is decrypted.
+//!
+//! # Shape
+//! Two passes that share nothing but the names: *merges* put joint objects, *prunes* delete extents
+//! that a joint object holds. A joint object lies in one WAL segment and holds at most
+//! [`EXTENT_PLAIN_BYTES_MAX`] of WAL. Joining begins when a segment is complete, and earlier only for
+//! long runs of extents that differ little in size, so that each byte is written again a few times at
+//! most however long the segment stays open.
+//!
+//! # Invariants
+//! - *What is deleted is held elsewhere.* An extent is deleted only after an extent that strictly
+//!   contains its range was read back whole and its headers, frames and lengths were found right.
+//!   Containment is an order without circles: whatever several compactions do at the same time, an
+//!   extent that no other contains is deleted by none of them.
+//! - *A reader never looks in vain.* An extent is deleted only when the one that contains it has been
+//!   in the listing for [`CompactionOptions::settle`]: a reader that listed before still finds the
+//!   small ones for as long, and a listing in several pages sees one or the other.
+//!
+//! # Durability
+//! Dying before a joint object is put changes nothing. Dying after leaves it beside the small ones:
+//! both are valid, readers prefer the larger, and the next run prunes. Dying while pruning leaves some
+//! of the small ones, which the next run finds. No state is kept anywhere else.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use futures::stream;
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::{SegmentNumber, SegmentSize, TimelineId};
+use crate::store::{ObjectName, PutOutcome};
+
+use super::Repository;
+use super::coverage::{StoredExtent, WalCatalog, range};
+use super::extent::ExtentMember;
+use super::names::{EXTENT_PLAIN_BYTES_MAX, ExtentName, Object};
+
+/// Piece of an object that is read back at a time.
+const READ_BACK_BYTES: usize = 4 << 20;
+/// In a segment that is still being written, so many extents of like size are joined.
+const OPEN_RUN_MIN: usize = 16;
+/// Objects deleted by one call.
+const BATCH_OBJECTS: usize = 1000;
+
+/// When to join and when to delete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompactionOptions {
+    /// Size of the cluster's WAL segments.
+    pub segment_size: SegmentSize,
+    /// Greatest size of a joint object as stored: what one merge holds in memory.
+    pub stored_bytes_max: u64,
+    /// How long an extent has been there before it is joined, and a joint one before what it holds
+    /// is deleted.
+    pub settle: Duration,
+    /// Merges at a time; memory is this times `stored_bytes_max`, and as much again to read back.
+    pub jobs: usize,
+    /// Most merges of one run.
+    pub merges_max: usize,
+}
+
+impl CompactionOptions {
+    /// The defaults: objects of up to 8 MiB, ten minutes to settle, one merge at a time.
+    #[must_use]
+    pub fn new(segment_size: SegmentSize) -> Self {
+        Self {
+            segment_size,
+            stored_bytes_max: 8 << 20,
+            settle: Duration::from_secs(600),
+            jobs: 1,
+            merges_max: 10_000,
+        }
+    }
+}
+
+/// Extents that become one object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merge {
+    /// The object to be made.
+    pub joint: ExtentName,
+    /// What it is made of; each begins where the one before ends.
+    pub parts: Vec<ExtentName>,
+}
+
+/// Extents that another one holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prune {
+    /// The one that stays.
+    pub holder: ExtentName,
+    /// Those that go.
+    pub held: Vec<ExtentName>,
+}
+
+/// What to join and what to delete.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CompactionPlan {
+    /// Objects to make.
+    pub merges: Vec<Merge>,
+    /// Objects to delete.
+    pub prunes: Vec<Prune>,
+}
+
+impl CompactionPlan {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.merges.is_empty() && self.prunes.is_empty()
+    }
+}
+
+/// Decides what to do at the time `now`.
+#[must_use]
+pub fn plan(wal: &WalCatalog, options: &CompactionOptions, now: Timestamp) -> CompactionPlan {
+    let settle = SignedDuration::try_from(options.settle).unwrap_or(SignedDuration::MAX);
+    let settled_before = now.checked_sub(settle).unwrap_or(Timestamp::MIN);
+    let newest = wal.timelines().last();
+    let mut plan = CompactionPlan::default();
+    for timeline in wal.timelines() {
+        let joiner =
+            Joiner { wal, options, settled_before, timeline, grows: newest == Some(timeline) };
+        plan.prunes.extend(joiner.prunes());
+        let room = options.merges_max.saturating_sub(plan.merges.len());
+        plan.merges.extend(joiner.merges().into_iter().take(room));
+    }
+    plan
+}
+
+/// The decision for one timeline.
+struct Joiner<'a> {
+    wal: &'a WalCatalog,
+    options: &'a CompactionOptions,
+    settled_before: Timestamp,
+    timeline: TimelineId,
+    /// Whether WAL may still arrive.
+    grows: bool,
+}
+
+impl Joiner<'_> {
+    fn is_settled(&self, extent: &StoredExtent) -> bool {
+        extent.modified <= self.settled_before
+    }
+
+    /// Extents come by start, of one start the longest first: of those before, only the one that
+    /// reaches furthest can contain the next.
+    fn prunes(&self) -> Vec<Prune> {
+        let mut prunes: Vec<Prune> = Vec::new();
+        let mut furthest: Option<StoredExtent> = None;
+        for extent in self.wal.extents(self.timeline) {
+            match furthest {
+                Some(holder) if strictly_contains(&holder, &extent) => {
+                    if !self.is_settled(&holder) {
+                        continue;
+                    }
+                    match prunes.last_mut().filter(|prune| prune.holder == holder.name) {
+                        Some(prune) => prune.held.push(extent.name),
+                        None => prunes.push(Prune { holder: holder.name, held: vec![extent.name] }),
+                    }
+                }
+                Some(holder) if holder.name.range.end() >= extent.name.range.end() => {}
+                _ => furthest = Some(extent),
+            }
+        }
+        prunes
+    }
+
+    fn merges(&self) -> Vec<Merge> {
+        let size = self.options.segment_size;
+        let mut segments: BTreeMap<SegmentNumber, Vec<StoredExtent>> = BTreeMap::new();
+        for extent in self.wal.extents(self.timeline) {
+            let number = size.number_of(extent.name.range.start());
+            // One that crosses a segment's end was not cut by us, or the size given is wrong.
+            if extent.name.range.end() <= size.end_of(extent.name.range.start()) {
+                segments.entry(number).or_default().push(extent);
+            }
+        }
+        let segments = segments.into_iter().flat_map(|(number, extents)| {
+            let whole = size.range_of(number);
+            let is_complete = whole.is_some_and(|whole| {
+                self.wal.contiguous_end(self.timeline, whole.start()) >= whole.end()
+            });
+            let min = if is_complete || !self.grows { 2 } else { OPEN_RUN_MIN };
+            self.merges_of(&chains(&extents), min)
+        });
+        segments.collect()
+    }
+
+    /// Cuts chains into runs that fit into one object.
+    fn merges_of(&self, chains: &[Vec<StoredExtent>], run_min: usize) -> Vec<Merge> {
+        let mut merges = Vec::new();
+        for chain in chains {
+            let mut run: Vec<StoredExtent> = Vec::new();
+            for extent in chain {
+                if !self.fits(&run, extent, run_min) {
+                    merges.extend(merge(&run, run_min));
+                    run.clear();
+                }
+                // One that is too large or too new for any run is left out of all.
+                if self.fits(&[], extent, run_min) {
+                    run.push(*extent);
+                }
+            }
+            merges.extend(merge(&run, run_min));
+        }
+        merges
+    }
+
+    fn fits(&self, run: &[StoredExtent], next: &StoredExtent, run_min: usize) -> bool {
+        let plain = |extent: &StoredExtent| extent.name.range.len_bytes();
+        let plain_bytes = run.iter().map(plain).sum::<u64>() + plain(next);
+        let stored_bytes =
+            run.iter().map(|extent| extent.stored_bytes).sum::<u64>() + next.stored_bytes;
+        // In an open segment what is large already waits for the segment's end.
+        let like = run_min == 2
+            || run.iter().chain([next]).map(plain).max() <= Some(self.open_part_bytes());
+        plain_bytes <= EXTENT_PLAIN_BYTES_MAX
+            && stored_bytes <= self.options.stored_bytes_max
+            && like
+            && self.is_settled(next)
+    }
+
+    fn open_part_bytes(&self) -> u64 {
+        let whole = self.options.segment_size.bytes().min(EXTENT_PLAIN_BYTES_MAX);
+        whole / OPEN_RUN_MIN as u64
+    }
+}
+
+fn strictly_contains(holder: &StoredExtent, extent: &StoredExtent) -> bool {
+    let (outer, inner) = (holder.name.range, extent.name.range);
+    outer.covers(inner) && outer.len_bytes() > inner.len_bytes()
+}
+
+/// Extents of one segment as chains in which each begins exactly where the one before ends, without
+/// those that another contains.
+fn chains(extents: &[StoredExtent]) -> Vec<Vec<StoredExtent>> {
+    let mut chains: Vec<Vec<StoredExtent>> = Vec::new();
+    let mut end = None;
+    for extent in extents {
+        let (start, own_end) = (extent.name.range.start(), extent.name.range.end());
+        if end.is_some_and(|end| own_end <= end) {
+            continue;
+        }
+        match chains.last_mut().filter(|_| end == Some(start)) {
+            Some(chain) => chain.push(*extent),
+            None => chains.push(vec![*extent]),
+        }
+        end = Some(own_end);
+    }
+    chains
+}
+
+fn merge(run: &[StoredExtent], run_min: usize) -> Option<Merge> {
+    let (first, last) = (run.first()?.name, run.last()?.name);
+    let joint = ExtentName {
+        timeline: first.timeline,
+        range: range(first.range.start(), last.range.end()),
+        time: run.iter().filter_map(|extent| extent.name.time).max(),
+    };
+    let parts = run.iter().map(|extent| extent.name).collect();
+    (run.len() >= run_min).then_some(Merge { joint, parts })
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CompactionReport {
+    /// Joint objects that were made.
+    pub joint_count: u64,
+    /// Extents that were joined in them.
+    pub joined_count: u64,
+    /// Extents that were deleted.
+    pub deleted_count: u64,
+    /// Objects that are not what their names say, each with the reason; nothing that depends on them
+    /// was touched.
+    pub damaged: Vec<String>,
+}
+
+/// Carries `plan` out; see the module for why dying anywhere loses nothing.
+///
+/// # Errors
+/// What the store reports. Damaged objects are reported, not returned; those that vanished since the
+/// plan was made (by retention) are passed over.
+pub async fn apply(
+    repository: &Repository,
+    plan: &CompactionPlan,
+    options: &CompactionOptions,
+) -> Result<CompactionReport> {
+    let mut report = CompactionReport::default();
+    let jobs = options.jobs.max(1);
+    let mut merges = stream::iter(&plan.merges)
+        .map(|merge| async move { (merge, join(repository, merge).await) })
+        .buffer_unordered(jobs);
+    while let Some((merge, outcome)) = merges.next().await {
+        if report.saw(outcome)? {
+            report.joint_count += 1;
+            report.joined_count += merge.parts.len() as u64;
+        }
+    }
+    drop(merges);
+    for prune in &plan.prunes {
+        let outcome = delete_held(repository, prune).await;
+        if report.saw(outcome)? {
+            report.deleted_count += prune.held.len() as u64;
+        }
+    }
+    Ok(report)
+}
+
+impl CompactionReport {
+    /// Whether it was done; notes what is damaged.
+    fn saw(&mut self, outcome: Result<()>) -> Result<bool> {
+        match outcome {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == Kind::NotFound => Ok(false),
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) => {
+                self.damaged.push(error.to_string());
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Puts one joint object.
+///
+/// # Durability
+/// Each part is checked before it goes in and the whole after; what was put is read back and
+/// compared. Nothing is deleted here.
+async fn join(repository: &Repository, merge: &Merge) -> Result<()> {
+    let name = repository.name(&Object::Extent(merge.joint))?;
+    let mut whole = BytesMut::new();
+    for part in &merge.parts {
+        whole.extend_from_slice(&read_extent(repository, part).await?);
+    }
+    let whole = whole.freeze();
+    ExtentMember::walk(&merge.joint, &whole)
+        .context(|| format!("unable to join WAL extents to '{name}'"))?;
+    match repository.store().put_if_absent(&name, whole.clone()).await? {
+        PutOutcome::Created => read_back(repository, &name, &whole).await,
+        // Another compaction may have joined other parts to the same range.
+        PutOutcome::AlreadyThere => read_extent(repository, &merge.joint).await.map(drop),
+    }
+}
+
+/// Compares what is stored with what was put.
+async fn read_back(repository: &Repository, name: &ObjectName, whole: &Bytes) -> Result<()> {
+    let found = repository.store().head(name).await?.map(|object| object.size_bytes);
+    if found != Some(whole.len() as u64) {
+        return Err(differs(name));
+    }
+    let mut offset = 0_u64;
+    for piece in whole.chunks(READ_BACK_BYTES) {
+        let end = offset + piece.len() as u64;
+        if repository.store().get(name, Some(offset..end)).await? != piece {
+            return Err(differs(name));
+        }
+        offset = end;
+    }
+    Ok(())
+}
+
+fn differs(name: &ObjectName) -> Error {
+    Error::new(
+        Kind::Corrupt,
+        format!("WAL extent '{name}' does not hold what was joined; the parts are kept"),
+    )
+}
+
+/// An extent object, found to be what its name says as far as can be told without a key.
+async fn read_extent(repository: &Repository, extent: &ExtentName) -> Result<Bytes> {
+    let name = repository.name(&Object::Extent(*extent))?;
+    let attempted = || format!("unable to use WAL extent '{name}'");
+    let body = repository.store().get(&name, None).await.context(attempted)?;
+    ExtentMember::walk(extent, &body).context(attempted)?;
+    Ok(body)
+}
+
+/// Deletes what the holder holds.
+///
+/// # Durability
+/// The holder is read back whole first, now: it is there and its members cover its range, so every
+/// byte of WAL of the deleted extents is in it.
+async fn delete_held(repository: &Repository, prune: &Prune) -> Result<()> {
+    let holder = prune.holder.range;
+    let contained = |held: &ExtentName| {
+        held.timeline == prune.holder.timeline
+            && holder.covers(held.range)
+            && holder.len_bytes() > held.range.len_bytes()
+    };
+    assert!(prune.held.iter().all(contained), "a plan deletes WAL that nothing else holds");
+    read_extent(repository, &prune.holder).await?;
+    for batch in prune.held.chunks(BATCH_OBJECTS) {
+        let names: Result<Vec<ObjectName>> =
+            batch.iter().map(|held| repository.name(&Object::Extent(*held))).collect();
+        repository.store().delete(&names?).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
