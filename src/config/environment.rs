@@ -26,6 +26,15 @@ impl Environment {
         self.0.get(name).map(String::as_str)
     }
 
+    /// What a program of ours needs to run without the caller's settings: where programs and
+    /// libraries are, and what the terminal can do.
+    #[must_use]
+    pub fn bare(&self) -> Vec<(String, String)> {
+        let names = ["PATH", "LD_LIBRARY_PATH", "TMPDIR", "TERM"];
+        let set = names.iter().filter_map(|name| Some((*name, self.get(name)?)));
+        set.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
     /// The names of all variables.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)

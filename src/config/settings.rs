@@ -267,7 +267,7 @@ impl Settings {
 fn mask(form: Form, value: &Value) -> Vec<String> {
     match (form, value) {
         (Form::Secret, _) => vec![MASK.to_owned()],
-        (Form::ConnectionString, Value::Text(text)) => {
+        (Form::ConnectionString, Value::Text(text)) if may_hold_a_password(text) => {
             // An empty environment: only what the text itself says is shown.
             let parsed = ConnectOptions::parse(text, &|_| None);
             vec![parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string())]
@@ -276,6 +276,15 @@ fn mask(form: Form, value: &Value) -> Vec<String> {
         (_, Value::Text(text)) => vec![text.clone()],
         (_, Value::List(items)) => items.clone(),
     }
+}
+
+/// Whether a connection string has a password, or something that looks like one.
+fn may_hold_a_password(text: &str) -> bool {
+    let after_scheme = text.split_once("://").map(|(_, rest)| rest);
+    text.contains("password")
+        || after_scheme.is_some_and(|rest| {
+            rest.rsplit_once('@').is_some_and(|(user_info, _)| user_info.contains(':'))
+        })
 }
 
 /// Hides what stands between `://` and `@` of a URL's host part.
@@ -371,6 +380,11 @@ mod tests {
         let shown = format!("{:?} {settings:?}", settings.shown());
         assert!(!shown.contains("hunter2") && !shown.contains("u:p"), "{shown}");
         assert_eq!(settings.warnings.len(), 1);
+        for text in ["postgres://u:hunter2@h/d", "host=h password = hunter2", "host=h password='"] {
+            let given = vec![flag("postgres.url", text)];
+            let settings = Settings::resolve(given, &Environment::default(), None).unwrap();
+            assert!(!format!("{:?}", settings.shown()).contains("hunter2"), "{text}");
+        }
     }
 
     #[test]
