@@ -421,29 +421,27 @@ pub const KEYS: &[Key] = &[
     .default("warn")
     .flag("checksum-failures"),
     key(
-        "retention.keep_backups",
+        "retention.keep_days",
+        Form::Integer { min: 1, max: 36_500 },
+        Group::Retention,
+        "Keep backups that are younger than this many days.",
+    )
+    .flag("keep-days"),
+    key(
+        "retention.keep_count",
         Form::Integer { min: 1, max: 100_000 },
         Group::Retention,
-        "Keep at least this many of the newest backups.",
+        "Keep this many of the newest backups that can be restored.",
     )
-    .default("2")
-    .flag("keep-backups"),
+    .flag("keep-count"),
     key(
-        "retention.keep_for",
-        Form::Duration,
+        "retention.pitr_days",
+        Form::Integer { min: 1, max: 36_500 },
         Group::Retention,
-        "Keep every backup that is younger than this.",
+        "Keep every moment of this many days restorable. Without it, every moment that can be \
+         reached from a backup that is kept.",
     )
-    .default("14d")
-    .flag("keep-for"),
-    key(
-        "retention.pitr_window",
-        Form::Duration,
-        Group::Retention,
-        "Keep what is needed to restore to any moment this far back.",
-    )
-    .default("7d")
-    .flag("pitr-window"),
+    .flag("pitr-days"),
     key(
         "run.backup_interval",
         Form::Duration,

@@ -12,6 +12,7 @@ use crate::capture::stream::{SlotLife, StreamOptions};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Level;
 use crate::pipeline::budget::{Budget, STREAM_BYTES};
+use crate::repo::retention::RetentionOptions;
 use crate::restore::time;
 use crate::store::{StaticCredentials, StoreOptions};
 use crate::wire::{CheckpointMode, ConnectOptions};
@@ -290,6 +291,22 @@ impl Config {
         })
     }
 
+    /// What to keep; `None` when nothing says so, and then nothing may be deleted.
+    ///
+    /// # Errors
+    /// `config` for a value that is not understood.
+    pub fn retention_options(&self) -> Result<Option<RetentionOptions>> {
+        let count = |name| -> Result<Option<u32>> {
+            Ok(self.settings.integer(name)?.and_then(|count| u32::try_from(count).ok()))
+        };
+        let options = RetentionOptions {
+            keep_days: count("retention.keep_days")?,
+            keep_count: count("retention.keep_count")?,
+            pitr_days: count("retention.pitr_days")?,
+        };
+        Ok((options != RetentionOptions::default()).then_some(options))
+    }
+
     /// A length of time that the table gives a default.
     ///
     /// # Errors
@@ -332,6 +349,7 @@ mod tests {
         assert_eq!(format!("{store:?}"), format!("{default:?}"));
         assert_eq!(config.rate_limit_kib().unwrap(), None);
         assert!(config.time_zone().unwrap().is_none());
+        assert_eq!(config.retention_options().unwrap(), None, "nothing is deleted by default");
     }
 
     #[test]

@@ -25,25 +25,17 @@ pub struct Writing {
     pub identity_made: Option<PathBuf>,
 }
 
-/// Opens the repository, makes it when it is missing, and seals for whom the settings say.
-///
-/// The server is only asked when the repository must be made: a stream starts while it is down.
-///
-/// # Errors
-/// What is wrong with settings, server or store.
-pub async fn writer(config: &Config, clock: &Clock) -> Result<(Writer, Option<PathBuf>)> {
+/// The repository, made when it is missing. The server is only asked then: a stream starts while
+/// it is down.
+async fn repository(config: &Config, clock: &Clock) -> Result<Repository> {
     let cluster = ClusterName::new(config.cluster())?;
-    let store = opening::store(config, clock)?;
-    let repository = match Repository::open(store, cluster, clock).await {
-        Ok(repository) => repository,
+    match Repository::open(opening::store(config, clock)?, cluster, clock).await {
         Err(error) if error.kind() == Kind::NotFound => {
             let server = opening::identify_server(config, clock).await?;
-            opening::repository_for(config, clock, server.system_id).await?
+            opening::repository_for(config, clock, server.system_id).await
         }
-        Err(error) => return Err(error),
-    };
-    let seal = keys::seal(config, &repository).await?;
-    Ok((repository.writer(&seal.encryption).await?, seal.made))
+        opened => opened,
+    }
 }
 
 impl Writing {
@@ -64,17 +56,19 @@ impl Writing {
         stop: &CancellationToken,
     ) -> Result<Self> {
         let begin = async {
-            let (writer, identity_made) = writer(config, clock).await?;
-            let repository = writer.repository().clone();
+            let repository = repository(config, clock).await?;
             let mut options = LeaseOptions::new(description);
             options.ttl = config.interval("lease.ttl")?;
             options.wait = wait;
-            options.key_id = Some(writer.key_id().to_string());
             if config.accepts_unconditional_store() {
                 options.unconditional_store = UnconditionalStore::Accept;
             }
             let lease = Lease::acquire(&repository, options).await?;
-            Ok(Self { repository, writer, lease, identity_made })
+            // Only who may write draws a key: a rival that is refused again and again leaves none.
+            let seal = keys::seal(config, &repository).await?;
+            let writer = repository.writer(&seal.encryption).await?;
+            lease.seals_with(writer.key_id().to_string());
+            Ok(Self { repository, writer, lease, identity_made: seal.made })
         };
         tokio::select! {
             begun = begin => begun,
