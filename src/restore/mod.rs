@@ -6,10 +6,13 @@
 //! can be reached.
 
 mod chain;
+mod cover;
 #[cfg(test)]
 mod craft;
 pub mod directory;
+mod files;
 pub mod plan;
+pub mod progress;
 mod resolve;
 #[cfg(test)]
 mod resolve_tests;
@@ -21,6 +24,7 @@ pub mod time;
 
 pub use directory::{Owner, TablespaceMapping};
 pub use plan::{Moment, Plan, Request};
+pub use progress::{Phase, Progress, ProgressNow};
 pub use settings::{Action, Stop};
 pub use target::{Edge, Target, TimelineChoice};
 

@@ -1,0 +1,523 @@
+//! The files of a base backup, from packs to their places.
+//!
+//! Packs are taken one after the other; of each the footer first, then its frames by large ranged GETs,
+//! several at once. Worker threads open and decompress them and write each block to its place.
+//!
+//! # Shape
+//! Memory is the [`Budget`] of a restore: so many batches on their way, a block for each thread, the
+//! footers of the pack being written and of the next, and the [`Cover`]s of files that are not whole yet.
+//! It does not grow with the number or size of files.
+//!
+//! # Invariants
+//! - Every byte of every file is written once: blocks by their place, zeros by leaving a hole. When a
+//!   file is whole its CRC is compared with the one of the backup; a file that never becomes whole fails
+//!   the restore.
+//! - `global/pg_control` is not written here but handed back, for it is the last file of a restore.
+//! - No link is made but those of tablespaces, and no name leads out of the data directory.
+//!
+//! # Durability
+//! Nothing here is synced; [`Directory::finish`] writes out whole file systems before the directory
+//! becomes startable.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::{StreamExt as _, TryStreamExt as _};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::backup_manifest::{BACKUP_MANIFEST, BackupManifest, ManifestFile};
+use crate::pg::control::{PG_CONTROL_FILE_SIZE, XLOG_CONTROL_FILE};
+use crate::pg::crc::crc32c;
+use crate::pg::{LsnRange, TimelineId, Version};
+use crate::repo::reader::Check;
+use crate::repo::{
+    Budget, Entry, EntryKind, FilePath, FrameBatch, FrameRecord, Level, Manifest, PackFooter,
+    PackHandle, PackName, PackSummary, Pool, PoolOptions, Reader,
+};
+
+use super::cover::Cover;
+use super::directory::{Directory, Owner, TablespacePlace};
+use super::progress::Progress;
+
+/// Written by the server for `pg_basebackup`'s tar format; recovery would make links as they were on the
+/// server from it. We make the links ourselves.
+const TABLESPACE_MAP: &str = "tablespace_map";
+/// Files of a standby that must not decide how the restored cluster starts, made anew when wanted.
+const SIGNAL_FILES: [&str; 2] = ["standby.signal", "recovery.signal"];
+/// Where links to tablespaces are.
+const TABLESPACE_LINKS: &str = "pg_tblspc";
+/// Entries whose files are made in one job.
+const ENTRIES_PER_JOB: usize = 512;
+/// Text of the `backup_manifest` collected before it is written.
+const MANIFEST_TEXT_BYTES: usize = 256 << 10;
+
+/// What the files of a backup came to.
+#[derive(Debug)]
+pub(crate) struct RestoredFiles {
+    /// Content of `global/pg_control`.
+    pub(crate) control: Vec<u8>,
+    /// Its mode.
+    pub(crate) control_mode: u32,
+    /// Regular files.
+    pub(crate) file_count: u64,
+    /// Bytes of them.
+    pub(crate) plain_bytes: u64,
+}
+
+/// Writes all files of `manifest` into `directory`, links its tablespaces, and writes the
+/// `backup_manifest`.
+///
+/// # Errors
+/// `corrupt` for damage in the backup, naming object or file; what store and file system report.
+pub(crate) async fn restore(
+    reader: &Reader,
+    manifest: &Manifest,
+    directory: &Directory,
+    places: &[TablespacePlace],
+    budget: &Budget,
+    progress: &Arc<Progress>,
+) -> Result<RestoredFiles> {
+    let tree = Arc::new(Tree::new(directory, progress)?);
+    tree.link_tablespaces(places)?;
+    let pool = Pool::start(&PoolOptions {
+        name: "tm-restore",
+        thread_count: budget.thread_count,
+        jobs_max: budget.thread_count + budget.batches_max,
+        level: Level::default(),
+    })?;
+    let mut list = FileList::begin(manifest, directory)?;
+    let backup = manifest.public.id;
+    let footers = futures::stream::iter(&manifest.packs)
+        .map(|summary| open_pack(reader, PackName { backup, number: summary.number }, summary))
+        .buffered(2);
+    let mut footers = std::pin::pin!(footers);
+    while let Some(pack) = footers.next().await {
+        let pack = Arc::new(pack?);
+        restore_pack(reader, &pool, &tree, &pack, budget).await?;
+        for entry in &pack.footer.entries {
+            list.add(entry)?;
+        }
+    }
+    tree.finish()?;
+    let wal = backup_wal(manifest);
+    list.finish(&wal)?;
+    let control = tree.control.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let (control, control_mode) = control.ok_or_else(|| {
+        Error::new(
+            Kind::Corrupt,
+            format!("unable to restore backup '{backup}': it has no '{XLOG_CONTROL_FILE}'"),
+        )
+    })?;
+    Ok(RestoredFiles {
+        control,
+        control_mode,
+        file_count: list.file_count,
+        plain_bytes: list.plain_bytes,
+    })
+}
+
+/// The WAL that a restore of the backup needs to be consistent, as its `backup_manifest` lists it.
+fn backup_wal(manifest: &Manifest) -> Vec<(TimelineId, LsnRange)> {
+    let public = &manifest.public;
+    // Where a backup that outlived a promotion changed timeline is not known here; then no range is
+    // named, and pg_verifybackup parses no WAL.
+    let range = LsnRange::new(public.start_lsn, public.end_lsn);
+    let range = range.filter(|_| public.timeline == public.end_timeline);
+    range.map(|range| (public.timeline, range)).into_iter().collect()
+}
+
+/// A pack whose footer was read.
+struct OpenPack {
+    footer: PackFooter,
+    /// Source 0 is the pack itself.
+    sources: Vec<PackHandle>,
+}
+
+async fn open_pack(reader: &Reader, name: PackName, summary: &PackSummary) -> Result<OpenPack> {
+    let handle = reader.pack(name).await?;
+    let footer = reader.pack_footer(&handle, summary.stored_bytes, summary.footer).await?;
+    let mut sources = vec![handle];
+    for source in &footer.sources {
+        sources.push(reader.pack(*source).await?);
+    }
+    Ok(OpenPack { footer, sources })
+}
+
+async fn restore_pack(
+    reader: &Reader,
+    pool: &Pool,
+    tree: &Arc<Tree>,
+    pack: &Arc<OpenPack>,
+    budget: &Budget,
+) -> Result<()> {
+    // Directories first: modes are set when all are there.
+    tree.make_directories(&pack.footer)?;
+    let count = pack.footer.entries.len();
+    let jobs = (0..count).step_by(ENTRIES_PER_JOB).map(|from| {
+        let (tree, pack) = (Arc::clone(tree), Arc::clone(pack));
+        pool.run(move |_| {
+            let upto = (from + ENTRIES_PER_JOB).min(count);
+            let entries = pack.footer.entries.get(from..upto).unwrap_or_default();
+            entries.iter().try_for_each(|entry| tree.make_file(entry))
+        })
+    });
+    let mut jobs = futures::stream::iter(jobs).buffer_unordered(pool.thread_count());
+    while let Some(made) = jobs.next().await {
+        made??;
+    }
+    for run in &pack.footer.zero_runs {
+        if let Some(entry) = pack.footer.entries.get(run.entry as usize) {
+            tree.note_zeros(entry, run.file_offset, run.bytes)?;
+        }
+    }
+    let batches = FrameBatch::plan(&pack.footer, budget.batch_bytes, |_| true);
+    futures::stream::iter(batches.into_iter().map(Ok))
+        .try_for_each_concurrent(budget.batches_max, |batch| {
+            restore_batch(reader, pool, tree, pack, batch)
+        })
+        .await
+}
+
+async fn restore_batch(
+    reader: &Reader,
+    pool: &Pool,
+    tree: &Arc<Tree>,
+    pack: &Arc<OpenPack>,
+    batch: FrameBatch,
+) -> Result<()> {
+    let source = pack.sources.get(batch.source as usize).ok_or_else(|| {
+        Error::new(Kind::Bug, format!("a batch of source {} that no footer names", batch.source))
+    })?;
+    let fetched = reader.fetch(source, batch).await?;
+    let (tree, pack) = (Arc::clone(tree), Arc::clone(pack));
+    pool.run(move |worker| {
+        fetched.open(&pack.footer, Check::Tags, worker, |frame, block| {
+            tree.write_block(&pack.footer, frame, block)
+        })
+    })
+    .await?
+}
+
+/// What is known of a file that is not whole yet.
+#[derive(Debug, Default)]
+struct Pending {
+    cover: Cover,
+    size_bytes: u64,
+    crc32c: Option<u32>,
+}
+
+/// The files being written.
+#[derive(Debug)]
+struct Tree {
+    root: PathBuf,
+    owner: Option<Owner>,
+    progress: Arc<Progress>,
+    /// Files that are not whole yet.
+    pending: Mutex<HashMap<FilePath, Pending>>,
+    /// Content and mode of `global/pg_control`.
+    control: Mutex<Option<(Vec<u8>, u32)>>,
+    /// Mode of the directories made only because something is in them.
+    directory_mode: AtomicU64,
+}
+
+impl Tree {
+    fn new(directory: &Directory, progress: &Arc<Progress>) -> Result<Self> {
+        Ok(Self {
+            root: directory.path().to_path_buf(),
+            owner: directory.owner(),
+            progress: Arc::clone(progress),
+            pending: Mutex::default(),
+            control: Mutex::default(),
+            directory_mode: AtomicU64::new(0o700),
+        })
+    }
+
+    fn pending(&self) -> MutexGuard<'_, HashMap<FilePath, Pending>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place_of(&self, path: &FilePath) -> PathBuf {
+        self.root.join(std::ffi::OsStr::from_bytes(path.as_bytes()))
+    }
+
+    fn give(&self, path: &Path) -> Result<()> {
+        self.owner.map_or(Ok(()), |owner| owner.give(path))
+    }
+
+    /// Makes `pg_tblspc/<oid>` for every tablespace: a link to its place, or a directory for one inside
+    /// the data directory.
+    fn link_tablespaces(&self, places: &[TablespacePlace]) -> Result<()> {
+        let links = self.root.join(TABLESPACE_LINKS);
+        self.make_directory(&links)?;
+        for place in places {
+            let link = links.join(place.oid.to_string());
+            if place.new.is_absolute() {
+                std::os::unix::fs::symlink(&place.new, &link)
+                    .context(|| format!("unable to make the link '{}'", link.display()))?;
+                self.give(&link)?;
+            } else {
+                self.make_directory(&link)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a directory, and those above it, unless it is there.
+    fn make_directory(&self, path: &Path) -> Result<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        if let Some(parent) = path.parent().filter(|parent| parent.starts_with(&self.root)) {
+            self.make_directory(parent)?;
+        }
+        let mode = u32::try_from(self.directory_mode.load(Ordering::Relaxed)).unwrap_or(0o700);
+        match DirBuilder::new().mode(mode).create(path) {
+            // Two threads may make the directory of two files.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+            other => other,
+        }
+        .context(|| format!("unable to make directory '{}'", path.display()))?;
+        self.give(path)
+    }
+
+    fn make_directories(&self, footer: &PackFooter) -> Result<()> {
+        let directories =
+            footer.entries.iter().filter(|entry| matches!(entry.kind, EntryKind::Directory));
+        for entry in directories {
+            let path = self.place_of(&entry.path);
+            self.make_directory(&path)?;
+            fs::set_permissions(&path, Permissions::from_mode(entry.mode & 0o777))
+                .context(|| format!("unable to set the mode of '{}'", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file with its size, so that what nothing is written to is zero; a file that an earlier
+    /// pack began is left as it is.
+    fn make_file(&self, entry: &Entry) -> Result<()> {
+        let EntryKind::File { size_bytes, crc32c } = &entry.kind else {
+            return self.check_link(entry);
+        };
+        if is_left_out(&entry.path) {
+            return Ok(());
+        }
+        if self.note_file(entry, *size_bytes, *crc32c)? || is_control(&entry.path) {
+            return Ok(());
+        }
+        let path = self.place_of(&entry.path);
+        let attempted = || format!("unable to write '{}'", path.display());
+        if let Some(parent) = path.parent() {
+            self.make_directory(parent)?;
+        }
+        let mut options = OpenOptions::new();
+        let file =
+            options.write(true).create_new(true).mode(0o600).open(&path).context(attempted)?;
+        file.set_len(*size_bytes).context(attempted)?;
+        file.set_permissions(Permissions::from_mode(entry.mode & 0o777)).context(attempted)?;
+        if let Some(Owner { uid, gid }) = self.owner {
+            std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).context(attempted)?;
+        }
+        Ok(())
+    }
+
+    /// PostgreSQL sends no links but those of tablespaces, which are made from the manifest.
+    fn check_link(&self, entry: &Entry) -> Result<()> {
+        let of_tablespace = entry.path.as_bytes().starts_with(b"pg_tblspc/");
+        if matches!(entry.kind, EntryKind::Symlink { .. }) && !of_tablespace {
+            let message = format!("unable to restore '{}': it is a symbolic link", entry.path);
+            return Err(Error::new(Kind::Corrupt, message));
+        }
+        Ok(())
+    }
+
+    /// Notes size and CRC of a file; whether an earlier pack has begun it.
+    fn note_file(&self, entry: &Entry, size_bytes: u64, crc32c: Option<u32>) -> Result<bool> {
+        if is_control(&entry.path) {
+            if size_bytes != PG_CONTROL_FILE_SIZE as u64 {
+                let message = format!("'{XLOG_CONTROL_FILE}' in the backup has {size_bytes} bytes");
+                return Err(Error::new(Kind::Corrupt, message));
+            }
+            let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+            control.get_or_insert_with(|| (vec![0; PG_CONTROL_FILE_SIZE], entry.mode));
+        }
+        let mut pending = self.pending();
+        let begun = pending.contains_key(&entry.path);
+        let file = pending.entry(entry.path.clone()).or_default();
+        if begun && file.size_bytes != size_bytes {
+            let message = format!("two packs give '{}' different sizes", entry.path);
+            return Err(Error::new(Kind::Corrupt, message));
+        }
+        file.size_bytes = size_bytes;
+        file.crc32c = file.crc32c.or(crc32c);
+        // Of a file that is not empty some byte is still to come, from this pack or a later one.
+        if size_bytes == 0 {
+            self.settle(&mut pending, &entry.path)?;
+        }
+        Ok(begun)
+    }
+
+    fn note_zeros(&self, entry: &Entry, offset: u64, bytes: u64) -> Result<()> {
+        if is_left_out(&entry.path) {
+            return Ok(());
+        }
+        self.progress.add_written(bytes);
+        self.note(&entry.path, |cover| cover.add_zeros(offset, bytes))
+    }
+
+    fn note(&self, path: &FilePath, add: impl FnOnce(&mut Cover) -> Result<()>) -> Result<()> {
+        let mut pending = self.pending();
+        let file = pending.get_mut(path).ok_or_else(|| {
+            let message = format!("unable to restore '{path}': more of it comes than its size");
+            Error::new(Kind::Corrupt, message)
+        })?;
+        add(&mut file.cover).context(|| format!("unable to restore '{path}'"))?;
+        self.settle(&mut pending, path)
+    }
+
+    /// Checks a file that has become whole, and forgets it.
+    fn settle(&self, pending: &mut HashMap<FilePath, Pending>, path: &FilePath) -> Result<()> {
+        let Some(file) = pending.get(path) else { return Ok(()) };
+        let Some(crc32c) = file.crc32c.filter(|_| file.cover.is_whole(file.size_bytes)) else {
+            return Ok(());
+        };
+        file.cover
+            .check(file.size_bytes, crc32c)
+            .context(|| format!("unable to restore '{path}'"))?;
+        pending.remove(path);
+        Ok(())
+    }
+
+    /// Writes a plain block: each span to its place.
+    fn write_block(&self, footer: &PackFooter, frame: &FrameRecord, block: &[u8]) -> Result<()> {
+        let mut rest = block;
+        for span in &frame.spans {
+            let entry = footer.entries.get(span.entry as usize);
+            let split = rest.split_at_checked(span.bytes as usize);
+            let (Some(entry), Some((bytes, after))) = (entry, split) else {
+                return Err(Error::new(
+                    Kind::Bug,
+                    "a frame whose spans do not fill it was decoded",
+                ));
+            };
+            rest = after;
+            if is_left_out(&entry.path) {
+                continue;
+            }
+            self.write(&entry.path, span.file_offset, bytes)?;
+            self.progress.add_written(u64::from(span.bytes));
+            let (offset, length) = (span.file_offset, u64::from(span.bytes));
+            self.note(&entry.path, |cover| cover.add(offset, length, crc32c(bytes)))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, path: &FilePath, offset: u64, bytes: &[u8]) -> Result<()> {
+        if is_control(path) {
+            let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = usize::try_from(offset).unwrap_or(usize::MAX);
+            let place = control
+                .as_mut()
+                .and_then(|(content, _)| content.get_mut(start..start.checked_add(bytes.len())?));
+            return place.map(|place| place.copy_from_slice(bytes)).ok_or_else(|| {
+                Error::new(Kind::Corrupt, format!("'{path}' has bytes past its end"))
+            });
+        }
+        let place = self.place_of(path);
+        let attempted = || format!("unable to write '{}' at byte {offset}", place.display());
+        let file = OpenOptions::new().write(true).open(&place).context(attempted)?;
+        file.write_all_at(bytes, offset).context(attempted)
+    }
+
+    /// Checks that no file is left unfinished.
+    fn finish(&self) -> Result<()> {
+        let pending = self.pending();
+        let Some((path, file)) = pending.iter().next() else { return Ok(()) };
+        let missing = file.cover.check(file.size_bytes, file.crc32c.unwrap_or(0)).err();
+        let why = missing.map_or_else(|| "its CRC is in no pack".to_owned(), |e| e.to_string());
+        Err(Error::new(Kind::Corrupt, format!("unable to restore '{path}': {why}")))
+    }
+}
+
+fn is_control(path: &FilePath) -> bool {
+    path.as_bytes() == XLOG_CONTROL_FILE.as_bytes()
+}
+
+/// Files of a backup that a restore does not write.
+fn is_left_out(path: &FilePath) -> bool {
+    let name = path.as_bytes();
+    name == TABLESPACE_MAP.as_bytes()
+        || name == BACKUP_MANIFEST.as_bytes()
+        || SIGNAL_FILES.iter().any(|signal| name == signal.as_bytes())
+}
+
+/// The `backup_manifest` in the making.
+struct FileList {
+    manifest: BackupManifest,
+    file: fs::File,
+    path: PathBuf,
+    unwritten_count: usize,
+    file_count: u64,
+    plain_bytes: u64,
+}
+
+impl FileList {
+    fn begin(manifest: &Manifest, directory: &Directory) -> Result<Self> {
+        let path = directory.path().join(BACKUP_MANIFEST);
+        let mut options = OpenOptions::new();
+        let file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .context(|| format!("unable to create '{}'", path.display()))?;
+        directory.owner().map_or(Ok(()), |owner| owner.give(&path))?;
+        let version = Version::from_server_version_num(manifest.public.postgres_version_num)?;
+        let manifest = BackupManifest::new(version, manifest.public.system_id);
+        Ok(Self { manifest, file, path, unwritten_count: 0, file_count: 0, plain_bytes: 0 })
+    }
+
+    /// Lists a file that ends in the pack of `entry`.
+    fn add(&mut self, entry: &Entry) -> Result<()> {
+        let EntryKind::File { size_bytes, crc32c: Some(crc32c) } = entry.kind else {
+            return Ok(());
+        };
+        if is_left_out(&entry.path) {
+            return Ok(());
+        }
+        self.file_count += 1;
+        self.plain_bytes += size_bytes;
+        self.manifest.file(&ManifestFile {
+            path: entry.path.as_bytes(),
+            size_bytes,
+            modified: jiff::Timestamp::from_second(entry.mtime).unwrap_or_default(),
+            crc32c: Some(crc32c),
+        });
+        self.unwritten_count += 1;
+        // Around 200 bytes a file.
+        if self.unwritten_count * 200 >= MANIFEST_TEXT_BYTES {
+            self.unwritten_count = 0;
+            let text = self.manifest.take();
+            self.write(&text)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, text: &[u8]) -> Result<()> {
+        use std::io::Write as _;
+        self.file.write_all(text).context(|| format!("unable to write '{}'", self.path.display()))
+    }
+
+    fn finish(&mut self, wal: &[(TimelineId, LsnRange)]) -> Result<()> {
+        let blank = Version::from_server_version_num(150_000)?;
+        let blank = BackupManifest::new(blank, crate::pg::SystemId(0));
+        let manifest = std::mem::replace(&mut self.manifest, blank);
+        self.write(&manifest.finish(wal))
+    }
+}
