@@ -21,6 +21,9 @@ pub(crate) struct Piece {
     pub(crate) extent: ExtentName,
     /// The bytes of it that are used.
     pub(crate) range: LsnRange,
+    /// The timeline that these bytes belong to on the path; the extent's own or, before a switch point,
+    /// an ancestor of it.
+    pub(crate) timeline: TimelineId,
 }
 
 /// Why a chain goes no further.
@@ -49,11 +52,11 @@ impl Chain {
             if part.end.is_some_and(|end| end <= chain.end) {
                 continue;
             }
-            chain.extend(wal, part.timeline, part.end);
+            chain.extend(wal, part.timeline, part, part.end);
             if let Some(part_end) = part.end.filter(|part_end| chain.end < *part_end) {
                 let later = path.get(index + 1..).unwrap_or_default();
                 for descendant in later {
-                    chain.extend(wal, descendant.timeline, Some(part_end));
+                    chain.extend(wal, descendant.timeline, part, Some(part_end));
                 }
                 if chain.end < part_end {
                     chain.stopped_by = chain.hole(wal, part, later);
@@ -67,8 +70,14 @@ impl Chain {
         chain
     }
 
-    /// Goes on with what `timeline` holds from the end, not past `limit`.
-    fn extend(&mut self, wal: &WalCatalog, timeline: TimelineId, limit: Option<Lsn>) {
+    /// Goes on with what `timeline` holds from the end, as bytes of `part`, not past `limit`.
+    fn extend(
+        &mut self,
+        wal: &WalCatalog,
+        timeline: TimelineId,
+        part: &PathPart,
+        limit: Option<Lsn>,
+    ) {
         let reach = wal.contiguous_end(timeline, self.end);
         let reach = limit.map_or(reach, |limit| reach.min(limit));
         let Some(wanted) = LsnRange::new(self.end, reach).filter(|range| !range.is_empty()) else {
@@ -78,7 +87,7 @@ impl Chain {
         for extent in wal.cover(timeline, wanted).unwrap_or_default() {
             let until = extent.range.end().min(reach);
             if let Some(range) = LsnRange::new(self.end, until).filter(|range| !range.is_empty()) {
-                self.pieces.push(Piece { extent, range });
+                self.pieces.push(Piece { extent, range, timeline: part.timeline });
                 self.end = until;
             }
         }
@@ -125,7 +134,7 @@ impl Chain {
             let start = piece.range.start().max(from);
             let end = piece.range.end().min(until);
             let range = LsnRange::new(start, end).filter(|range| !range.is_empty())?;
-            Some(Piece { extent: piece.extent, range })
+            Some(Piece { range, ..*piece })
         };
         self.pieces.iter().filter_map(cut).collect()
     }
@@ -133,7 +142,7 @@ impl Chain {
     /// The timeline that the last byte before `position` is read from, along the chain.
     pub(crate) fn timeline_before(&self, position: Lsn) -> Option<TimelineId> {
         let before = self.pieces.iter().rev().find(|piece| piece.range.start() < position);
-        before.map(|piece| piece.extent.timeline)
+        before.map(|piece| piece.timeline)
     }
 }
 

@@ -54,6 +54,10 @@ impl Craft {
         }
     }
 
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(crate) fn end(&self) -> Lsn {
         Lsn(self.start.0 + self.bytes.len() as u64)
     }
@@ -175,6 +179,11 @@ impl Extents {
             let bytes = craft.bytes[index(range.start())..index(range.end())].to_vec();
             self.bytes.insert(name, bytes.into());
         }
+    }
+
+    /// Takes over those of `other` that begin at `from` or later.
+    pub(crate) fn take(&mut self, other: Extents, from: Lsn) {
+        self.bytes.extend(other.bytes.into_iter().filter(|(name, _)| name.range.start() >= from));
     }
 
     pub(crate) fn remove(&mut self, position: Lsn) {

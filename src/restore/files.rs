@@ -107,7 +107,7 @@ pub(crate) async fn restore(
     }
     tree.finish()?;
     let wal = backup_wal(manifest);
-    list.finish(&wal)?;
+    let (file_count, plain_bytes) = list.finish(&wal)?;
     let control = tree.control.lock().unwrap_or_else(PoisonError::into_inner).take();
     let (control, control_mode) = control.ok_or_else(|| {
         Error::new(
@@ -115,12 +115,7 @@ pub(crate) async fn restore(
             format!("unable to restore backup '{backup}': it has no '{XLOG_CONTROL_FILE}'"),
         )
     })?;
-    Ok(RestoredFiles {
-        control,
-        control_mode,
-        file_count: list.file_count,
-        plain_bytes: list.plain_bytes,
-    })
+    Ok(RestoredFiles { control, control_mode, file_count, plain_bytes })
 }
 
 /// The WAL that a restore of the backup needs to be consistent, as its `backup_manifest` lists it.
@@ -514,10 +509,13 @@ impl FileList {
         self.file.write_all(text).context(|| format!("unable to write '{}'", self.path.display()))
     }
 
-    fn finish(&mut self, wal: &[(TimelineId, LsnRange)]) -> Result<()> {
-        let blank = Version::from_server_version_num(150_000)?;
-        let blank = BackupManifest::new(blank, crate::pg::SystemId(0));
-        let manifest = std::mem::replace(&mut self.manifest, blank);
-        self.write(&manifest.finish(wal))
+    /// Ends the manifest; how many files it lists, and their bytes.
+    fn finish(mut self, wal: &[(TimelineId, LsnRange)]) -> Result<(u64, u64)> {
+        use std::io::Write as _;
+        let text = self.manifest.finish(wal);
+        self.file
+            .write_all(&text)
+            .context(|| format!("unable to write '{}'", self.path.display()))?;
+        Ok((self.file_count, self.plain_bytes))
     }
 }

@@ -17,6 +17,7 @@ mod resolve;
 #[cfg(test)]
 mod resolve_tests;
 mod scan;
+mod segments;
 pub mod settings;
 mod source;
 pub mod target;
@@ -90,10 +91,13 @@ fn plan_of(
     resolved: Resolved,
 ) -> Plan {
     let Resolved { base, chain, stop, needed_end, .. } = resolved;
-    // Whole segments are cheaper to hand over, and what follows the stop is not replayed.
+    // Whole segments are cheaper to hand over, and what follows the stop is not replayed. WAL of a later
+    // timeline would only hide the segment in which that begins under another name.
+    let of_timeline = chain.pieces().iter().filter(|piece| piece.timeline <= resolved.timeline);
+    let timeline_end = of_timeline.map(|piece| piece.range.end()).max().unwrap_or(chain.end());
     let wal_end_lsn = match stop {
         Stop::EndOfWal => chain.end(),
-        _ => base.segment_size.end_of(needed_end).min(chain.end()),
+        _ => base.segment_size.end_of(needed_end).min(timeline_end),
     };
     let pieces = chain.within(chain.start(), wal_end_lsn);
     let wal = planned_wal(catalog, &pieces);
@@ -134,8 +138,8 @@ fn plan_of(
 fn planned_wal(catalog: &Catalog, pieces: &[Piece]) -> Vec<PlannedWal> {
     let mut planned: Vec<PlannedWal> = Vec::new();
     for piece in pieces {
-        let timeline = piece.extent.timeline;
-        let stored = catalog.wal.extents_in(timeline, piece.range);
+        let timeline = piece.timeline;
+        let stored = catalog.wal.extents_in(piece.extent.timeline, piece.range);
         let stored = stored.filter(|stored| stored.name == piece.extent);
         let stored_bytes: u64 = stored.map(|stored| stored.stored_bytes).sum();
         match planned.last_mut() {

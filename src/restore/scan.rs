@@ -205,7 +205,9 @@ async fn begin_before<S: WalSource>(source: &S, chain: &Chain, from: Lsn) -> Res
 }
 
 /// Runs decoding on a thread that may be busy.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         Error::new(Kind::Bug, format!("unable to decode WAL: the decoder ended early: {error}"))
     })
