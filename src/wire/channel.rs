@@ -19,6 +19,7 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWrite};
 
 use super::message::{self, Decoded, Message, Phase};
+use super::tls;
 use super::transport::Transport;
 use crate::error::{Error, Kind, Result};
 
@@ -146,10 +147,11 @@ impl Channel {
     }
 
     fn broken(&mut self, read_error: Option<io::Error>) -> Error {
-        let why = match (read_error, self.write_error.take()) {
-            (Some(error), _) | (None, Some(error)) => format!(": {error}"),
-            (None, None) => String::new(),
-        };
+        let error = read_error.or(self.write_error.take());
+        if let Some(refused) = error.as_ref().and_then(tls::refusal) {
+            return refused;
+        }
+        let why = error.map(|error| format!(": {error}")).unwrap_or_default();
         Error::new(Kind::Unavailable, format!("the server closed the connection unexpectedly{why}"))
             .hint("The server's log says why, or the network between broke.")
     }

@@ -108,7 +108,8 @@ impl Search<'_> {
         target: Target,
         failures: &mut Vec<Error>,
     ) -> Result<Option<Connection>> {
-        let addresses = match transport::resolve(host).await {
+        let resolved = self.within_time(transport::resolve(host)).await;
+        let addresses = match resolved.unwrap_or_else(Err) {
             Ok(addresses) => self.shuffled(addresses)?,
             Err(error) => {
                 failures.push(error.context(unable(host)));
@@ -116,14 +117,8 @@ impl Search<'_> {
             }
         };
         for address in addresses {
-            let attempt = self.try_address(host, &address, target);
-            let done = match self.options.connect_timeout {
-                None => attempt.await,
-                Some(limit) => match tokio::time::timeout(limit, attempt).await {
-                    Ok(done) => done,
-                    Err(_elapsed) => Err(Failure::Address(timed_out(limit))),
-                },
-            };
+            let attempt = self.within_time(self.try_address(host, &address, target)).await;
+            let done = attempt.unwrap_or_else(|error| Err(Failure::Address(error)));
             match done {
                 Ok(connection) => return Ok(Some(connection)),
                 Err(Failure::Final(error)) => return Err(error),
@@ -135,6 +130,17 @@ impl Search<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// The outcome of `work`, unless it takes longer than `connect_timeout`.
+    async fn within_time<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        match self.options.connect_timeout {
+            None => Ok(work.await),
+            Some(limit) => {
+                let done = tokio::time::timeout(limit, work).await;
+                done.map_err(|_elapsed| timed_out(limit))
+            }
+        }
     }
 
     /// Tries the encryption methods that `sslmode` allows, in its order of preference.

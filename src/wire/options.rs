@@ -4,7 +4,8 @@
 //! libpq's defaults. Differences from libpq, all on purpose: an empty value counts as not given;
 //! connecting gives up after 30 s unless `connect_timeout` says otherwise; TCP keepalives start after
 //! a minute of silence unless `keepalives_idle` says otherwise; `client_encoding` is always UTF8;
-//! GSSAPI, OAuth, encrypted client keys and key logging are refused rather than ignored where they
+//! `replication` is what the caller asks for, whatever the string says; the database is `postgres`;
+//! GSSAPI encryption, encrypted client keys and key logging are refused rather than ignored where they
 //! were asked for.
 //!
 //! # Source

@@ -199,7 +199,9 @@ fn judge_by_situation(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, St
     let user = asked.user;
     let physical = asked.session == Session::Physical;
     Some(match (error.sqlstate.as_str(), error.routine.as_str()) {
-        ("28000", "ClientAuthentication") => (
+        // The file's name is in every translation of the message; without it, it is about a
+        // certificate.
+        ("28000", "ClientAuthentication") if error.message.contains("pg_hba.conf") => (
             Kind::Denied,
             format!(
                 "Add a line like 'host {} {user} OUR-ADDRESS/32 scram-sha-256' to the server's \
@@ -207,9 +209,27 @@ fn judge_by_situation(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, St
                 if physical { "replication" } else { "DATABASE" },
             ),
         ),
-        ("28000", _) => {
+        ("28000", "ClientAuthentication") => (
+            Kind::Denied,
+            "The server asks for a client certificate: name one with sslcert and sslkey."
+                .to_owned(),
+        ),
+        ("28000", "InitializeSessionUserId") => {
             (Kind::Denied, format!("Check that role '{user}' exists on the server and has LOGIN."))
         }
+        ("28000", "auth_failed") => (
+            Kind::Denied,
+            "The matching line of the server's pg_hba.conf asks for another proof of who we are \
+             (peer: the operating system's user of the same name; cert: its name in the \
+             certificate); the server's log names the line."
+                .to_owned(),
+        ),
+        ("28000", "read_client_final_message") => (
+            Kind::Denied,
+            "Something between us and the server terminates TLS: connect to the server itself, or \
+             use channel_binding=disable."
+                .to_owned(),
+        ),
         ("42501", "InitPostgres" | "CheckSlotPermissions" | "check_permissions") => (
             Kind::Denied,
             format!("Run on the server, as a superuser: ALTER ROLE \"{user}\" REPLICATION;"),
@@ -273,7 +293,7 @@ mod tests {
         let error = ServerError {
             severity: "FATAL".to_owned(),
             sqlstate: sqlstate.to_owned(),
-            message: "m".to_owned(),
+            message: "m pg_hba.conf".to_owned(),
             routine: routine.to_owned(),
             hint: Some("Theirs.".to_owned()),
             ..ServerError::default()
@@ -307,6 +327,6 @@ mod tests {
     fn our_hint_goes_before_the_servers() {
         assert!(judged("28000", "ClientAuthentication").hint_text().unwrap().contains("pg_hba"));
         assert_eq!(judged("XX000", "elsewhere").hint_text(), Some("Theirs."));
-        assert_eq!(judged("XX000", "elsewhere").message(), "FATAL: m (XX000)");
+        assert_eq!(judged("XX000", "elsewhere").message(), "FATAL: m pg_hba.conf (XX000)");
     }
 }

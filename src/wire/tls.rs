@@ -149,8 +149,10 @@ fn server_name(host: &str, mode: SslMode) -> Result<ServerName<'static>> {
 }
 
 fn handshake_failed(error: &std::io::Error, host: &str) -> Error {
-    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    match cause {
+    if let Some(refused) = refusal(error) {
+        return refused;
+    }
+    match tls_error(error) {
         Some(rustls::Error::InvalidCertificate(why)) => Error::new(
             Kind::Denied,
             format!("the server's certificate is not trusted for '{host}': {why}"),
@@ -159,15 +161,22 @@ fn handshake_failed(error: &std::io::Error, host: &str) -> Error {
             "Check sslrootcert (the certificate of the CA that signed the server's, or 'system') \
              and that the certificate names the host we connect to.",
         ),
-        Some(rustls::Error::AlertReceived(alert)) => Error::new(
-            Kind::Denied,
-            format!("the server refused the TLS handshake: {alert:?}"),
-        )
-        .hint(
-            "The server's log says why; it may want another client certificate (sslcert, sslkey).",
-        ),
         _ => Error::new(Kind::Unavailable, format!("the TLS handshake failed: {error}")),
     }
+}
+
+fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
+/// The server's refusal, where a failed read or write carries one. With TLS 1.3 a client certificate
+/// is refused only after the handshake.
+pub(super) fn refusal(error: &std::io::Error) -> Option<Error> {
+    let Some(rustls::Error::AlertReceived(alert)) = tls_error(error) else { return None };
+    Some(Error::new(Kind::Denied, format!("the server refused our side of TLS: {alert:?}")).hint(
+        "The server's log says why; it may want another client certificate (sslcert, sslkey) \
+             or another version of TLS.",
+    ))
 }
 
 fn client_config(options: &TlsOptions, requested: Arc<CertificateRequest>) -> Result<ClientConfig> {

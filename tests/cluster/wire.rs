@@ -696,10 +696,13 @@ async fn every_sslmode_demands_what_libpq_demands() {
     assert!(
         connect(&format!("{at} sslcert={cert} sslkey={key} sslcertmode=disable")).await.is_err()
     );
-    assert!(connect(&at).await.is_err());
+    let (kind, text) = refusal(&at, Session::Physical).await;
+    assert_eq!(kind, Kind::Denied);
+    assert!(text.contains("name one with sslcert"), "{text}");
     let (other, other_key) = stranger.issue("cert", &[]);
     let (other, other_key) = (file("other.crt", &other), file("other.key", &other_key));
-    assert!(connect(&format!("{at} sslcert={other} sslkey={other_key}")).await.is_err());
+    let text = format!("{at} sslcert={other} sslkey={other_key}");
+    assert_eq!(refusal(&text, Session::Physical).await.0, Kind::Denied);
     std::process::Command::new("chmod").args(["0644", &key]).status().unwrap();
     let open = connect(&format!("{at} sslcert={cert} sslkey={key}")).await.unwrap_err();
     assert!(open.message().contains("may be read by others"), "{open:?}");
