@@ -64,7 +64,9 @@ impl Budget {
     /// Shares for `backup` within `limit_bytes` on `cores` cores.
     #[must_use]
     pub fn backup(limit_bytes: u64, cores: usize, level: Level) -> Self {
-        let data = limit_bytes.saturating_sub(PROCESS_BYTES).max(4 * PART_BYTES_MIN);
+        // Two blocks are with the feeder: the one of a large file, and the one small files share.
+        let data = limit_bytes.saturating_sub(PROCESS_BYTES + 2 * BLOCK_BYTES as u64);
+        let data = data.max(4 * PART_BYTES_MIN);
         let part = if data >= 6 * PART_BYTES_DEFAULT { PART_BYTES_DEFAULT } else { PART_BYTES_MIN };
         // A part runs over by at most one frame before it is handed on.
         let part_whole = part + frame_bytes_max();
@@ -136,7 +138,7 @@ impl Budget {
     pub fn backup_bytes(&self, level: Level) -> u64 {
         let part = self.part_bytes as u64 + frame_bytes_max();
         self.parts_max as u64 * part
-            + self.blocks_max as u64 * BLOCK_BYTES as u64
+            + (self.blocks_max as u64 + 2) * BLOCK_BYTES as u64
             + self.thread_count as u64 * context_bytes(level)
     }
 }
@@ -189,9 +191,8 @@ mod tests {
 
     #[test]
     fn contexts_cost_no_more_than_the_budget_says() {
-        let noise: Vec<u8> = (0..BLOCK_BYTES as u32 / 4)
-            .flat_map(|n| (n.wrapping_mul(2_654_435_761)).to_le_bytes())
-            .collect();
+        let noise: Vec<u8> =
+            (0..262_144_u32).flat_map(|n| (n.wrapping_mul(2_654_435_761)).to_le_bytes()).collect();
         for level in [Level::MIN, 1, 2, 3, 6, 8, 9, 12, 15, 16, Level::MAX] {
             let level = Level::new(level).unwrap();
             let mut compressor = Compressor::new(level).unwrap();

@@ -223,8 +223,7 @@ mod tests {
         for level in [Level::MIN, -1, 1, 3, Level::MAX] {
             let mut compressor = Compressor::new(Level::new(level).unwrap()).unwrap();
             for chunk in [1_000, 65_536, plain.len()] {
-                let slices: Vec<Bytes> =
-                    plain.chunks(chunk).map(|c| Bytes::copy_from_slice(c)).collect();
+                let slices: Vec<Bytes> = plain.chunks(chunk).map(Bytes::copy_from_slice).collect();
                 let mut out = b"head".to_vec();
                 assert_eq!(compressor.append(&slices, &mut out).unwrap(), Codec::Zstd);
                 let mut back = Vec::new();

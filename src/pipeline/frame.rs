@@ -134,7 +134,7 @@ pub fn append_compressed(
     let codec = compressor.append(plain, out)?;
     out.extend_from_slice(&[0; TAG_BYTES]);
     let sealed_len = u32::try_from(out.len() - start - FRAME_HEADER_BYTES)
-        .map_err(|_| Error::new(Kind::Bug, "a frame longer than its maximum"))?;
+        .map_err(|_too_long| Error::new(Kind::Bug, "a frame longer than its maximum"))?;
     let mut header = [0; FRAME_HEADER_BYTES];
     for (to, from) in header.iter_mut().zip(
         sealed_len.to_le_bytes().into_iter().chain(length.to_le_bytes()).chain([0; 4]).chain([

@@ -134,7 +134,7 @@ impl ExtentBuilder {
             .ok_or_else(empty)?;
         let name = ExtentName { timeline: self.timeline, range, time };
         let frames_bytes = u32::try_from(self.body.len() - EXTENT_HEADER_BYTES)
-            .map_err(|_| Error::new(Kind::Bug, "an extent too long for its header"))?;
+            .map_err(|_too_long| Error::new(Kind::Bug, "an extent too long for its header"))?;
         self.header.extent = Some(ExtentFields { name, frames_bytes });
         let key = self.writer.object_key(&self.header, &Object::Extent(name))?;
         let header = self.header.encode();
@@ -268,4 +268,155 @@ fn check_frames(frames: &[u8], plain_bytes: u64) -> Result<()> {
         return Ok(());
     }
     Err(corrupt(format!("its frames hold {plain} bytes of WAL, its header says {plain_bytes}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::pg::SystemId;
+    use crate::repo::{ClusterName, Encryption, Repository};
+    use crate::store::memory::Memory;
+    use crate::store::{PutOutcome, Store};
+
+    async fn place() -> (Memory, Repository, Writer) {
+        let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
+        let store = Memory::new(&clock);
+        let cluster = ClusterName::new("main").unwrap();
+        let place: Arc<dyn Store> = Arc::new(store.clone());
+        let repository = Repository::create(place, cluster, SystemId(7), &clock).await.unwrap();
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        (store, repository, writer)
+    }
+
+    fn sealed(writer: &Writer, start: u64, wal: &[u8], chunk: usize) -> SealedExtent {
+        let level = Level::default();
+        let mut builder = ExtentBuilder::new(writer, TimelineId::FIRST, Lsn(start), level).unwrap();
+        for bytes in wal.chunks(chunk) {
+            builder.push(Bytes::copy_from_slice(bytes)).unwrap();
+        }
+        assert_eq!(builder.end(), Lsn(start + wal.len() as u64));
+        let time = start.is_multiple_of(2).then_some(PgTime(start.cast_signed()));
+        builder.finish(time).unwrap()
+    }
+
+    fn joined(parts: &[&SealedExtent]) -> (ExtentName, Bytes) {
+        let (first, last) = (parts.first().unwrap(), parts.last().unwrap());
+        let name = ExtentName {
+            timeline: first.name.timeline,
+            range: LsnRange::new(first.name.range.start(), last.name.range.end()).unwrap(),
+            time: parts.iter().filter_map(|part| part.name.time).max(),
+        };
+        let body = parts.iter().map(|part| part.body.clone()).collect::<Vec<_>>().concat();
+        (name, Bytes::from(body))
+    }
+
+    #[tokio::test]
+    async fn extents_joined_in_order_are_read_as_one_and_otherwise_refused() {
+        let (_, repository, writer) = place().await;
+        let wal: Vec<u8> = (0..=255).cycle().take(3_000).collect();
+        let [a, b, c] = [0, 1, 2].map(|n| {
+            let start = n * 1_000;
+            let piece = &wal[start..start + 1_000];
+            sealed(&writer, 0x1000 + start as u64, piece, 100)
+        });
+        let (name, body) = joined(&[&a, &b, &c]);
+        writer.put_extent(&SealedExtent { name, body: body.clone() }).await.unwrap();
+        assert!(repository.reader(Vec::new()).extent(&name).await.unwrap() == wal);
+        for parts in [vec![&a, &c], vec![&a, &c, &b, &c], vec![&a, &a, &b, &c], vec![&b, &c]] {
+            let (_, bad) = joined(&parts);
+            let error = ExtentMember::walk(&name, &bad).unwrap_err();
+            assert!(error.to_string().contains("expected what follows"), "{error}");
+        }
+        let error = ExtentMember::walk(&name, &joined(&[&a, &b]).1).unwrap_err();
+        assert!(error.to_string().contains("not what it is called"), "{error}");
+        for other in [
+            ExtentName { time: None, ..name },
+            ExtentName { timeline: TimelineId::new(2).unwrap(), ..name },
+        ] {
+            assert_eq!(ExtentMember::walk(&other, &body).unwrap_err().kind(), Kind::Corrupt);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_extent_is_put_once_and_found_by_its_name() {
+        let (_, repository, writer) = place().await;
+        let extent = sealed(&writer, 0x2000, b"some WAL", 3);
+        assert_eq!(writer.put_extent(&extent).await.unwrap(), PutOutcome::Created);
+        let again = sealed(&writer, 0x2000, b"some WAL", 8);
+        assert_eq!(writer.put_extent(&again).await.unwrap(), PutOutcome::AlreadyThere);
+        let reader = repository.reader(Vec::new());
+        assert_eq!(reader.extent(&extent.name).await.unwrap(), "some WAL");
+        let other = ExtentName { time: None, ..extent.name };
+        assert_eq!(reader.extent(&other).await.unwrap_err().kind(), Kind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_history_is_put_once_and_another_one_is_a_conflict() {
+        let (_, repository, writer) = place().await;
+        let timeline = TimelineId::new(2).unwrap();
+        let content = Bytes::from_static(b"1\t0/3000000\treason\n");
+        writer.put_history(timeline, content.clone()).await.unwrap();
+        let outcome = writer.put_history(timeline, content.clone()).await.unwrap();
+        assert_eq!(outcome, PutOutcome::AlreadyThere);
+        assert_eq!(repository.history_file(timeline).await.unwrap(), content);
+        let other = Bytes::from_static(b"1\t0/4000000\treason\n");
+        let error = writer.put_history(timeline, other).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+    }
+
+    #[tokio::test]
+    async fn nothing_too_long_and_nothing_empty_is_sealed() {
+        let (_, _, writer) = place().await;
+        let level = Level::default();
+        let builder = || ExtentBuilder::new(&writer, TimelineId::FIRST, Lsn(8), level).unwrap();
+        assert!(builder().finish(None).is_err());
+        let whole = Bytes::from(vec![0; 16 << 20]);
+        let mut full = builder();
+        full.push(whole).unwrap();
+        assert!(full.held_bytes() < 10_000, "zeros compress as they come");
+        assert!(full.push(Bytes::from_static(b"x")).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn any_wal_in_any_chunks_comes_back(
+            seed in proptest::collection::vec(any::<u8>(), 1..2_000),
+            repeat in 1_usize..1_500,
+            chunk in 1_000_usize..3_000_000,
+            start in 0_u64..1 << 40,
+        ) {
+            let wal = seed.repeat(repeat);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let (_, repository, writer) = place().await;
+                let extent = sealed(&writer, start, &wal, chunk);
+                writer.put_extent(&extent).await.unwrap();
+                let members = ExtentMember::walk(&extent.name, &extent.body).unwrap();
+                assert_eq!(members.len(), 1);
+                let reader = repository.reader(Vec::new());
+                assert!(reader.extent(&extent.name).await.unwrap() == wal);
+            });
+        }
+
+        #[test]
+        fn changed_objects_never_panic(at in 0_usize..400, byte: u8, cut in 0_usize..400) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let (_, _, writer) = place().await;
+                let extent = sealed(&writer, 0x3000, &[7; 100], 100);
+                let mut object = extent.body.to_vec();
+                let at = at % object.len();
+                object[at] = byte;
+                object.truncate(cut.max(1));
+                drop(ExtentMember::walk(&extent.name, &object));
+            });
+        }
+    }
 }

@@ -214,7 +214,7 @@ impl ObjectHeader {
     ) -> Result<ObjectKey> {
         let name = thing.local_name()?;
         let length = u16::try_from(name.len())
-            .map_err(|_| Error::new(Kind::Bug, "the name of an object is too long"))?;
+            .map_err(|_too_long| Error::new(Kind::Bug, "the name of an object is too long"))?;
         let context: [&[u8]; 5] = [
             CONTEXT,
             &system_id.0.to_le_bytes(),

@@ -334,7 +334,7 @@ mod tests {
             let key = unwrap(&body, ID, SYSTEM, &[c.clone(), identity.clone()]).unwrap();
             assert_eq!(key.expose(), &[7; 32]);
         }
-        let error = unwrap(&body, ID, SYSTEM, &[c.clone()]).unwrap_err();
+        let error = unwrap(&body, ID, SYSTEM, std::slice::from_ref(&c)).unwrap_err();
         assert_eq!(error.kind(), Kind::Denied);
         assert!(error.to_string().contains(&c.recipient().to_string()), "{error}");
         let error = unwrap(&body, ID, SYSTEM, &[]).unwrap_err();

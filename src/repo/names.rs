@@ -462,7 +462,7 @@ mod tests {
 
     fn backup() -> BackupId {
         let time = "2026-11-22T10:00:01.9Z".parse().unwrap();
-        BackupId::new(time, TimelineId::new(2).unwrap(), Lsn(0x3_0000_28))
+        BackupId::new(time, TimelineId::new(2).unwrap(), Lsn(0x300_0028))
     }
 
     fn extent(time: Option<PgTime>) -> ExtentName {

@@ -333,14 +333,15 @@ impl Writer {
 
     fn count(&mut self, count: usize) -> Result<()> {
         let count = u32::try_from(count)
-            .map_err(|_| Error::new(Kind::Bug, format!("a footer with {count} records")))?;
+            .map_err(|_too_long| Error::new(Kind::Bug, format!("a footer with {count} records")))?;
         self.u32(count);
         Ok(())
     }
 
     fn text(&mut self, text: &[u8]) -> Result<()> {
-        let length = u16::try_from(text.len())
-            .map_err(|_| Error::new(Kind::Bug, format!("a text of {} bytes", text.len())))?;
+        let length = u16::try_from(text.len()).map_err(|_too_long| {
+            Error::new(Kind::Bug, format!("a text of {} bytes", text.len()))
+        })?;
         self.0.extend_from_slice(&length.to_le_bytes());
         self.0.extend_from_slice(text);
         Ok(())

@@ -232,8 +232,11 @@ impl FetchedExtent {
                 plain.extend_from_slice(block);
             }
         }
-        // `ExtentMember::walk` added the lengths up; opening checked each.
-        assert_eq!(plain.len(), plain_bytes, "an extent's frames do not fill its range");
+        // `ExtentMember::walk` added the lengths up, and opening checked each.
+        if plain.len() != plain_bytes {
+            let message = format!("{} bytes of WAL from '{object}' for {plain_bytes}", plain.len());
+            return Err(Error::new(Kind::Bug, message));
+        }
         Ok(Bytes::from(plain))
     }
 }

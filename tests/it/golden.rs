@@ -88,7 +88,7 @@ impl Inspect for OneBadPage {
     fn block(&self, file: &FileMeta, offset: u64, _: &[Bytes]) -> Vec<ChecksumFailure> {
         let path = file.path.to_string();
         let bad = path == "base/1/1259" && offset == 0;
-        bad.then(|| ChecksumFailure { path, block: 2, expected: 0x1234, found: 0xABCD })
+        bad.then_some(ChecksumFailure { path, block: 2, expected: 0x1234, found: 0xABCD })
             .into_iter()
             .collect()
     }

@@ -482,7 +482,7 @@ impl Filling {
         let mut bodies = Vec::new();
         let mut last = Joined { bytes: vec![0; HEADER_BYTES], frames: vec![], permits: vec![] };
         for part in left_over {
-            if last.bytes.len() - HEADER_BYTES >= PART_BYTES_MIN as usize {
+            if (last.bytes.len() - HEADER_BYTES) as u64 >= PART_BYTES_MIN {
                 let full = std::mem::replace(&mut last, Joined::of(part));
                 bodies.push((self.place(full.bytes, full.frames), full.permits));
             } else {
@@ -584,5 +584,6 @@ impl Joined {
 }
 
 fn to_u32(number: usize) -> Result<u32> {
-    u32::try_from(number).map_err(|_| Error::new(Kind::Bug, format!("a footer of {number}")))
+    u32::try_from(number)
+        .map_err(|_too_long| Error::new(Kind::Bug, format!("a footer of {number}")))
 }

@@ -547,10 +547,13 @@ impl BackupWriter {
         // The collector ends when the last sender of events has gone; the workers' go with their jobs.
         let (closed, _) = mpsc::channel(1);
         self.events = closed;
+        // Stops the uploads when this future is dropped.
+        let stop = self.shared.stop.clone().drop_guard();
         let collected = match collector {
             Some(collector) => joined(collector.await)?,
             None => return Err(Error::new(Kind::Cancelled, "the backup was stopped")),
         };
+        stop.disarm();
         Ok(PackedBackup::new(Arc::clone(&self.shared), collected))
     }
 

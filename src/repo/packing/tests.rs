@@ -1,4 +1,5 @@
 //! Backups written to a store in memory and read back, with all that can go wrong in between.
+#![allow(clippy::cast_possible_truncation, reason = "sizes here are small and made up")]
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -313,6 +314,10 @@ async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
         put_file(&mut backup, &format!("base/{index}"), &data, 1 << 18).await.unwrap();
     }
     backup.abort().await;
+    assert_eq!(place.names().await, Vec::<String>::new());
+    let mut backup = place.begin(3 << 20, Arc::new(NoInspection)).await;
+    put_file(&mut backup, "a", b"b", 1).await.unwrap();
+    backup.finish_packs().await.unwrap().abort().await;
     assert_eq!(place.names().await, Vec::<String>::new());
     let mut backup = place.begin(3 << 20, Arc::new(NoInspection)).await;
     put_file(&mut backup, "a", b"b", 1).await.unwrap();

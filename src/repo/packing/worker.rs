@@ -157,7 +157,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 fn to_u32(number: usize) -> Result<u32> {
-    u32::try_from(number).map_err(|_| Error::new(Kind::Bug, format!("a block of {number} bytes")))
+    u32::try_from(number)
+        .map_err(|_too_long| Error::new(Kind::Bug, format!("a block of {number} bytes")))
 }
 
 #[cfg(test)]
