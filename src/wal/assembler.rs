@@ -96,6 +96,8 @@ pub(super) struct Assembler {
     header: Option<RecordHeader>,
     record_start_lsn: Lsn,
     crc: Crc32c,
+    /// Set by the first error: where we are is not known any more.
+    failed: bool,
 }
 
 impl Assembler {
@@ -117,6 +119,7 @@ impl Assembler {
             header: None,
             record_start_lsn: start,
             crc: Crc32c::new(),
+            failed: false,
         }
     }
 
@@ -153,6 +156,16 @@ impl Assembler {
     }
 
     pub(super) fn feed(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<()> {
+        if self.failed {
+            let what = "bytes before it could not be read";
+            return Err(damaged_page(self.position.align_down(XLOG_BLCKSZ), what));
+        }
+        let outcome = self.feed_pages(bytes, sink);
+        self.failed = outcome.is_err();
+        outcome
+    }
+
+    fn feed_pages(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
             if self.state == State::InSwitchPadding {

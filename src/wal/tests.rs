@@ -213,7 +213,9 @@ fn the_crc_check_can_be_turned_off() {
     wal.filler(100);
     let last = wal.bytes.len() - 8;
     wal.bytes[last] ^= 1;
-    assert_eq!(scan(START, &wal.bytes).unwrap_err().kind(), Kind::Corrupt);
+    let mut scanner = Scanner::new(mib(), START);
+    assert_eq!(scanner.feed(&wal.bytes, &mut |_| ()).unwrap_err().kind(), Kind::Corrupt);
+    assert!(scanner.feed(&[0], &mut |_| ()).is_err(), "it goes on behind damage");
     let mut scanner = Scanner::new(mib(), START).with_crc_check(CrcCheck::None);
     scanner.feed(&wal.bytes, &mut |_| ()).unwrap();
 }

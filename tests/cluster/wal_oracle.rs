@@ -14,9 +14,10 @@ use tidemark::pg::page::{BLCKSZ, PageVerdict, page_checksum, verify_page};
 use tidemark::pg::{
     Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId, Version, crc32c,
 };
-use tidemark::wal::{ImageCompression, Landmark, Record, RecordReader, Scanner};
+use tidemark::wal::{Landmark, Record, RecordReader, Scanner};
 
 use crate::harness::postgres::Stop;
+use crate::harness::wal_lines::{in_pieces, landmark_line, our_line};
 use crate::harness::{Binaries, Postgres, Settings};
 
 /// Where the client programs are when the server's folder has none.
@@ -243,49 +244,6 @@ fn cut_down(record: &str) -> String {
     text
 }
 
-/// The same of a record as we read it.
-fn our_line(record: &Record<'_>) -> String {
-    let images: usize =
-        record.blocks.iter().filter_map(|block| block.image).map(|image| image.bytes.len()).sum();
-    let padded = |lsn: Lsn| format!("{:X}/{:08X}", lsn.0 >> 32, lsn.0 & 0xffff_ffff);
-    let mut text = format!(
-        "rmgr: {} len (rec/tot): {}/{}, tx: {}, lsn: {}, prev {}",
-        record.rmgr,
-        record.length_bytes as usize - images,
-        record.length_bytes,
-        record.xid,
-        padded(record.range.start()),
-        padded(record.previous_lsn),
-    );
-    for block in &record.blocks {
-        let (id, relation, fork) = (block.id, block.relation, block.fork.name());
-        text += &format!("\n#{id}: rel {relation} fork {fork} blk {}", block.block_number);
-        if let Some(image) = block.image {
-            let purpose = if image.apply { "" } else { " for WAL verification" };
-            let (offset, length) = (image.hole_offset, image.hole_length);
-            text += &format!(" (FPW{purpose}); hole: offset: {offset}, length: {length}");
-            if image.compression != ImageCompression::None {
-                let saved = BLCKSZ - usize::from(length) - image.bytes.len();
-                text += &format!(", compression saved: {saved}");
-            }
-        }
-    }
-    text
-}
-
-/// Feeds all bytes in pieces whose sizes are of no meaning to WAL.
-fn in_pieces(bytes: &[u8], mut feed: impl FnMut(&[u8])) {
-    let mut rest = bytes;
-    for size in [1, 8192, 65_536, 13, 131_072, 40_000, 7, 24].into_iter().cycle() {
-        let (now, later) = rest.split_at(size.min(rest.len()));
-        feed(now);
-        rest = later;
-        if rest.is_empty() {
-            return;
-        }
-    }
-}
-
 /// Stops the server and gives its last position: that behind the shutdown checkpoint.
 fn stop(server: &Postgres) -> (ControlFile, Lsn) {
     server.stop(Stop::Fast);
@@ -382,33 +340,6 @@ fn check_commit_times(landmarks: &[Landmark], commits: &str) {
     }
 }
 
-fn shown(time: PgTime) -> String {
-    let zoned = time.to_timestamp().unwrap().to_zoned(jiff::tz::TimeZone::UTC);
-    zoned.strftime("%Y-%m-%d %H:%M:%S%.6f UTC").to_string()
-}
-
-fn landmark_line(landmark: &Landmark) -> String {
-    let start = landmark.range().start();
-    let what = match landmark {
-        Landmark::Commit { xid, time, .. } => format!("commit {xid} {}", shown(*time)),
-        Landmark::Abort { xid, time, .. } => format!("abort {xid} {}", shown(*time)),
-        Landmark::Prepare { xid, time, gid, .. } => {
-            format!("prepare {xid} {gid} {}", shown(*time))
-        }
-        Landmark::RestorePoint { name, .. } => format!("point {name}"),
-        Landmark::Checkpoint { kind, redo_lsn, timeline, .. } => {
-            format!("checkpoint {kind:?} {redo_lsn} {timeline}")
-        }
-        Landmark::EndOfRecovery { .. } => "end of recovery".into(),
-        Landmark::BackupEnd { .. } => "backup end".into(),
-        Landmark::Switch { .. } => "switch".into(),
-        Landmark::ParameterChange { wal_level, limits, .. } => {
-            format!("parameters {wal_level} {}", limits.max_connections)
-        }
-    };
-    format!("{start} {what}")
-}
-
 /// The same from a line of pg_waldump, `None` for records that are no landmarks.
 fn waldump_landmark(record: &str) -> Option<String> {
     let line = record.lines().next()?;
@@ -478,6 +409,66 @@ fn every_record_with_compression_and_logical_decoding_is_read_as_pg_waldump_read
             .conf("wal_compression = on")
             .conf("full_page_writes = on"),
     );
+}
+
+/// Statements whose records are all different, for a sample that is kept.
+const SAMPLE: &str = "
+create table t (i int primary key, v text);
+checkpoint;
+select pg_create_restore_point('sample');
+insert into t select g, md5(g::text) from generate_series(1, 20) g;
+begin; insert into t values (100); savepoint s; insert into t values (101); rollback to s;
+insert into t values (102); commit;
+begin; insert into t values (103); rollback;
+begin; insert into t values (104); create table u (i int); prepare transaction 'sample';
+commit prepared 'sample';
+begin; drop table u; prepare transaction 'sample';
+rollback prepared 'sample';
+drop table u;
+update t set v = 'x'; vacuum t;
+select pg_logical_emit_message(true, 'p', repeat('long', 3000));
+checkpoint;
+insert into t values (105);
+";
+
+/// Makes `tests/golden/wal/<major>.*`: pieces of WAL with what pg_waldump says of them, and control
+/// files, so that a run without that major has an oracle too. Run by hand, once a major:
+/// `TIDEMARK_TEST_SAMPLES=tests/golden/wal cargo test --test cluster -- --ignored wal_samples`.
+#[test]
+#[ignore = "makes files that are kept"]
+fn wal_samples_are_made() {
+    let folder = PathBuf::from(std::env::var_os("TIDEMARK_TEST_SAMPLES").unwrap());
+    let settings = keep_all_wal().segment_mib(1).conf("wal_compression = on");
+    let server = Postgres::start(&Binaries::of_this_run(), &settings.conf("autovacuum = off"));
+    server.psql("select pg_switch_wal()");
+    let from: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    script(&server, SAMPLE);
+    let (control, end) = stop(&server);
+    let size = control.wal_segment_size;
+    let (start, wal) = wal_bytes(server.data(), size, end);
+    let from = from.align_down(size.bytes());
+    let lines = waldump(&server, end).unwrap();
+    let starts_after = |line: &&String| {
+        let lsn: Lsn =
+            line.split_once(", lsn: ").unwrap().1.split(',').next().unwrap().parse().unwrap();
+        lsn >= from
+    };
+    let mut text = format!("{from}\n");
+    for line in lines.iter().filter(starts_after) {
+        text += &cut_down(line);
+        text.push('\n');
+    }
+    text.push('\n');
+    for line in lines.iter().filter(starts_after).filter_map(|line| waldump_landmark(line)) {
+        text += &line;
+        text.push('\n');
+    }
+    let name = |kind: &str| folder.join(format!("{}.{kind}", server.binaries().major()));
+    let pack = |bytes: &[u8]| zstd::bulk::compress(bytes, 19).unwrap();
+    std::fs::write(name("wal.zst"), pack(&wal[(from.0 - start.0) as usize..])).unwrap();
+    std::fs::write(name("txt.zst"), pack(text.as_bytes())).unwrap();
+    let control = std::fs::read(server.data().join("global/pg_control")).unwrap();
+    std::fs::write(name("control.zst"), pack(&control)).unwrap();
 }
 
 #[test]

@@ -7,6 +7,7 @@
 pub mod account;
 pub mod postgres;
 pub mod sidecar;
+pub mod wal_lines;
 
 pub use account::Account;
 pub use postgres::{Binaries, Postgres, Settings};

@@ -8,3 +8,6 @@ mod s3_server;
 mod store_contract;
 mod store_faults;
 mod stranger;
+mod wal;
+#[path = "../harness/wal_lines.rs"]
+mod wal_lines;
