@@ -63,7 +63,7 @@ pub(super) struct Wal {
     reader: RecordReader,
     scanner: Scanner,
     depth: Depth,
-    by_manager: BTreeMap<String, (u64, u64)>,
+    by_rmgr: BTreeMap<String, (u64, u64)>,
     records: Vec<Value>,
     landmarks: Vec<Value>,
     problem: Option<Error>,
@@ -76,7 +76,7 @@ impl Wal {
             reader: RecordReader::new(size, start),
             scanner: Scanner::new(size, start),
             depth,
-            by_manager: BTreeMap::new(),
+            by_rmgr: BTreeMap::new(),
             records: Vec::new(),
             landmarks: Vec::new(),
             problem: None,
@@ -85,9 +85,9 @@ impl Wal {
 
     /// Takes the bytes that follow; false once nothing more can be read.
     pub(super) fn feed(&mut self, bytes: &[u8]) -> bool {
-        let Self { by_manager, records, depth, .. } = self;
+        let Self { by_rmgr, records, depth, .. } = self;
         let mut each = |record: &Record<'_>| {
-            let count = by_manager.entry(record.rmgr.to_string()).or_default();
+            let count = by_rmgr.entry(record.rmgr.to_string()).or_default();
             count.0 += 1;
             count.1 += u64::from(record.length_bytes);
             if *depth == Depth::All {
@@ -109,8 +109,8 @@ impl Wal {
 
     /// What was found.
     pub(super) fn found(self) -> Value {
-        let managers: Vec<Value> = self
-            .by_manager
+        let rmgrs: Vec<Value> = self
+            .by_rmgr
             .iter()
             .map(|(name, (count, bytes))| json!({ "rmgr": name, "records": count, "bytes": bytes }))
             .collect();
@@ -119,7 +119,7 @@ impl Wal {
             "last_record_end": self.reader.last_record_end(),
             "ends_in_zeros": self.reader.is_behind_end(),
             "problem": self.problem.map(|problem| problem.to_string()),
-            "resource_managers": managers,
+            "resource_managers": rmgrs,
             "landmarks": self.landmarks,
         });
         if self.depth == Depth::All
