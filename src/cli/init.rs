@@ -23,6 +23,7 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let Invocation { config, clock, terminal, .. } = &invocation;
+    keys::configured(config)?;
     let store = opening::store(config, clock)?;
     let capabilities = store.probe().await?;
     if !trustworthy(&capabilities) && !config.accepts_unconditional_store() {

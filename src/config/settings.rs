@@ -267,24 +267,26 @@ impl Settings {
 fn mask(form: Form, value: &Value) -> Vec<String> {
     match (form, value) {
         (Form::Secret, _) => vec![MASK.to_owned()],
-        (Form::ConnectionString, Value::Text(text)) if may_hold_a_password(text) => {
-            // An empty environment: only what the text itself says is shown.
-            let parsed = ConnectOptions::parse(text, &|_| None);
-            vec![parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string())]
-        }
+        (Form::ConnectionString, Value::Text(text)) => vec![mask_password(text)],
         (Form::RepositoryUrl, Value::Text(text)) => vec![mask_user_info(text)],
         (_, Value::Text(text)) => vec![text.clone()],
         (_, Value::List(items)) => items.clone(),
     }
 }
 
-/// Whether a connection string has a password, or something that looks like one.
-fn may_hold_a_password(text: &str) -> bool {
-    let after_scheme = text.split_once("://").map(|(_, rest)| rest);
-    text.contains("password")
-        || after_scheme.is_some_and(|rest| {
-            rest.rsplit_once('@').is_some_and(|(user_info, _)| user_info.contains(':'))
-        })
+/// A connection string without its password: as it was written where that is easy to tell, else as
+/// the parser understood it.
+fn mask_password(text: &str) -> String {
+    if text.contains("password") {
+        // An empty environment: only what the text itself says is shown.
+        let parsed = ConnectOptions::parse(text, &|_| None);
+        return parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string());
+    }
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    match rest.rsplit_once('@').and_then(|(who, place)| Some((who.split_once(':')?.0, place))) {
+        Some((user, place)) => format!("{scheme}://{user}:{MASK}@{place}"),
+        None => text.to_owned(),
+    }
 }
 
 /// Hides what stands between `://` and `@` of a URL's host part.

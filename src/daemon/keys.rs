@@ -69,8 +69,11 @@ pub async fn seal(config: &Config, repository: &Repository) -> Result<Seal> {
     Ok(Seal { encryption: Encryption::Recipients(vec![recipient]), made: Some(path) })
 }
 
-/// What the settings and an existing identity file say.
-fn configured(config: &Config) -> Result<Option<Encryption>> {
+/// For whom the settings and an existing identity file say to seal; `None` when they say nothing.
+///
+/// # Errors
+/// `config` when they contradict one another or cannot be read.
+pub fn configured(config: &Config) -> Result<Option<Encryption>> {
     if config.sealing() == Sealing::None {
         return Ok(Some(Encryption::None));
     }

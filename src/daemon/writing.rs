@@ -56,6 +56,8 @@ impl Writing {
         stop: &CancellationToken,
     ) -> Result<Self> {
         let begin = async {
+            // What can be wrong with settings alone comes out before anybody is asked.
+            keys::configured(config)?;
             let repository = repository(config, clock).await?;
             let mut options = LeaseOptions::new(description);
             options.ttl = config.interval("lease.ttl")?;

@@ -70,7 +70,6 @@ fn golden(folder: &str, name: &str, text: &str) {
         .set_snapshot_path(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder));
     settings.set_prepend_module_to_snapshot(false);
     settings.set_omit_expression(true);
-    settings.set_input_file("");
     settings.add_filter(r"age1[0-9a-z]{58}", "[PUBLIC KEY]");
     settings.add_filter(r"AGE-SECRET-KEY-1[0-9A-Z]{58}", "[SECRET KEY]");
     settings.add_filter(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", "[TIME]");
