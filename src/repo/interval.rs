@@ -319,6 +319,25 @@ impl Lineage<'_> {
     }
 }
 
+/// Maximal stretches of time that some of `intervals` can recover towards `timeline`, ascending.
+pub(super) fn recoverable_times(
+    intervals: &[Interval],
+    timeline: TimelineId,
+) -> Vec<(Timestamp, Timestamp)> {
+    let towards = intervals.iter().filter(|interval| interval.timeline == timeline);
+    let mut stretches: Vec<(Timestamp, Timestamp)> =
+        towards.map(|interval| (interval.from_time, interval.until_time)).collect();
+    stretches.sort_unstable();
+    let mut joined: Vec<(Timestamp, Timestamp)> = Vec::new();
+    for (from, until) in stretches {
+        match joined.last_mut() {
+            Some(last) if from <= last.1 => last.1 = last.1.max(until),
+            _ => joined.push((from, until)),
+        }
+    }
+    joined
+}
+
 /// The part of a path that holds the byte at `position`.
 fn part_at(path: &[PathPart], position: Lsn) -> Option<&PathPart> {
     path.iter().find(|part| part.start <= position && part.end.is_none_or(|end| position < end))

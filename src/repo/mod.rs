@@ -28,6 +28,8 @@ pub mod packing;
 mod process;
 pub mod reader;
 pub mod retention;
+pub mod sweep;
+pub mod verify;
 pub mod writer;
 
 pub use catalog::{BackupSummary, Catalog, IncompleteBackup};

@@ -31,6 +31,7 @@
 mod apply;
 mod check;
 
+pub(super) use apply::ensure_clock;
 pub use apply::{DeletionReport, Refusal, apply};
 pub use check::check;
 

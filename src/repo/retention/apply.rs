@@ -77,8 +77,8 @@ pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<Delet
     Ok(report)
 }
 
-/// A wrong clock makes everything look old.
-async fn ensure_clock(repository: &Repository) -> Result<()> {
+/// Fails when the store's clock and ours are far apart: a wrong clock makes everything look old.
+pub(in crate::repo) async fn ensure_clock(repository: &Repository) -> Result<()> {
     let skew = repository.store().probe().await?.clock_skew;
     let Some(skew) = skew.filter(|skew| skew.abs() >= CLOCK_SLACK) else { return Ok(()) };
     let seconds = SignedDuration::as_secs(&skew);
