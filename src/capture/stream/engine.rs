@@ -70,6 +70,7 @@ pub(super) struct Engine<'a> {
     pub(super) store_unread: bool,
     connected_before: bool,
     gave_up: bool,
+    slot_is_void: bool,
 }
 
 /// Whether the server keeps too much WAL for us.
@@ -108,6 +109,7 @@ impl<'a> Engine<'a> {
             store_unread: false,
             connected_before: false,
             gave_up: false,
+            slot_is_void: false,
         })
     }
 
@@ -220,7 +222,11 @@ impl<'a> Engine<'a> {
         if let Err(error) = self.store_history(&server).await {
             return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
         }
+        if std::mem::take(&mut self.slot_is_void) {
+            server::drop_void_slot(&mut server, &stream.options).await?;
+        }
         let slot = server::ensure_slot(&mut server, &stream.options, &self.clock).await?;
+        self.warn_of_other_timelines(&server);
         self.connected_before = true;
         Ok(Ok((server, slot)))
     }
@@ -278,11 +284,15 @@ impl<'a> Engine<'a> {
             match pump.run(open, &slot, cancel).await {
                 Ok(Ended::Stopped) => return Ok(SessionEnd::Stopped),
                 Ok(Ended::CeilingPassed) => return Ok(SessionEnd::CeilingPassed),
-                Ok(Ended::LeaseLost(error)) => return Ok(SessionEnd::Refused(error)),
+                Ok(Ended::Refused(error)) => return Ok(SessionEnd::Refused(error)),
                 Ok(Ended::WalRemoved(error)) if index < last => {
                     tracing::info!("WAL from {} on is gone: {error}", attempt.stream_from);
                 }
-                Ok(Ended::WalRemoved(error)) => return Err(error),
+                Ok(Ended::WalRemoved(error)) => {
+                    // Not even what the slot promised: it was invalidated, and a new one is needed.
+                    self.slot_is_void = true;
+                    return Err(error);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -323,6 +333,21 @@ impl<'a> Engine<'a> {
              with tidemark, or promote it from a standby, so that it gets one; or give it a \
              cluster name of its own.",
         )))
+    }
+
+    /// A server on an older timeline than the repository is streamed, for what it writes may be all
+    /// there is; but somebody should know.
+    fn warn_of_other_timelines(&self, server: &Server) {
+        let newest = self.ledger.held().newest_timeline();
+        if !self.connected_before
+            && let Some(newest) = newest.filter(|newest| *newest > server.timeline)
+        {
+            tracing::warn!(
+                "the repository holds timeline {newest}, the server is on timeline {}: is this an \
+                 old primary that was replaced?",
+                server.timeline
+            );
+        }
     }
 
     /// Decides to go on from the server's present end, recording the gap.

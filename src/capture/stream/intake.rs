@@ -268,3 +268,194 @@ impl Intake {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::pg::{SegmentSize, TimelineId};
+    use crate::wal::craft::Craft;
+    use proptest::prelude::*;
+
+    const SEGMENT: u64 = 1 << 20;
+
+    fn policy() -> CutPolicy {
+        CutPolicy {
+            segment_size: SegmentSize::new(SEGMENT as u32).unwrap(),
+            flush_interval: Duration::from_secs(1),
+            idle_flush_interval: Duration::from_secs(60),
+        }
+    }
+
+    fn attempt(stream_from: u64, store_from: u64, known: &[(u64, u64)]) -> Attempt {
+        let known = known.iter().map(|(start, end)| range(*start, *end)).collect();
+        let (stream_from, store_from) = (Lsn(stream_from), Lsn(store_from));
+        Attempt { timeline: TimelineId::FIRST, stream_from, store_from, known, gap: None }
+    }
+
+    fn range(start: u64, end: u64) -> LsnRange {
+        LsnRange::new(Lsn(start), Lsn(end)).unwrap()
+    }
+
+    /// WAL from the start of a segment with a commit after each filler, and the commits.
+    fn crafted(fillers: &[usize]) -> (Vec<u8>, Vec<(PgTime, LsnRange)>) {
+        let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+        let mut commits = Vec::new();
+        for (index, filler) in fillers.iter().enumerate() {
+            craft.filler(*filler);
+            let time = PgTime(1000 + index as i64);
+            commits.push((time, craft.commit(index as u32 + 3, time)));
+        }
+        (craft.bytes, commits)
+    }
+
+    /// What came out: each cut with its bytes.
+    fn extents(steps: Vec<Step>) -> Vec<(CutExtent, Vec<u8>)> {
+        let (mut out, mut bytes, mut next) = (Vec::new(), Vec::new(), None);
+        for step in steps {
+            match step {
+                Step::Store { start, piece } => {
+                    assert!(next.is_none_or(|next| next == start));
+                    next = Some(Lsn(start.0 + piece.len() as u64));
+                    bytes.extend_from_slice(&piece);
+                }
+                Step::Cut(extent) => {
+                    assert_eq!(next, Some(extent.cut.range.end()));
+                    out.push((extent, std::mem::take(&mut bytes)));
+                    next = None;
+                }
+                Step::Boundary(_) | Step::MinimalWal(_) => {}
+            }
+        }
+        assert!(bytes.is_empty(), "stored and not cut");
+        out
+    }
+
+    fn run(attempt: &Attempt, wal: &[u8], piece: usize) -> Vec<(CutExtent, Vec<u8>)> {
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), attempt, Damage::Report);
+        let mut steps = Vec::new();
+        let from = (attempt.stream_from.0 - SEGMENT) as usize;
+        for piece in wal[from..].chunks(piece) {
+            let start = intake.received_end();
+            intake.take(start, Bytes::copy_from_slice(piece), now, &mut steps).unwrap();
+        }
+        intake.cut(CutReason::Shutdown, &mut steps);
+        extents(steps)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_stored_is_what_was_missing_and_each_commit_counts_where_it_ends(
+            fillers in prop::collection::vec(0..120_000_usize, 1..25),
+            piece in 1..200_000_usize,
+            store_from in 0..500_000_u64,
+            known in (500_000..900_000_u64, 1..400_000_u64),
+        ) {
+            let (wal, commits) = crafted(&fillers);
+            let end = SEGMENT + wal.len() as u64;
+            let store_from = (SEGMENT + store_from).min(end);
+            let known = (SEGMENT + known.0, SEGMENT + known.0 + known.1);
+            let attempt = attempt(SEGMENT, store_from, &[known]);
+            let stored = run(&attempt, &wal, piece);
+            let mut expected = Vec::new();
+            let mut position = store_from;
+            for (extent, bytes) in &stored {
+                let cut = extent.cut.range;
+                if position == known.0 {
+                    position = known.1;
+                }
+                prop_assert_eq!(cut.start(), Lsn(position));
+                position = cut.end().0;
+                prop_assert!(cut.end().0 <= known.0 || cut.start().0 >= known.1);
+                let from = (cut.start().0 - SEGMENT) as usize;
+                prop_assert!(&wal[from..from + bytes.len()] == bytes.as_slice());
+                prop_assert_eq!(bytes.len() as u64, cut.len_bytes());
+                let inside = |end: Lsn| cut.start() < end && end <= cut.end();
+                let times: Vec<PgTime> =
+                    commits.iter().filter(|(_, r)| inside(r.end())).map(|(time, _)| *time).collect();
+                prop_assert_eq!(extent.cut.greatest_time, times.iter().max().copied());
+                prop_assert!(extent.boundary <= cut.end());
+                expected.extend(times);
+            }
+            if end > store_from && end <= known.0 {
+                prop_assert_eq!(position, end);
+            }
+            let seen: Vec<PgTime> =
+                stored.iter().flat_map(|(extent, _)| extent.commit_times.clone()).collect();
+            prop_assert_eq!(seen, expected);
+        }
+    }
+
+    #[test]
+    fn a_commit_that_began_before_the_durable_end_is_seen_whole() {
+        let (wal, commits) = crafted(&[5000, 5000]);
+        let middle = (commits[0].1.start().0 + commits[0].1.end().0) / 2;
+        let stored = run(&attempt(SEGMENT, middle, &[]), &wal, 100);
+        assert_eq!(stored[0].0.commit_times, [commits[0].0, commits[1].0]);
+    }
+
+    #[test]
+    fn a_hole_in_what_the_server_sends_is_refused() {
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let (wal, _) = crafted(&[500]);
+        let later = Lsn(SEGMENT + 8);
+        let error = intake.take(later, Bytes::from(wal), now, &mut Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+    }
+
+    #[test]
+    fn damaged_wal_is_reported_first_and_then_stored_unread_up_to_the_next_segment() {
+        let (mut wal, commits) = crafted(&[100_000; 22]);
+        wal[250_000] ^= 1;
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let pieces: Vec<Bytes> = wal.chunks(8192).map(Bytes::copy_from_slice).collect();
+        let mut steps = Vec::new();
+        let mut failed = None;
+        for piece in &pieces {
+            if let Err(error) = intake.take(intake.received_end(), piece.clone(), now, &mut steps) {
+                failed = Some(error);
+                break;
+            }
+        }
+        assert_eq!(failed.unwrap().kind(), Kind::Corrupt);
+        intake.cut(CutReason::StreamEnd, &mut steps);
+        let before = extents(steps);
+        let (last, _) = before.last().unwrap();
+        assert!(last.cut.range.end() <= Lsn(SEGMENT + 400_000));
+        assert!(last.cut.greatest_time <= Some(commits[2].0));
+
+        let mut intake =
+            Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::StoreUnread);
+        let mut steps = Vec::new();
+        for piece in &pieces {
+            intake.take(intake.received_end(), piece.clone(), now, &mut steps).unwrap();
+        }
+        intake.cut(CutReason::Shutdown, &mut steps);
+        let all = extents(steps);
+        let stored: Vec<u8> = all.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+        assert!(stored == wal);
+        assert_eq!(all.last().unwrap().0.cut.greatest_time, Some(commits.last().unwrap().0));
+    }
+
+    #[test]
+    fn a_server_that_shuts_down_does_not_wait_for_the_idle_interval() {
+        let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+        craft.filler(100);
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        intake.take(Lsn(SEGMENT), Bytes::from(craft.bytes.clone()), now, &mut Vec::new()).unwrap();
+        assert_eq!(intake.cutter().due(now), None);
+        let mut checkpoint = vec![0; 88];
+        checkpoint[8] = 1;
+        let before = craft.bytes.len();
+        craft.main_data((0, 0), 0, &checkpoint);
+        let piece = Bytes::copy_from_slice(&craft.bytes[before..]);
+        intake.take(intake.received_end(), piece, now, &mut Vec::new()).unwrap();
+        assert_eq!(intake.cutter().due(now), Some(CutReason::Requested));
+    }
+}

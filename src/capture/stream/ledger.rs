@@ -64,6 +64,12 @@ impl Held {
         }
     }
 
+    /// The greatest timeline of which anything is held.
+    #[must_use]
+    pub fn newest_timeline(&self) -> Option<TimelineId> {
+        self.0.keys().next_back().copied()
+    }
+
     /// Everything held, ascending.
     #[must_use]
     pub fn ranges(&self) -> Vec<(TimelineId, LsnRange)> {

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::pipeline::Level;
 use crate::pipeline::budget::{Budget, STREAM_BYTES};
 use crate::repo::{Lease, Writer};
@@ -133,6 +133,7 @@ pub struct Stream {
 /// a later call goes on where the books in the repository end.
 pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
     let outcome = match engine::Engine::start(stream, lease) {
+        _ if !is_slot_name(&stream.options.slot_name) => Err(bad_slot_name(&stream.options)),
         Ok(mut engine) => engine.run(cancel).await,
         Err(error) => Err(error),
     };
@@ -141,6 +142,13 @@ pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> 
         now.server_error = outcome.as_ref().err().map(ToString::to_string);
     });
     outcome
+}
+
+fn bad_slot_name(options: &StreamOptions) -> Error {
+    let message =
+        format!("unable to use '{}' as the name of a replication slot", options.slot_name);
+    Error::new(Kind::Config, message)
+        .hint("Slot names have up to 63 lower-case letters, digits and underscores.")
 }
 
 /// Whether `name` can name a replication slot (`ReplicationSlotValidateName`).

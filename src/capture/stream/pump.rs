@@ -46,8 +46,8 @@ pub(super) enum Ended {
     Stopped,
     /// The server keeps more WAL for us than it may.
     CeilingPassed,
-    /// Somebody else writes now.
-    LeaseLost(Error),
+    /// Going on makes no sense: somebody else writes now, or a stop ran out of time.
+    Refused(Error),
     /// The server no longer has the WAL that was asked for.
     WalRemoved(Error),
 }
@@ -227,7 +227,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                 biased;
                 () = cancel.cancelled() => return self.stop(wal).await.map(Flow::Ended),
                 error = self.engine.guard.lost() => {
-                    return Ok(Flow::Ended(Ended::LeaseLost(error)));
+                    return Ok(Flow::Ended(Ended::Refused(error)));
                 }
                 stored = self.engine.uploads.next_stored() => {
                     let stored = stored?;
@@ -455,7 +455,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             let status_due_at = self.status_due_at();
             tokio::select! {
                 biased;
-                error = self.engine.guard.lost() => return Ok(Ended::LeaseLost(error)),
+                error = self.engine.guard.lost() => return Ok(Ended::Refused(error)),
                 stored = self.engine.uploads.next_stored() => {
                     let stored = stored?;
                     self.engine.on_stored(&stored);
@@ -466,7 +466,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                     self.engine.upload([sealed]);
                 }
                 () = tokio::time::sleep_until(deadline) => {
-                    return Ok(Ended::LeaseLost(self.engine.not_all_stored()));
+                    return Ok(Ended::Refused(self.engine.not_all_stored()));
                 }
                 () = tokio::time::sleep_until(status_due_at) => self.tell(wal).await?,
             }

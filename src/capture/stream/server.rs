@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{SlotLife, StreamOptions, watch};
 use crate::clock::Clock;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
 use crate::wire::{ConnectOptions, Connection, Session, Slot, SlotLife as WireSlotLife};
 
@@ -107,7 +107,8 @@ pub fn check_system(expected: SystemId, found: SystemId) -> Result<()> {
     ))
 }
 
-/// The history of `timeline` as the server has it.
+/// The history of `timeline` as the server has it. A server that has lost the file (it matters to
+/// nobody but standbys) is taken to have been on this timeline for ever.
 ///
 /// # Errors
 /// What the server says; `corrupt` for what is no history.
@@ -119,8 +120,14 @@ pub async fn read_history(
         return Ok((TimelineHistory::first_timeline_only(timeline), None));
     }
     let attempted = || format!("unable to read the history of timeline {timeline}");
-    let (_, content) = connection.timeline_history(timeline).await.context(attempted)?;
-    Ok((TimelineHistory::decode(timeline, &content)?, Some(content)))
+    match connection.timeline_history(timeline).await {
+        Ok((_, content)) => Ok((TimelineHistory::decode(timeline, &content)?, Some(content))),
+        Err(error) if error.kind() == Kind::NotFound => {
+            tracing::warn!("{}: {error}", attempted());
+            Ok((TimelineHistory::first_timeline_only(timeline), None))
+        }
+        Err(error) => Err(error.context(attempted())),
+    }
 }
 
 async fn is_in_recovery(connection: &mut Connection) -> Result<bool> {
@@ -171,6 +178,22 @@ pub async fn ensure_slot(
             connection.drop_slot(&name).await?;
             make_slot(server, name, WireSlotLife::Permanent).await
         }
+    }
+}
+
+/// Drops the slot of which the server has said that its WAL is gone.
+///
+/// # Errors
+/// What the server says, except that there is no such slot.
+pub async fn drop_void_slot(server: &mut Server, options: &StreamOptions) -> Result<()> {
+    let name = &options.slot_name;
+    match server.connection.drop_slot(name).await {
+        Ok(()) => {
+            tracing::warn!("replication slot '{name}' had lost its WAL and is made anew");
+            Ok(())
+        }
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -77,15 +77,12 @@ pub struct Snapshot {
     pub durable_end_lsn: Lsn,
     /// Flush position last told to the server.
     pub acknowledged_end_lsn: Lsn,
-    /// First position of the chain without a gap that ends at `durable_end_lsn`, as far as this
-    /// process knows.
-    pub chain_start_lsn: Lsn,
     /// Time of the newest commit that is durable.
     #[serde(serialize_with = "serialize_time")]
     pub newest_durable_commit: Option<PgTime>,
     /// When everything the server had was last seen durable.
     pub caught_up_at: Option<Timestamp>,
-    /// Uploads running.
+    /// Sealed extents that the store does not hold yet, being put or waiting for their turn.
     pub uploads_in_flight: usize,
     /// Compressed bytes held in memory until the store has them.
     pub unstored_bytes: u64,
