@@ -13,5 +13,6 @@ mod harness;
 mod base;
 mod server;
 mod stream;
+mod stream_trouble;
 mod wal_oracle;
 mod wire;

@@ -91,7 +91,8 @@ impl Place {
     /// Compares every stored byte with the WAL files of `servers` and returns what is covered.
     pub async fn check_wal(&self, servers: &[&Postgres]) -> BTreeMap<TimelineId, Vec<LsnRange>> {
         let reader = self.repository.reader(Vec::new());
-        let segment_size = segment_size(servers[0]);
+        let running = servers.iter().find(|server| server.pid().is_some()).unwrap();
+        let segment_size = segment_size(running);
         let mut files = BTreeMap::new();
         let mut covered: BTreeMap<TimelineId, Vec<LsnRange>> = BTreeMap::new();
         for extent in self.extents().await {

@@ -451,7 +451,7 @@ mod tests {
         intake.take(Lsn(SEGMENT), Bytes::from(craft.bytes.clone()), now, &mut Vec::new()).unwrap();
         assert_eq!(intake.cutter().due(now), None);
         let mut checkpoint = vec![0; 88];
-        checkpoint[8] = 1;
+        (checkpoint[8], checkpoint[12]) = (1, 1);
         let before = craft.bytes.len();
         craft.main_data((0, 0), 0, &checkpoint);
         let piece = Bytes::copy_from_slice(&craft.bytes[before..]);
