@@ -154,6 +154,7 @@ impl Running {
 
     /// With a lease that the caller took, and keeps when this stream is killed.
     pub fn start_under(stream: Stream, lease: Arc<Lease>) -> Self {
+        let _ = tracing_subscriber::fmt().with_test_writer().try_init();
         let (cancel, status) = (CancellationToken::new(), Arc::clone(&stream.status));
         let token = cancel.clone();
         let task = tokio::spawn(async move {

@@ -102,6 +102,7 @@ async fn wal_past_the_point_where_a_standby_took_over_is_a_dead_branch() {
     let standby = primary.standby();
     let place = Place::of(&primary).await;
     let running = Running::start(place.stream(&primary)).await;
+    load(&primary, 10);
     running.durable(wal_end(&primary)).await;
     // The standby hears of nothing from here on, the stream of everything.
     standby.stop(Stop::Fast);

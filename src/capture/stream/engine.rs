@@ -27,8 +27,6 @@ use crate::repo::lease::{Guard, Lease, Progress};
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 /// Longest pause: the longest that a server which came back waits for us.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
-/// A session that lasted this long was a good one: the next pause is short again.
-const GOOD_SESSION: Duration = Duration::from_secs(30);
 
 /// How a session ended when nothing went wrong.
 #[derive(Debug)]
@@ -115,10 +113,9 @@ impl<'a> Engine<'a> {
 
     /// Streams until asked to stop or until going on makes no sense.
     pub(super) async fn run(&mut self, cancel: &CancellationToken) -> Result<()> {
-        let mut pause = PAUSE_MIN;
+        let (mut pause, mut furthest) = (PAUSE_MIN, Lsn::INVALID);
         let mut begin = Begin::Resume;
         loop {
-            let began = self.clock.instant();
             let error = match self.session(begin, cancel).await {
                 Ok(SessionEnd::Stopped) => return Ok(()),
                 Ok(SessionEnd::Refused(error)) => return Err(error),
@@ -132,8 +129,10 @@ impl<'a> Engine<'a> {
             if self.is_final(&error) {
                 return Err(error);
             }
-            if self.clock.instant().saturating_duration_since(began) > GOOD_SESSION {
-                pause = PAUSE_MIN;
+            // A session that got further than all before was a good one: the next pause is short.
+            let received_end = self.status.received_end();
+            if received_end > furthest {
+                (furthest, pause) = (received_end, PAUSE_MIN);
             }
             let wait = jittered(pause, &self.clock);
             tracing::warn!("{error}; connecting again in {} ms", wait.as_millis());

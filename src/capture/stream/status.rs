@@ -162,6 +162,11 @@ impl Status {
         self.snapshot.borrow().phase
     }
 
+    /// End of the WAL received.
+    pub(super) fn received_end(&self) -> Lsn {
+        self.snapshot.borrow().received_end_lsn
+    }
+
     /// When everything the server had was last seen durable.
     pub(super) fn caught_up_at(&self) -> Option<Timestamp> {
         self.snapshot.borrow().caught_up_at
