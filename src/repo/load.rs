@@ -238,7 +238,10 @@ pub(super) async fn load_marks(repository: &Repository) -> Result<(Marks, u64)> 
 }
 
 /// Extents of `timeline` that begin inside `starts`.
-async fn list_extents(
+///
+/// # Errors
+/// What the store reports.
+pub async fn list_extents(
     repository: &Repository,
     timeline: TimelineId,
     starts: LsnRange,

@@ -40,6 +40,7 @@ pub use identity::ClusterIdentity;
 pub use interval::{Interval, Lineage, Piece, WalGap};
 pub use keys::{DecryptionIdentity, Encryption, Recipient};
 pub use lease::{Lease, LeaseOptions};
+pub use load::list_extents;
 pub use manifest::{
     BackupKind, ChecksumFailure, Manifest, ManifestFacts, PackSummary, PublicManifest, Tablespace,
 };

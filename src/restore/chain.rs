@@ -108,6 +108,15 @@ impl Chain {
         }
     }
 
+    /// The chain up to `end`.
+    pub(crate) fn cut(mut self, end: Lsn) -> Self {
+        if end < self.end {
+            self.pieces = self.within(self.start, end);
+            self.end = end.max(self.start);
+        }
+        self
+    }
+
     /// The pieces, in order.
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces

@@ -10,12 +10,16 @@ mod cover;
 #[cfg(test)]
 mod craft;
 pub mod directory;
+mod feed;
 mod files;
+mod handover;
+mod limits;
 pub mod plan;
 pub mod progress;
 mod resolve;
 #[cfg(test)]
 mod resolve_tests;
+pub mod run;
 mod scan;
 mod segments;
 pub mod settings;
@@ -24,8 +28,10 @@ pub mod target;
 pub mod time;
 
 pub use directory::{Owner, TablespaceMapping};
+pub use feed::{WalGet, WalGetRequest, prefetch, wal_get};
 pub use plan::{Moment, Plan, Request};
 pub use progress::{Phase, Progress, ProgressNow};
+pub use run::{Engine, Options, RestoreReport, Role, WalDelivery, run};
 pub use settings::{Action, Stop};
 pub use target::{Edge, Target, TimelineChoice};
 

@@ -126,10 +126,17 @@ impl RecoverySettings {
     /// `existing` without earlier recovery settings and with these at its end.
     #[must_use]
     pub fn apply(&self, existing: &str) -> String {
+        self.apply_with(existing, &[])
+    }
+
+    /// As [`RecoverySettings::apply`], with `limits` that recovery needs besides.
+    #[must_use]
+    pub(crate) fn apply_with(&self, existing: &str, limits: &[(&'static str, u32)]) -> String {
         let mut text = without_recovery_settings(existing, self.primary_conninfo.is_some());
         text.push_str(BLOCK_HEAD);
         text.push('\n');
-        for (name, value) in self.lines() {
+        let limits = limits.iter().map(|(name, value)| (*name, value.to_string()));
+        for (name, value) in limits.chain(self.lines()) {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "{name} = {}", quote(&value));
         }
@@ -166,11 +173,13 @@ impl RecoverySettings {
 /// The file without recovery settings and without a block of ours; ends with a newline unless empty.
 fn without_recovery_settings(existing: &str, replace_primary: bool) -> String {
     let mut kept = String::with_capacity(existing.len());
+    // A block without its end is taken for ordinary lines: nothing else is lost then.
+    let has_whole_block = existing.contains(BLOCK_END);
     let mut inside_block = false;
     for line in existing.lines() {
         let trimmed = line.trim();
         match trimmed {
-            BLOCK_HEAD => inside_block = true,
+            BLOCK_HEAD => inside_block = has_whole_block,
             BLOCK_END => inside_block = false,
             _ => {
                 let name = setting_name(trimmed);
@@ -193,6 +202,18 @@ fn without_recovery_settings(existing: &str, replace_primary: bool) -> String {
 fn setting_name(line: &str) -> Option<&str> {
     let end = line.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))?;
     line.get(..end).filter(|name| !name.is_empty())
+}
+
+/// Name and value of the setting in a line, the value without quotes; escapes are left as they are.
+pub(crate) fn setting_of(line: &str) -> Option<(&str, &str)> {
+    let line = line.trim();
+    let name = setting_name(line)?;
+    let value = line.get(name.len()..)?.trim_start().trim_start_matches('=').trim_start();
+    let value = match value.strip_prefix('\'') {
+        Some(quoted) => quoted.split_once('\'')?.0,
+        None => value.split(|c: char| c.is_whitespace() || c == '#').next()?,
+    };
+    Some((name, value))
 }
 
 /// A value as the configuration file takes it: quotes doubled, backslashes doubled.

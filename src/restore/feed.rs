@@ -1,0 +1,469 @@
+//! `wal-get`: one file for PostgreSQL's `restore_command`, and the one that fetches ahead of it.
+//!
+//! # Invariants
+//! See [`handover`](super::handover). In short: a segment that the restore needs is handed over whole, or
+//! PostgreSQL is told to abort; it never takes trouble with the store for the end of the WAL.
+
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+
+use crate::clock::Clock;
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::timeline::PathPart;
+use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::repo::{Reader, Repository, WalCatalog, list_extents};
+
+use super::chain::Chain;
+use super::handover::{Folder, Settings};
+use super::segments::{self, Identity, Segment};
+use super::source::RepositoryWal;
+
+/// Bytes of WAL kept ahead of PostgreSQL: ten seconds of replay at a fair rate.
+const AHEAD_BYTES: u64 = 256 << 20;
+/// Segments being fetched at once.
+const FETCHES: usize = 2;
+/// A fetcher whose segments nobody takes for so long has no server any more.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+/// How long a fetcher that was just started may take to be ready.
+const START_MAX: Duration = Duration::from_secs(20);
+/// Pause between two looks into the spool by who waits for a segment; a rename is seen this late.
+const LOOK_EVERY: Duration = Duration::from_millis(3);
+/// Pause between two looks by who fetches ahead.
+const REST: Duration = Duration::from_millis(20);
+/// Most timelines that are tried for a newer one, as PostgreSQL does in `findNewestTimeLine`.
+const NEWER_TIMELINES_MAX: u32 = 1000;
+
+/// What `restore_command` is asked for.
+#[derive(Clone, Debug)]
+pub struct WalGetRequest {
+    /// Name of the file, PostgreSQL's `%f`.
+    pub name: String,
+    /// Where to put it, PostgreSQL's `%p`: inside `pg_wal`.
+    pub path: PathBuf,
+}
+
+/// What became of a request; a failure is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalGet {
+    /// The file is there.
+    Found,
+    /// The file is not wanted, or the repository does not have it: exit status 1.
+    NotThere,
+}
+
+/// Gives PostgreSQL the file it asks for.
+///
+/// `fetcher` is a command that runs [`prefetch`] for the same request in a process of its own, started
+/// when nobody fetches ahead yet. `open` opens the repository; most of the time it is not called.
+///
+/// # Errors
+/// Whatever keeps a wanted file away; the process must then exit with
+/// [`WAL_GET_FATAL_EXIT`](super::WAL_GET_FATAL_EXIT).
+pub async fn wal_get<O, F>(
+    request: &WalGetRequest,
+    clock: &Clock,
+    fetcher: Option<Command>,
+    open: O,
+) -> Result<WalGet>
+where
+    O: FnOnce() -> F,
+    F: Future<Output = Result<(Repository, Reader)>>,
+{
+    let attempted = || format!("unable to get WAL file '{}'", request.name);
+    let wal_directory = wal_directory_of(&request.path)?;
+    let folder = Folder::of(&wal_directory);
+    let outcome = match folder.settings()? {
+        Some(settings) => planned(request, &folder, &settings, clock, fetcher, open).await,
+        None => {
+            let (repository, reader) = open().await?;
+            Feeder::without_plan(&repository, &reader).serve(request).await
+        }
+    };
+    outcome.context(attempted)
+}
+
+fn wal_directory_of(path: &Path) -> Result<PathBuf> {
+    path.parent().map(Path::to_path_buf).ok_or_else(|| {
+        Error::new(Kind::Usage, format!("unable to put a WAL file at '{}'", path.display()))
+            .hint("Use it as restore_command = 'tidemark wal-get %f %p'.")
+    })
+}
+
+/// As [`wal_get`], in a data directory that a restore has made.
+async fn planned<O, F>(
+    request: &WalGetRequest,
+    folder: &Folder,
+    settings: &Settings,
+    clock: &Clock,
+    fetcher: Option<Command>,
+    open: O,
+) -> Result<WalGet>
+where
+    O: FnOnce() -> F,
+    F: Future<Output = Result<(Repository, Reader)>>,
+{
+    let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
+    if folder.hand_over(&request.name, &request.path)? {
+        return Ok(WalGet::Found);
+    }
+    let pid = std::process::id();
+    folder.want(&request.name, pid)?;
+    let mut fetcher = fetcher;
+    let mut patience = clock.instant();
+    loop {
+        if folder.hand_over(&request.name, &request.path)? {
+            return Ok(WalGet::Found);
+        }
+        if folder.is_fetched_ahead()? {
+            patience = clock.instant();
+        } else {
+            if let Some(failure) = folder.take_failure()? {
+                return Err(failure);
+            }
+            match fetcher.take() {
+                Some(command) => {
+                    start_detached(command, folder)?;
+                    patience = clock.instant() + START_MAX;
+                }
+                None if clock.instant() >= patience => break,
+                None => {}
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    // Nobody fetches ahead, and nobody could be started: do it here.
+    let (repository, reader) = open().await?;
+    let feeder = Feeder::of_plan(&repository, &reader, settings)?;
+    let unfinished = folder.unfinished(&request.name, pid);
+    feeder.write_planned(settings, number, &unfinished).await?;
+    fs::rename(&unfinished, &request.path)
+        .context(|| format!("unable to rename '{}'", unfinished.display()))?;
+    Ok(WalGet::Found)
+}
+
+/// The segment that `request` names, when the restore hands it over.
+fn wanted_segment(request: &WalGetRequest, settings: &Settings) -> Result<Option<SegmentNumber>> {
+    let size = settings.wal_segment_bytes;
+    // History files were all placed; others were never stored.
+    let Some((_, number)) = size.parse_file_name(&request.name) else { return Ok(None) };
+    if settings.segment_name(number).as_deref() != Some(request.name.as_str()) {
+        return Ok(None);
+    }
+    let Some((_, range)) = settings.segment(number) else { return Ok(None) };
+    if range.end() <= settings.preplaced_end_lsn {
+        // PostgreSQL takes the file in pg_wal when told that there is no other.
+        let placed = wal_directory_of(&request.path)?.join(&request.name);
+        let whole = fs::metadata(&placed).is_ok_and(|found| found.len() == size.bytes());
+        return Ok((!whole).then_some(number));
+    }
+    Ok(Some(number))
+}
+
+/// Starts a process that outlives this one, in a group of its own so that a signal to PostgreSQL's does
+/// not end it.
+fn start_detached(mut command: Command, folder: &Folder) -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    let log_path = folder.path().join("prefetch.log");
+    let log = fs::File::create(&log_path)
+        .context(|| format!("unable to write '{}'", log_path.display()))?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
+    // Not waited for: it is the init process's child once this one has ended.
+    #[allow(clippy::zombie_processes, reason = "this process ends first")]
+    command.spawn().map(drop).context(|| "unable to start the process that fetches WAL ahead")
+}
+
+/// Fetches segments ahead of PostgreSQL, beginning with the one that `request` names, until the plan's end
+/// or until nobody takes them any more. Returns at once when somebody else does.
+///
+/// # Errors
+/// Why it could not go on; who waits for a segment is told too.
+pub async fn prefetch(
+    request: &WalGetRequest,
+    clock: &Clock,
+    repository: &Repository,
+    reader: &Reader,
+) -> Result<()> {
+    let folder = Folder::of(&wal_directory_of(&request.path)?);
+    let Some(settings) = folder.settings()? else { return Ok(()) };
+    let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
+        return Ok(());
+    };
+    fetch_ahead(&folder, &settings, first, clock, (repository, reader), WhenIdle::End).await
+}
+
+/// What to do when nobody takes segments for long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhenIdle {
+    /// The server is gone: end.
+    End,
+    /// Whoever started the server says when to end.
+    Stay,
+}
+
+/// The loop of [`prefetch`].
+pub(crate) async fn fetch_ahead(
+    folder: &Folder,
+    settings: &Settings,
+    first: SegmentNumber,
+    clock: &Clock,
+    (repository, reader): (&Repository, &Reader),
+    when_idle: WhenIdle,
+) -> Result<()> {
+    let Some(_lock) = folder.lock()? else { return Ok(()) };
+    folder.clear_unfinished()?;
+    // A failure of an earlier attempt says nothing about this one.
+    folder.take_failure()?;
+    let outcome = async {
+        let feeder = Feeder::of_plan(repository, reader, settings)?;
+        let ahead = Ahead { folder, settings, feeder: &feeder, clock, when_idle };
+        ahead.run(first).await
+    }
+    .await;
+    if let Err(error) = &outcome
+        && folder.path().exists()
+    {
+        folder.fail(error)?;
+    }
+    outcome
+}
+
+struct Ahead<'a> {
+    folder: &'a Folder,
+    settings: &'a Settings,
+    feeder: &'a Feeder,
+    clock: &'a Clock,
+    when_idle: WhenIdle,
+}
+
+impl Ahead<'_> {
+    async fn run(&self, first: SegmentNumber) -> Result<()> {
+        let size = self.settings.wal_segment_bytes;
+        let window = usize::try_from(AHEAD_BYTES / size.bytes()).unwrap_or(2).max(FETCHES);
+        let mut next = first;
+        let mut last_taken = self.clock.instant();
+        let mut ready_before = 0;
+        while self.folder.path().exists() {
+            let spool = self.folder.spool()?;
+            let ready = spool.iter().filter(|name| size.parse_file_name(name).is_some()).count();
+            if ready < ready_before {
+                last_taken = self.clock.instant();
+            }
+            ready_before = ready;
+            // What PostgreSQL waits for comes first, wherever it is and however much is ready.
+            let asked = self.asked_for(&spool)?;
+            next = asked.unwrap_or(next);
+            let room = window.saturating_sub(ready).min(FETCHES);
+            let names = self.names_from(next, room.max(usize::from(asked.is_some())));
+            if names.is_empty() {
+                let idle = self.clock.instant().saturating_duration_since(last_taken) > IDLE_MAX;
+                if idle && self.when_idle == WhenIdle::End {
+                    return Ok(());
+                }
+                tokio::time::sleep(REST).await;
+                continue;
+            }
+            next += names.len() as u64;
+            let mut fetches = futures::stream::iter(names)
+                .map(|(number, name)| self.fetch(number, name))
+                .buffered(FETCHES);
+            while let Some(fetched) = fetches.next().await {
+                fetched?;
+            }
+            last_taken = self.clock.instant();
+            ready_before = usize::MAX;
+        }
+        Ok(())
+    }
+
+    /// The segment that PostgreSQL waits for, unless it is ready.
+    fn asked_for(&self, spool: &[String]) -> Result<Option<SegmentNumber>> {
+        let wanted = self.folder.take_wanted()?.filter(|wanted| !spool.contains(wanted));
+        let size = self.settings.wal_segment_bytes;
+        Ok(wanted.and_then(|wanted| size.parse_file_name(&wanted)).map(|(_, number)| number))
+    }
+
+    /// The next segments to fetch, at most `count`.
+    fn names_from(&self, next: SegmentNumber, count: usize) -> Vec<(SegmentNumber, String)> {
+        let numbers = next..next.saturating_add(count as u64);
+        numbers.map_while(|number| Some((number, self.settings.segment_name(number)?))).collect()
+    }
+
+    async fn fetch(&self, number: SegmentNumber, name: String) -> Result<()> {
+        let whole = self.folder.spooled(&name);
+        if whole.exists() {
+            return Ok(());
+        }
+        let unfinished = self.folder.unfinished(&name, std::process::id());
+        self.feeder.write_planned(self.settings, number, &unfinished).await?;
+        fs::rename(&unfinished, &whole)
+            .context(|| format!("unable to rename '{}'", unfinished.display()))
+    }
+}
+
+/// Rebuilds single files from what the repository holds now.
+pub(crate) struct Feeder {
+    repository: Repository,
+    source: RepositoryWal,
+}
+
+impl Feeder {
+    /// For a data directory that no restore has made: a standby, or a server set up by hand.
+    pub(crate) fn without_plan(repository: &Repository, reader: &Reader) -> Self {
+        Self { repository: repository.clone(), source: RepositoryWal::new(repository, reader) }
+    }
+
+    /// For a planned restore.
+    ///
+    /// # Errors
+    /// `conflict` when the repository holds another cluster than the one being restored.
+    pub(crate) fn of_plan(
+        repository: &Repository,
+        reader: &Reader,
+        settings: &Settings,
+    ) -> Result<Self> {
+        if repository.system_id() != settings.system_id {
+            let (found, expected) = (repository.system_id(), settings.system_id);
+            let message = format!("the repository holds cluster {found}, restored is {expected}");
+            return Err(Error::new(Kind::Conflict, message)
+                .hint("Use the repository that the cluster was restored from."));
+        }
+        Ok(Self::without_plan(repository, reader))
+    }
+
+    /// Writes segment `number` of a plan to `path`.
+    async fn write_planned(
+        &self,
+        settings: &Settings,
+        number: SegmentNumber,
+        path: &Path,
+    ) -> Result<()> {
+        let size = settings.wal_segment_bytes;
+        let (timeline, wanted) = settings.segment(number).ok_or_else(|| {
+            Error::new(Kind::Bug, format!("segment {number} is not part of the restore"))
+        })?;
+        let chain = self.chain(&settings.path(), wanted, settings.start_lsn).await?;
+        if chain.end() < wanted.end() {
+            let name = size.file_name(timeline, number);
+            let message = format!(
+                "WAL from {} on is no longer in the repository, segment '{name}' needs it up to {}",
+                chain.end(),
+                wanted.end()
+            );
+            return Err(Error::new(Kind::NotFound, message)
+                .hint("It was there when the restore was planned. Plan it again: run 'tidemark restore --dry-run'."));
+        }
+        let range = size.range_of(number).unwrap_or(wanted);
+        let pieces = chain.pieces().to_vec();
+        let segment = Segment { name: size.file_name(timeline, number), timeline, range, pieces };
+        let identity = Identity { system_id: settings.system_id, size, owner: None };
+        segments::write(&self.source, &segment, path, identity).await
+    }
+
+    /// Gives whatever the repository has under that name now.
+    async fn serve(&self, request: &WalGetRequest) -> Result<WalGet> {
+        if let Some(number) = request.name.strip_suffix(".history") {
+            let number = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new);
+            return match number {
+                Some(timeline) => self.serve_history(timeline, &request.path).await,
+                None => Ok(WalGet::NotThere),
+            };
+        }
+        let size = self.segment_size(&request.path)?;
+        let Some((timeline, number)) = size.parse_file_name(&request.name) else {
+            return Ok(WalGet::NotThere);
+        };
+        let Some(whole) = size.range_of(number) else { return Ok(WalGet::NotThere) };
+        let path = self.path_through(timeline).await?;
+        // A timeline that another one left at some point is given up to that point.
+        let part_end = path.iter().find(|part| part.timeline == timeline).and_then(|part| part.end);
+        let end = part_end.map_or(whole.end(), |end| end.min(whole.end()));
+        let Some(wanted) = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty())
+        else {
+            return Ok(WalGet::NotThere);
+        };
+        let chain = self.chain(&path, wanted, whole.start()).await?;
+        if chain.timeline_before(chain.end()) != Some(timeline) {
+            return Ok(WalGet::NotThere);
+        }
+        let pieces = chain.pieces().to_vec();
+        let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
+        let identity = Identity { system_id: self.repository.system_id(), size, owner: None };
+        segments::write(&self.source, &segment, &request.path, identity).await?;
+        Ok(WalGet::Found)
+    }
+
+    async fn serve_history(&self, timeline: TimelineId, path: &Path) -> Result<WalGet> {
+        match self.repository.history_file(timeline).await {
+            Ok(content) => {
+                fs::write(path, &content)
+                    .context(|| format!("unable to write '{}'", path.display()))?;
+                Ok(WalGet::Found)
+            }
+            Err(error) if error.kind() == Kind::NotFound => Ok(WalGet::NotThere),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The path of the newest timeline that descends from `timeline`, found as PostgreSQL finds it.
+    async fn path_through(&self, timeline: TimelineId) -> Result<Vec<PathPart>> {
+        let mut path = match self.history(timeline).await? {
+            Some(history) => history.path(),
+            None => TimelineHistory::first_timeline_only(timeline).path(),
+        };
+        for number in (timeline.get() + 1..).take(NEWER_TIMELINES_MAX as usize) {
+            let Some(newer) = TimelineId::new(number) else { break };
+            let Some(history) = self.history(newer).await? else { break };
+            if history.entries().iter().any(|entry| entry.timeline == timeline) {
+                path = history.path();
+            }
+        }
+        Ok(path)
+    }
+
+    async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>> {
+        match self.repository.history(timeline).await {
+            Ok(history) => Ok(Some(history)),
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Size of the server's segments, by the data directory around `path`.
+    fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
+        let wal_directory = wal_directory_of(path)?;
+        let control = wal_directory.join("..").join(crate::pg::control::XLOG_CONTROL_FILE);
+        let bytes =
+            fs::read(&control).context(|| format!("unable to read '{}'", control.display()))?;
+        Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
+    }
+
+    /// What the repository holds now of `wanted`, all of it in one segment, along `path`; from
+    /// `first_needed` on where what is before it was never stored.
+    async fn chain(&self, path: &[PathPart], wanted: LsnRange, first_needed: Lsn) -> Result<Chain> {
+        let mut extents = Vec::new();
+        for part in path {
+            let before = part.end.is_some_and(|end| end <= wanted.start());
+            if before || part.start >= wanted.end() {
+                continue;
+            }
+            // None crosses the start of a segment, so all that hold a byte of it begin inside.
+            extents.extend(list_extents(&self.repository, part.timeline, wanted).await?);
+        }
+        let wal = WalCatalog::new(extents);
+        let page = first_needed.align_down(super::scan::WAL_PAGE_BYTES);
+        let starts = [wanted.start(), page.max(wanted.start()), first_needed.max(wanted.start())];
+        let mut chain = Chain::follow(&wal, path, wanted.start());
+        for start in starts {
+            if chain.end() > start {
+                break;
+            }
+            chain = Chain::follow(&wal, path, start);
+        }
+        Ok(chain.cut(wanted.end()))
+    }
+}

@@ -1,0 +1,368 @@
+//! How WAL segments come from whoever fetches them to PostgreSQL's `restore_command`.
+//!
+//! # Shape
+//! A folder `tidemark` inside `pg_wal`: on the file system of the WAL, left out of every base backup, and
+//! passed over by PostgreSQL and `pg_verifybackup`.
+//! ```text
+//! pg_wal/tidemark/wal-get.json      what to hand over; no secrets
+//! pg_wal/tidemark/prefetch.lock     locked by whoever fetches ahead, as long as it lives
+//! pg_wal/tidemark/spool/<segment>   whole segments, fetched ahead
+//! pg_wal/tidemark/spool/wanted      the segment that PostgreSQL waits for
+//! pg_wal/tidemark/spool/error       why fetching ahead has ended
+//! ```
+//!
+//! # Invariants
+//! - A file with a segment's name in the spool is whole: it gets that name by a rename when it is. Handing
+//!   it over is one more rename.
+//! - "Not there" is said only of what the restore does not need: a name that is not on the way to the
+//!   target, or WAL at or after the end of the plan. It is known from `wal-get.json` alone. Whatever goes
+//!   wrong on the way to a segment that is needed is an error, never the end of the WAL.
+//! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it.
+//!
+//! # Durability
+//! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
+//! whatever is lost here is fetched again.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::timeline::PathPart;
+use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, SystemId, TimelineId};
+
+/// The folder inside `pg_wal`.
+pub(crate) const FOLDER: &str = "tidemark";
+const SETTINGS: &str = "wal-get.json";
+const LOCK: &str = "prefetch.lock";
+const SPOOL: &str = "spool";
+const WANTED: &str = "wanted";
+const ERROR: &str = "error";
+/// Version of `wal-get.json`.
+const FORMAT: u32 = 1;
+/// `wal-get.json` has one line a timeline.
+const SETTINGS_BYTES_MAX: u64 = 8 << 20;
+/// A message of ours is never longer.
+const NOTE_BYTES_MAX: u64 = 64 << 10;
+
+/// A stretch of the path to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stretch {
+    pub(crate) timeline: TimelineId,
+    pub(crate) start_lsn: Lsn,
+    pub(crate) end_lsn: Option<Lsn>,
+}
+
+/// What a restore hands to PostgreSQL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    format: u32,
+    /// The cluster in the repository.
+    pub(crate) cluster: String,
+    pub(crate) system_id: SystemId,
+    pub(crate) wal_segment_bytes: SegmentSize,
+    /// The way to the target, oldest timeline first.
+    pub(crate) path: Vec<Stretch>,
+    /// Where replay begins.
+    pub(crate) start_lsn: Lsn,
+    /// Nothing from here on is handed over.
+    pub(crate) end_lsn: Lsn,
+    /// Segments that end here or before are in `pg_wal` already.
+    pub(crate) preplaced_end_lsn: Lsn,
+}
+
+impl Settings {
+    pub(crate) fn new(
+        cluster: String,
+        system_id: SystemId,
+        wal_segment_bytes: SegmentSize,
+        path: &[PathPart],
+        span: LsnRange,
+    ) -> Self {
+        let stretch = |part: &PathPart| Stretch {
+            timeline: part.timeline,
+            start_lsn: part.start,
+            end_lsn: part.end,
+        };
+        Self {
+            format: FORMAT,
+            cluster,
+            system_id,
+            wal_segment_bytes,
+            path: path.iter().map(stretch).collect(),
+            start_lsn: span.start(),
+            end_lsn: span.end(),
+            preplaced_end_lsn: Lsn::INVALID,
+        }
+    }
+
+    /// The path as chains are followed along.
+    pub(crate) fn path(&self) -> Vec<PathPart> {
+        let part = |stretch: &Stretch| PathPart {
+            timeline: stretch.timeline,
+            start: stretch.start_lsn,
+            end: stretch.end_lsn,
+        };
+        self.path.iter().map(part).collect()
+    }
+
+    /// The part of segment `number` that is handed over, and the timeline in the name of its file.
+    pub(crate) fn segment(&self, number: SegmentNumber) -> Option<(TimelineId, LsnRange)> {
+        let whole = self.wal_segment_bytes.range_of(number)?;
+        let end = whole.end().min(self.end_lsn);
+        let first = self.wal_segment_bytes.start_of(self.start_lsn);
+        let range = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty())?;
+        let last_byte = Lsn(end.0 - 1);
+        let on = self.path.iter().find(|part| part.end_lsn.is_none_or(|end| last_byte < end))?;
+        (first <= whole.start()).then_some((on.timeline, range))
+    }
+
+    /// Name of the file of segment `number`, if it is handed over.
+    pub(crate) fn segment_name(&self, number: SegmentNumber) -> Option<String> {
+        let (timeline, _) = self.segment(number)?;
+        Some(self.wal_segment_bytes.file_name(timeline, number))
+    }
+}
+
+/// The folder of one data directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    /// That of `wal_directory`, a `pg_wal`.
+    pub(crate) fn of(wal_directory: &Path) -> Self {
+        Self(wal_directory.join(FOLDER))
+    }
+
+    /// Where the folder is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes the folder with these settings.
+    pub(crate) fn create(&self, settings: &Settings) -> Result<()> {
+        let attempted = || format!("unable to write '{}'", self.0.join(SETTINGS).display());
+        fs::create_dir_all(self.0.join(SPOOL)).context(attempted)?;
+        let text = serde_json::to_vec_pretty(settings)
+            .map_err(|error| Error::new(Kind::Bug, format!("{}: {error}", attempted())))?;
+        fs::write(self.0.join(SETTINGS), text).context(attempted)
+    }
+
+    /// What [`Folder::create`] has made.
+    pub(crate) fn made(&self) -> [PathBuf; 3] {
+        [self.0.clone(), self.0.join(SPOOL), self.0.join(SETTINGS)]
+    }
+
+    /// The settings, `None` when this data directory has none.
+    pub(crate) fn settings(&self) -> Result<Option<Settings>> {
+        let path = self.0.join(SETTINGS);
+        let Some(text) = read_note(&path, SETTINGS_BYTES_MAX)? else { return Ok(None) };
+        let settings: Settings = serde_json::from_str(&text).map_err(|error| {
+            Error::new(Kind::Corrupt, format!("unable to read '{}': {error}", path.display()))
+        })?;
+        if settings.format != FORMAT {
+            let message = format!(
+                "unable to read '{}': it has format {}, expected {FORMAT}",
+                path.display(),
+                settings.format
+            );
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        Ok(Some(settings))
+    }
+
+    /// Where a segment lies when it is whole.
+    pub(crate) fn spooled(&self, name: &str) -> PathBuf {
+        self.0.join(SPOOL).join(name)
+    }
+
+    /// Where a segment is while it is being fetched by process `pid`.
+    pub(crate) fn unfinished(&self, name: &str, pid: u32) -> PathBuf {
+        self.0.join(SPOOL).join(format!("{name}.{pid}.part"))
+    }
+
+    /// Names of what is in the spool.
+    pub(crate) fn spool(&self) -> Result<Vec<String>> {
+        let spool = self.0.join(SPOOL);
+        let attempted = || format!("unable to list '{}'", spool.display());
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&spool).context(attempted)? {
+            names.push(entry.context(attempted)?.file_name().to_string_lossy().into_owned());
+        }
+        Ok(names)
+    }
+
+    /// Removes what a fetcher that died left behind.
+    pub(crate) fn clear_unfinished(&self) -> Result<()> {
+        for name in self.spool()?.iter().filter(|name| name.ends_with(".part")) {
+            remove_if_there(&self.0.join(SPOOL).join(name))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the place of the one that fetches ahead; `None` when somebody has it.
+    pub(crate) fn lock(&self) -> Result<Option<File>> {
+        let path = self.0.join(LOCK);
+        let attempted = || format!("unable to lock '{}'", path.display());
+        let mut options = OpenOptions::new();
+        let file =
+            options.create(true).truncate(false).write(true).open(&path).context(attempted)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(Error::io(attempted(), &error)),
+        }
+    }
+
+    /// Whether somebody fetches ahead.
+    pub(crate) fn is_fetched_ahead(&self) -> Result<bool> {
+        Ok(self.lock()?.is_none())
+    }
+
+    /// Hands `name` over to `path` if it is in the spool.
+    pub(crate) fn hand_over(&self, name: &str, path: &Path) -> Result<bool> {
+        match fs::rename(self.spooled(name), path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => {
+                Err(Error::io(format!("unable to hand over WAL segment '{name}'"), &error))
+            }
+        }
+    }
+
+    /// Says which segment PostgreSQL waits for.
+    pub(crate) fn want(&self, name: &str, pid: u32) -> Result<()> {
+        let place = self.0.join(SPOOL).join(WANTED);
+        let new = self.0.join(SPOOL).join(format!("{WANTED}.{pid}.part"));
+        let attempted = || format!("unable to write '{}'", place.display());
+        fs::write(&new, name).context(attempted)?;
+        fs::rename(&new, &place).context(attempted)
+    }
+
+    /// Takes the note of [`Folder::want`].
+    pub(crate) fn take_wanted(&self) -> Result<Option<String>> {
+        let place = self.0.join(SPOOL).join(WANTED);
+        let wanted = read_note(&place, NOTE_BYTES_MAX)?;
+        if wanted.is_some() {
+            remove_if_there(&place)?;
+        }
+        Ok(wanted)
+    }
+
+    /// Leaves word why fetching ahead has ended.
+    pub(crate) fn fail(&self, error: &Error) -> Result<()> {
+        let place = self.0.join(SPOOL).join(ERROR);
+        let hint = error.hint_text().map(|hint| format!("\n{hint}")).unwrap_or_default();
+        fs::write(&place, format!("{error}{hint}"))
+            .context(|| format!("unable to write '{}'", place.display()))
+    }
+
+    /// Takes the word that [`Folder::fail`] left.
+    pub(crate) fn take_failure(&self) -> Result<Option<Error>> {
+        let place = self.0.join(SPOOL).join(ERROR);
+        let Some(text) = read_note(&place, NOTE_BYTES_MAX)? else { return Ok(None) };
+        remove_if_there(&place)?;
+        let (message, hint) = text.split_once('\n').unwrap_or((&text, ""));
+        let error = Error::new(Kind::Unavailable, message);
+        Ok(Some(if hint.is_empty() { error } else { error.hint(hint) }))
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::io(format!("unable to remove '{}'", path.display()), &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A small text file, `None` when it is not there.
+fn read_note(path: &Path, bytes_max: u64) -> Result<Option<String>> {
+    use std::io::Read as _;
+    let attempted = || format!("unable to read '{}'", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other.context(attempted)?,
+    };
+    let mut text = String::new();
+    file.take(bytes_max).read_to_string(&mut text).context(attempted)?;
+    Ok(Some(text))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn settings() -> Settings {
+        let timeline = |number| TimelineId::new(number).unwrap();
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let switch = Lsn(0x320_0100);
+        let path = [
+            PathPart { timeline: timeline(1), start: Lsn(0), end: Some(switch) },
+            PathPart { timeline: timeline(2), start: switch, end: None },
+        ];
+        let span = LsnRange::new(Lsn(0x300_0028), Lsn(0x340_0500)).unwrap();
+        Settings::new("main".into(), SystemId(42), size, &path, span)
+    }
+
+    #[test]
+    fn only_segments_on_the_way_to_the_target_have_a_name() {
+        let settings = settings();
+        let names: Vec<Option<String>> =
+            (0x2f..0x36).map(|number| settings.segment_name(number)).collect();
+        let expected = [
+            None,
+            Some("000000010000000000000030"),
+            Some("000000010000000000000031"),
+            // The segment of the promotion carries the new timeline.
+            Some("000000020000000000000032"),
+            Some("000000020000000000000033"),
+            Some("000000020000000000000034"),
+            None,
+        ];
+        assert_eq!(names.iter().map(Option::as_deref).collect::<Vec<_>>(), expected);
+        let (_, last) = settings.segment(0x34).unwrap();
+        assert_eq!(last.end(), Lsn(0x340_0500));
+    }
+
+    #[test]
+    fn settings_and_failures_come_back_and_segments_move_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        assert_eq!(folder.settings().unwrap(), None);
+        folder.create(&settings()).unwrap();
+        assert_eq!(folder.settings().unwrap(), Some(settings()));
+
+        assert!(folder.take_failure().unwrap().is_none());
+        folder.fail(&Error::new(Kind::Unavailable, "no store").hint("Look.")).unwrap();
+        let failure = folder.take_failure().unwrap().unwrap();
+        assert_eq!((failure.message(), failure.hint_text()), ("no store", Some("Look.")));
+        assert!(folder.take_failure().unwrap().is_none());
+
+        fs::write(folder.spooled("a"), "wal").unwrap();
+        let target = dir.path().join("RECOVERYXLOG");
+        assert!(folder.hand_over("a", &target).unwrap());
+        assert!(!folder.hand_over("a", &target).unwrap());
+        folder.want("b", 1).unwrap();
+        assert_eq!(folder.take_wanted().unwrap().as_deref(), Some("b"));
+        assert_eq!(folder.take_wanted().unwrap(), None);
+
+        fs::write(folder.unfinished("c", 7), "").unwrap();
+        folder.clear_unfinished().unwrap();
+        assert!(folder.spool().unwrap().is_empty());
+    }
+
+    #[test]
+    fn one_at_a_time_fetches_ahead() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        folder.create(&settings()).unwrap();
+        let held = folder.lock().unwrap().unwrap();
+        assert!(folder.is_fetched_ahead().unwrap());
+        drop(held);
+        assert!(!folder.is_fetched_ahead().unwrap());
+    }
+}

@@ -1,0 +1,59 @@
+//! Settings that recovery with hot standby refuses to have lower than the server the WAL comes from.
+//!
+//! # Source
+//! `CheckRequiredParameterValues` in `src/backend/access/transam/xlogrecovery.c` (15 to 18; `xlog.c` in 13
+//! and 14) and the defaults in `guc_tables.c` (`guc.c` before 16).
+
+use crate::pg::control::StandbyLimits;
+
+use super::settings::setting_of;
+
+/// The settings, their values in `pg_control`, and PostgreSQL's defaults.
+fn rows(limits: &StandbyLimits) -> [(&'static str, u32, u32); 5] {
+    [
+        ("max_connections", limits.max_connections, 100),
+        ("max_worker_processes", limits.max_worker_processes, 8),
+        ("max_wal_senders", limits.max_wal_senders, 10),
+        ("max_prepared_transactions", limits.max_prepared_transactions, 0),
+        ("max_locks_per_transaction", limits.max_locks_per_transaction, 64),
+    ]
+}
+
+/// The settings that `files` (the text of configuration files, the one that counts most last) leave lower
+/// than `limits`, with the values they need.
+pub(crate) fn missing(limits: &StandbyLimits, files: &[&str]) -> Vec<(&'static str, u32)> {
+    let effective = |name: &str| {
+        let lines = files.iter().rev().flat_map(|text| text.lines().rev());
+        lines
+            .filter_map(setting_of)
+            .find(|(found, _)| found.eq_ignore_ascii_case(name))?
+            .1
+            .parse()
+            .ok()
+    };
+    let needed = rows(limits)
+        .into_iter()
+        .filter(|(name, limit, default)| effective(name).unwrap_or(*default) < *limit);
+    needed.map(|(name, limit, _)| (name, limit)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_too_low_is_raised() {
+        let limits = StandbyLimits {
+            max_connections: 200,
+            max_worker_processes: 8,
+            max_wal_senders: 20,
+            max_prepared_transactions: 5,
+            max_locks_per_transaction: 64,
+        };
+        let conf = "max_connections = 50 # old\nmax_connections = '300'\n#max_wal_senders = 99\nMax_Prepared_Transactions 5\n";
+        let auto = "max_wal_senders = '15'\n";
+        assert_eq!(missing(&limits, &[conf, auto]), [("max_wal_senders", 20)]);
+        let names: Vec<&str> = missing(&limits, &[]).iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["max_connections", "max_wal_senders", "max_prepared_transactions"]);
+    }
+}

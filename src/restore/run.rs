@@ -1,0 +1,426 @@
+//! Carrying out a plan: files, WAL, settings, and the one rename that makes the directory startable.
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::control::ControlFile;
+use crate::pg::timeline::PathPart;
+use crate::pg::{Lsn, LsnRange, SystemId, TimelineHistory};
+use crate::repo::{BackupId, Budget, Catalog, Manifest, Reader, Repository};
+
+use super::chain::Piece;
+use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
+use super::files;
+use super::handover::{Folder, Settings};
+use super::limits;
+use super::plan::Plan;
+use super::progress::{Phase, Progress};
+use super::segments::{self, Identity};
+use super::settings::{Action, RecoverySettings, Stop, shell_word};
+use super::source::RepositoryWal;
+use super::target::Target;
+
+/// WAL up to this much is placed in `pg_wal` before the start: a minute of replay, and less disk than
+/// most servers keep there anyway. More comes through `wal-get`, a little ahead of replay.
+pub const PREPLACED_BYTES_MAX: u64 = 512 << 20;
+
+const AUTO_CONF: &str = "postgresql.auto.conf";
+const RECOVERY_SIGNAL: &str = "recovery.signal";
+const STANDBY_SIGNAL: &str = "standby.signal";
+/// A `restore_command` is required even when all WAL is in place already.
+const NOTHING_TO_RESTORE: &str = "false";
+/// Removes what `wal-get` kept, when recovery has ended.
+const CLEAN_UP: &str = "rm -rf pg_wal/tidemark";
+
+/// How WAL is replayed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// By PostgreSQL itself.
+    #[default]
+    Postgres,
+    /// By us up to a checkpoint before the target, by PostgreSQL from there.
+    Native,
+}
+
+/// What the restored cluster is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// A server of its own, on a new timeline once it is promoted.
+    #[default]
+    Primary,
+    /// A standby that goes on following the repository, and a primary if one is named.
+    Standby {
+        /// How to connect to the primary.
+        primary_conninfo: Option<String>,
+    },
+}
+
+/// How to carry a plan out.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The data directory: missing or empty.
+    pub into: PathBuf,
+    /// Tablespaces that go elsewhere.
+    pub tablespaces: Vec<TablespaceMapping>,
+    /// What PostgreSQL does at the target.
+    pub action: Action,
+    /// What the cluster is to be.
+    pub role: Role,
+    /// Who owns the files; `None` is this process's user, or for root the owner of the directory above.
+    pub owner: Option<Owner>,
+    /// How WAL is replayed.
+    pub engine: Engine,
+    /// Words of a command that, followed by a file's name and a path, runs `wal_get` on this repository.
+    /// No secrets: they are written to `postgresql.auto.conf`.
+    pub wal_get_command: Vec<String>,
+    /// Shares of memory and threads.
+    pub budget: Budget,
+    /// WAL up to this much is placed before the start.
+    pub preplaced_bytes_max: u64,
+}
+
+/// How WAL gets to PostgreSQL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WalDelivery {
+    /// All of it is in `pg_wal`.
+    InPlace,
+    /// PostgreSQL fetches it by `restore_command`.
+    OnDemand,
+}
+
+/// What a restore has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RestoreReport {
+    /// The data directory.
+    pub into: PathBuf,
+    /// The backup it was made from.
+    pub backup: BackupId,
+    /// Regular files written.
+    pub file_count: u64,
+    /// Bytes of them.
+    pub plain_bytes: u64,
+    /// WAL segments placed in `pg_wal`.
+    pub segment_count: u64,
+    /// How WAL gets to PostgreSQL.
+    pub wal: WalDelivery,
+    /// From the first request to the last sync.
+    pub elapsed_ms: u64,
+}
+
+/// Carries `plan` out: when it returns, PostgreSQL started on the directory ends at the target.
+///
+/// # Durability
+/// All files are on disk before `global/pg_control` appears; see [`directory`](super::directory). Whoever
+/// interrupts this leaves a directory that does not start and that the same call clears and fills again.
+///
+/// # Errors
+/// `conflict` when the directory is not empty, `corrupt` for damage in the repository, and whatever store
+/// and file system report.
+pub async fn run(
+    plan: &Plan,
+    options: &Options,
+    repository: &Repository,
+    reader: &Reader,
+    progress: &Arc<Progress>,
+) -> Result<RestoreReport> {
+    let begun = repository.clock().instant();
+    check_options(plan, options)?;
+    progress.begin(Phase::Preparing, 0);
+    let manifest = reader.manifest(plan.backup.id).await?;
+    let places = places_of(&manifest, options)?;
+    let owner = owner_of(options)?;
+    let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places);
+    let directory = Directory::claim(&options.into, &marker, owner)?;
+
+    progress.begin(Phase::Files, manifest.public.plain_bytes);
+    let restored =
+        files::restore(reader, &manifest, &directory, &places, &options.budget, progress).await?;
+    let control = check_control(&restored.control, plan)?;
+
+    let catalog_histories = histories(repository).await?;
+    let delivery = Delivery { plan, options, repository, reader, directory: &directory, progress };
+    delivery.place_histories(&catalog_histories).await?;
+    let (wal, segment_count) = delivery.place_wal(&catalog_histories).await?;
+    delivery.write_settings(wal, &control)?;
+
+    progress.begin(Phase::Syncing, 0);
+    set_directory_mode(&directory)?;
+    directory.finish(&restored.control, restored.control_mode)?;
+    progress.begin(Phase::Done, 0);
+    let elapsed = repository.clock().instant().saturating_duration_since(begun);
+    Ok(RestoreReport {
+        into: options.into.clone(),
+        backup: plan.backup.id,
+        file_count: restored.file_count,
+        plain_bytes: restored.plain_bytes,
+        segment_count,
+        wal,
+        elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+fn check_options(plan: &Plan, options: &Options) -> Result<()> {
+    if options.engine == Engine::Native {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "unable to replay with engine 'native': it is not in this build",
+        )
+        .hint("Use engine 'postgres'."));
+    }
+    let is_standby = matches!(options.role, Role::Standby { .. });
+    if is_standby && !matches!(plan.target, Target::Latest | Target::Immediate) {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("unable to restore a standby to {}: a standby follows all WAL", plan.target),
+        )
+        .hint("Leave the target out, or leave out --as-standby and use --action pause."));
+    }
+    Ok(())
+}
+
+fn places_of(manifest: &Manifest, options: &Options) -> Result<Vec<TablespacePlace>> {
+    let spaces: Vec<(u32, PathBuf)> = manifest
+        .tablespaces
+        .iter()
+        .map(|space| (space.oid, PathBuf::from(&space.location)))
+        .collect();
+    directory::map_tablespaces(&spaces, &options.tablespaces)
+}
+
+/// PostgreSQL refuses to run as root, so root must not be left owning what it restores.
+fn owner_of(options: &Options) -> Result<Option<Owner>> {
+    if options.owner.is_some() || !Owner::process_is_root() {
+        return Ok(options.owner);
+    }
+    let path = std::path::absolute(&options.into)
+        .context(|| format!("unable to find the directory '{}'", options.into.display()))?;
+    let nearest = path.ancestors().find_map(|folder| fs::metadata(folder).ok());
+    match nearest.map(|found| Owner { uid: found.uid(), gid: found.gid() }) {
+        Some(owner) if owner.uid != 0 => Ok(Some(owner)),
+        _ => Err(Error::new(
+            Kind::Usage,
+            format!(
+                "unable to restore into '{}' as root: PostgreSQL does not run as root",
+                path.display()
+            ),
+        )
+        .hint("Name the user that will run it with --owner, like --owner postgres.")),
+    }
+}
+
+/// The `pg_control` of the backup must be that of the cluster the plan is about.
+fn check_control(bytes: &[u8], plan: &Plan) -> Result<ControlFile> {
+    let control = ControlFile::decode(bytes)?;
+    let said = |system_id: SystemId, size| {
+        format!("cluster {system_id} with WAL segments of {size} bytes")
+    };
+    let found = said(control.system_id, control.wal_segment_size.bytes());
+    let expected = said(plan.system_id, plan.wal_segment_bytes.bytes());
+    if found != expected {
+        let message = format!(
+            "unable to restore backup '{}': its pg_control is of {found}, expected {expected}",
+            plan.backup.id
+        );
+        return Err(Error::new(Kind::Corrupt, message));
+    }
+    Ok(control)
+}
+
+/// Every timeline history that the repository holds.
+async fn histories(repository: &Repository) -> Result<Vec<TimelineHistory>> {
+    let catalog = Catalog::load(repository).await?;
+    Ok(catalog.histories.into_values().collect())
+}
+
+/// 0700, or 0750 when the cluster allows its group to read: what PostgreSQL accepts.
+fn set_directory_mode(directory: &Directory) -> Result<()> {
+    let version_file = directory.path().join("PG_VERSION");
+    let mode = fs::metadata(&version_file).map_or(0o600, |found| found.permissions().mode());
+    let mode = if mode & 0o040 == 0 { 0o700 } else { 0o750 };
+    let path = directory.path();
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .context(|| format!("unable to set the mode of '{}'", path.display()))?;
+    directory.owner().map_or(Ok(()), |owner| owner.give(path))
+}
+
+/// Placing what recovery needs besides the files.
+struct Delivery<'a> {
+    plan: &'a Plan,
+    options: &'a Options,
+    repository: &'a Repository,
+    reader: &'a Reader,
+    directory: &'a Directory,
+    progress: &'a Progress,
+}
+
+impl Delivery<'_> {
+    fn wal_directory(&self) -> PathBuf {
+        self.directory.path().join("pg_wal")
+    }
+
+    /// Makes a folder of ours, or one that the backup left out.
+    fn make_folder(&self, path: &Path) -> Result<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        let mut builder = fs::DirBuilder::new();
+        builder
+            .mode(0o700)
+            .create(path)
+            .context(|| format!("unable to make directory '{}'", path.display()))?;
+        self.give(path)
+    }
+
+    fn give(&self, path: &Path) -> Result<()> {
+        self.directory.owner().map_or(Ok(()), |owner| owner.give(path))
+    }
+
+    fn write(&self, path: &Path, content: &[u8]) -> Result<()> {
+        use std::io::Write as _;
+        let attempted = || format!("unable to write '{}'", path.display());
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(path).context(attempted)?;
+        file.write_all(content).context(attempted)?;
+        self.give(path)
+    }
+
+    /// Tells the archiver that a file in `pg_wal` is archived already.
+    fn mark_archived(&self, name: &str) -> Result<()> {
+        let status = self.wal_directory().join("archive_status").join(format!("{name}.done"));
+        self.write(&status, b"")
+    }
+
+    /// Puts every history file into `pg_wal`: PostgreSQL learns the path to its timeline from them, and
+    /// takes for the new timeline a number that no history has (`findNewestTimeLine`).
+    async fn place_histories(&self, histories: &[TimelineHistory]) -> Result<()> {
+        let wal = self.wal_directory();
+        self.make_folder(&wal)?;
+        self.make_folder(&wal.join("archive_status"))?;
+        for history in histories {
+            let content = self.repository.history_file(history.timeline).await?;
+            let name = history.timeline.history_file_name();
+            self.write(&wal.join(&name), &content)?;
+            self.mark_archived(&name)?;
+        }
+        Ok(())
+    }
+
+    /// Places WAL, all of it when it is little, or prepares for handing it over.
+    async fn place_wal(&self, histories: &[TimelineHistory]) -> Result<(WalDelivery, u64)> {
+        let plan = self.plan;
+        let is_standby = matches!(self.options.role, Role::Standby { .. });
+        let all = plan.wal_bytes() <= self.options.preplaced_bytes_max;
+        // pg_verifybackup wants to see the WAL of the backup itself.
+        let backup_end =
+            plan.wal_segment_bytes.end_of(Lsn(plan.backup.end_lsn.0.saturating_sub(1)));
+        let of_backup = backup_end.saturating_since(plan.backup.start_lsn);
+        let placed_end = match (all, of_backup <= self.options.preplaced_bytes_max) {
+            (true, _) => plan.wal_end_lsn,
+            (false, true) => backup_end.min(plan.wal_end_lsn),
+            (false, false) => Lsn::INVALID,
+        };
+        let pieces: Vec<Piece> =
+            plan.pieces.iter().filter(|piece| piece.range.end() <= placed_end).copied().collect();
+        let count = self.place_segments(&pieces).await?;
+        if is_standby {
+            return Ok((WalDelivery::OnDemand, count));
+        }
+        if all {
+            return Ok((WalDelivery::InPlace, count));
+        }
+        let path = histories.iter().find(|history| history.timeline == plan.timeline).map_or_else(
+            || TimelineHistory::first_timeline_only(plan.timeline).path(),
+            TimelineHistory::path,
+        );
+        self.prepare_hand_over(&path, placed_end)?;
+        Ok((WalDelivery::OnDemand, count))
+    }
+
+    async fn place_segments(&self, pieces: &[Piece]) -> Result<u64> {
+        let wanted = segments::of_pieces(pieces, self.plan.wal_segment_bytes);
+        let size = self.plan.wal_segment_bytes;
+        self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
+        let source = RepositoryWal::new(self.repository, self.reader);
+        let identity =
+            Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
+        for segment in &wanted {
+            let path = self.wal_directory().join(&segment.name);
+            segments::write(&source, segment, &path, identity).await?;
+            self.mark_archived(&segment.name)?;
+            self.progress.add_written(size.bytes());
+        }
+        Ok(wanted.len() as u64)
+    }
+
+    fn prepare_hand_over(&self, path: &[PathPart], placed_end: Lsn) -> Result<()> {
+        let plan = self.plan;
+        let span = LsnRange::new(plan.backup.start_lsn, plan.wal_end_lsn)
+            .ok_or_else(|| Error::new(Kind::Bug, "a plan whose WAL ends before its backup"))?;
+        let size = plan.wal_segment_bytes;
+        let mut settings = Settings::new(plan.cluster.clone(), plan.system_id, size, path, span);
+        settings.preplaced_end_lsn = placed_end;
+        let folder = Folder::of(&self.wal_directory());
+        folder.create(&settings)?;
+        for path in folder.made() {
+            self.give(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Signal file and `postgresql.auto.conf`.
+    fn write_settings(&self, wal: WalDelivery, control: &ControlFile) -> Result<()> {
+        let root = self.directory.path();
+        let (signal, primary_conninfo) = match &self.options.role {
+            Role::Primary => (RECOVERY_SIGNAL, None),
+            Role::Standby { primary_conninfo } => (STANDBY_SIGNAL, primary_conninfo.clone()),
+        };
+        let is_standby = signal == STANDBY_SIGNAL;
+        let settings = RecoverySettings {
+            restore_command: match wal {
+                WalDelivery::InPlace => NOTHING_TO_RESTORE.to_owned(),
+                WalDelivery::OnDemand => self.wal_get_command(),
+            },
+            recovery_end_command: (wal == WalDelivery::OnDemand).then(|| CLEAN_UP.to_owned()),
+            stop: if is_standby { Stop::EndOfWal } else { self.stop() },
+            timeline: (!is_standby).then_some(self.plan.timeline),
+            action: self.options.action,
+            primary_conninfo,
+        };
+        let path = root.join(AUTO_CONF);
+        let existing = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            other => other.context(|| format!("unable to read '{}'", path.display()))?,
+        };
+        let conf = fs::read_to_string(root.join("postgresql.conf")).unwrap_or_default();
+        let limits = if is_standby || self.options.action == Action::Pause {
+            limits::missing(&control.limits, &[&conf, &existing])
+        } else {
+            Vec::new()
+        };
+        self.write(&path, settings.apply_with(&existing, &limits).as_bytes())?;
+        self.write(&root.join(signal), b"")
+    }
+
+    /// PostgreSQL obeys the action only at a target: the end of the WAL becomes its last record.
+    fn stop(&self) -> Stop {
+        match (&self.plan.stop, self.options.action, self.plan.last_record_lsn) {
+            (Stop::EndOfWal, Action::Pause | Action::Shutdown, Some(lsn)) => Stop::After { lsn },
+            (stop, ..) => stop.clone(),
+        }
+    }
+
+    fn wal_get_command(&self) -> String {
+        let words = self.options.wal_get_command.iter().map(|word| shell_word(word));
+        words.chain(["%f".to_owned(), "%p".to_owned()]).collect::<Vec<_>>().join(" ")
+    }
+}
