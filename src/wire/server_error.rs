@@ -185,8 +185,9 @@ const BY_CLASS: [(&str, Kind); 4] = [
 
 /// Kind and hint. What nobody thought of counts as `unavailable`: worth another try.
 fn judge(error: &ServerError, asked: Asked<'_>) -> (Kind, Option<String>) {
-    if let Some(judged) = judge_by_situation(error, asked) {
-        return (judged.0, Some(judged.1));
+    let judged = judge_identity(error, asked).or_else(|| judge_replication(error, asked));
+    if let Some((kind, hint)) = judged {
+        return (kind, Some(hint));
     }
     if let Some((_, kind, hint)) = BY_CODE.iter().find(|(code, _, _)| error.is(code)) {
         return (*kind, hint.map(str::to_owned));
@@ -195,7 +196,8 @@ fn judge(error: &ServerError, asked: Asked<'_>) -> (Kind, Option<String>) {
     (class.map_or(Kind::Unavailable, |(_, kind)| *kind), None)
 }
 
-fn judge_by_situation(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, String)> {
+/// Refusals of who we are and what we may do.
+fn judge_identity(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, String)> {
     let user = asked.user;
     let physical = asked.session == Session::Physical;
     Some(match (error.sqlstate.as_str(), error.routine.as_str()) {
@@ -238,6 +240,14 @@ fn judge_by_situation(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, St
             Kind::Denied,
             format!("Grant role '{user}' what it lacks; REPLICATION and pg_monitor are enough."),
         ),
+        _ => return None,
+    })
+}
+
+/// Refusals by the state of the server, its settings and its WAL.
+fn judge_replication(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, String)> {
+    let physical = asked.session == Session::Physical;
+    Some(match (error.sqlstate.as_str(), error.routine.as_str()) {
         ("53300", "InitProcess") if physical => (
             Kind::Unavailable,
             "All of max_wal_senders are in use (or it is 0): raise it, with wal_level = replica, \
