@@ -34,7 +34,7 @@ pub struct StoreOptions {
     /// Longest time for one try of a request, body not counted: a body adds one second for every
     /// [`BODY_BYTES_PER_SECOND_MIN`] of it.
     pub attempt_timeout: Duration,
-    /// Longest time for a call with all its tries and pauses.
+    /// No try of a call begins later than this after the first.
     pub overall_timeout: Duration,
     /// Most tries of one call.
     pub attempts_max: u32,

@@ -12,6 +12,7 @@ use aws_config::environment::region::EnvironmentVariableRegionProvider;
 use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::region::ProfileFileRegionProvider;
+use aws_config::provider_config::ProviderConfig;
 use aws_sdk_s3::config::{
     BehaviorVersion, ConfigBag, Credentials, Intercept, Region, RequestChecksumCalculation,
     ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
@@ -56,9 +57,10 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) async fn connect(options: &StoreOptions, clock: &Clock) -> Result<Self> {
+        let http = http_client(options)?;
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http_client(options)?)
-            .region(region(options))
+            .region(region(options, &http))
+            .http_client(http)
             .retry_config(RetryConfig::disabled())
             .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
@@ -105,7 +107,7 @@ fn fixed(credentials: &StaticCredentials) -> Credentials {
 
 /// The region from the options, the environment, the profile, and on AWS the instance. A server that
 /// is not AWS is not asked of an instance's metadata service, which would only take time.
-fn region(options: &StoreOptions) -> RegionProviderChain {
+fn region(options: &StoreOptions, http: &SharedHttpClient) -> RegionProviderChain {
     let mut profile = ProfileFileRegionProvider::builder();
     if let Some(name) = &options.profile {
         profile = profile.profile_name(name);
@@ -114,7 +116,8 @@ fn region(options: &StoreOptions) -> RegionProviderChain {
         .or_else(EnvironmentVariableRegionProvider::new())
         .or_else(profile.build());
     let chain = if options.endpoint.is_none() {
-        chain.or_else(ImdsRegionProvider::builder().build())
+        let provider = ProviderConfig::without_region().with_http_client(http.clone());
+        chain.or_else(ImdsRegionProvider::builder().configure(&provider).build())
     } else {
         chain
     };
@@ -198,4 +201,34 @@ impl Intercept for SkewMeter {
 
 fn half_second_later(time: Timestamp) -> Timestamp {
     time.checked_add(SignedDuration::from_millis(500)).unwrap_or(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The SDK panics when a provider of the chain lacks its client, so every way through is walked.
+    #[tokio::test]
+    async fn clients_for_aws_and_for_others_are_set_up_whatever_is_known() {
+        let keys = || {
+            Some(StaticCredentials {
+                access_key_id: "key".to_owned(),
+                secret_access_key: "secret".to_owned().into(),
+                session_token: None,
+            })
+        };
+        let endpoint = || Some("http://127.0.0.1:9".to_owned());
+        let region = || Some("eu-central-1".to_owned());
+        for options in [
+            StoreOptions { credentials: keys(), ..StoreOptions::default() },
+            StoreOptions { region: region(), ..StoreOptions::default() },
+            StoreOptions { endpoint: endpoint(), ..StoreOptions::default() },
+            StoreOptions { profile: Some("nobody".to_owned()), ..StoreOptions::default() },
+        ] {
+            let client = Client::connect(&options, &Clock::system()).await.unwrap();
+            let region = client.sdk.config().region().map(ToString::to_string).unwrap();
+            assert_eq!(client.tls, options.endpoint.is_none());
+            assert!(options.region.is_none_or(|expected| expected == region));
+        }
+    }
 }

@@ -99,6 +99,15 @@ impl Failure {
         self.is_not_implemented() || refused && (about("checksum") || about("crc"))
     }
 
+    /// The server insists on the header that checksums have replaced.
+    pub(super) fn wants_content_md5(&self) -> bool {
+        let refused = matches!(
+            self.code.as_str(),
+            "MissingContentMD5" | "InvalidRequest" | "InvalidArgument" | "InvalidDigest"
+        );
+        refused && (self.code == "MissingContentMD5" || self.message.contains("MD5"))
+    }
+
     /// The upload was corrupted on its way.
     pub(super) fn is_checksum_mismatch(&self) -> bool {
         matches!(

@@ -45,7 +45,7 @@ mod inspect;
 mod multipart;
 mod upload;
 
-use attempt::{Call, Gate};
+use attempt::{Call, Gate, Tries};
 use client::Client;
 use failure::Failure;
 
@@ -378,8 +378,13 @@ impl S3 {
         }
     }
 
-    async fn read_versioned(&self, name: &ObjectName) -> Result<Option<(Bytes, VersionTag)>> {
-        let call = Call::new(&self.requests.gets).expecting(LEASE_BYTES_MAX);
+    /// The mutable object `name` and its tag.
+    async fn read_mutable(
+        &self,
+        name: &ObjectName,
+        tries: Tries,
+    ) -> Result<Option<(Bytes, VersionTag)>> {
+        let call = Call { tries, ..Call::new(&self.requests.gets).expecting(LEASE_BYTES_MAX) };
         let tried = self.attempt(call, |client| self.get_once(client, name, None)).await?;
         match tried.result {
             Ok(Got::Body(body, tag)) => Ok(Some((body, VersionTag::new(tag)))),
@@ -421,7 +426,7 @@ fn timestamp(time: Option<&DateTime>) -> Timestamp {
 
 fn lacks_bulk_delete(failure: &Failure) -> bool {
     failure.is_not_implemented()
-        || failure.is("MissingContentMD5", 0)
+        || failure.wants_content_md5()
         || failure.is("MethodNotAllowed", 405)
 }
 
@@ -477,7 +482,7 @@ impl Store for Bucket {
     }
 
     async fn read_versioned(&self, name: &ObjectName) -> Result<Option<(Bytes, VersionTag)>> {
-        self.0.read_versioned(name).await
+        self.0.read_mutable(name, Tries::AsConfigured).await
     }
 
     async fn replace_if(

@@ -18,10 +18,12 @@ use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 
-use super::attempt::Call;
+use super::attempt::{Call, Tries};
 use super::client::Client;
 use super::failure::Failure;
-use super::upload::{Algorithm, CONTENT_TYPE, ID_KEY, Owner, Sum, encryption, storage_class};
+use super::upload::{
+    Algorithm, CONTENT_TYPE, ID_KEY, Owner, Sum, encryption, storage_class, tries_after,
+};
 use super::{Found, MapErrFailure, S3, timestamp};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Multipart, ObjectName, PART_NUMBER_MAX, PutOutcome, joined};
@@ -96,9 +98,9 @@ impl Upload {
     }
 
     /// Whose object it is and how long.
-    async fn look(&self) -> Result<(Owner, u64)> {
+    async fn look(&self, tries: Tries) -> Result<(Owner, u64)> {
         let store = &self.store;
-        let call = Call::new(&store.requests.heads);
+        let call = Call { tries, ..Call::new(&store.requests.heads) };
         let tried = store.attempt(call, |client| store.head_once(client, &self.name)).await?;
         let found = tried.or_error(|| store.unable("look at", &self.name))?;
         Ok(match found {
@@ -116,7 +118,7 @@ impl Upload {
             let message = format!("the store said it completed the upload, but {found}");
             Err(Error::new(Kind::Corrupt, message).context(self.store.unable("write", &self.name)))
         };
-        match self.look().await? {
+        match self.look(Tries::AsConfigured).await? {
             (Owner::Us, found) if found == size_bytes => Ok(PutOutcome::Created),
             (Owner::Us, found) => wrong(format!("the object has {found} bytes of {size_bytes}")),
             (Owner::Nobody, _) => wrong("there is no object".to_owned()),
@@ -128,7 +130,7 @@ impl Upload {
     /// The completion failed, or an earlier answer to it was lost.
     async fn resolve(&self, failure: Failure, size_bytes: u64) -> Result<PutOutcome> {
         let taken = failure.is_precondition() || failure.is("NoSuchUpload", 404);
-        let outcome = match self.look().await {
+        let outcome = match self.look(tries_after(&failure)).await {
             Ok((Owner::Us, found)) if found == size_bytes => return Ok(PutOutcome::Created),
             Ok((Owner::Rival | Owner::Us, _)) if taken => Ok(PutOutcome::AlreadyThere),
             _ => Err(failure.into_error(self.store.unable("complete", &self.name))),
@@ -181,8 +183,8 @@ impl Multipart for Upload {
         let tried = self
             .store
             .attempt(call, |client| {
-                let request = with_sum(self.part_request(client, sdk_number), sum.as_ref());
-                send_part(client, request, body.clone())
+                let request = self.part_request(client, sdk_number);
+                send_part(client, request, sum.as_ref(), body.clone())
             })
             .await?;
         let answer =
@@ -313,20 +315,20 @@ fn checksum_type(algorithm: Option<Algorithm>) -> Option<ChecksumType> {
     (algorithm == Some(Algorithm::Crc64Nvme)).then_some(ChecksumType::FullObject)
 }
 
-fn with_sum(request: UploadPartFluentBuilder, sum: Option<&Sum>) -> UploadPartFluentBuilder {
-    match sum {
-        None => request,
-        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
-        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
-    }
-}
-
+/// Sends the request. Over TLS a body with a checksum needs no signature.
 async fn send_part(
     client: &Client,
     request: UploadPartFluentBuilder,
+    sum: Option<&Sum>,
     body: Bytes,
 ) -> std::result::Result<UploadPartOutput, Failure> {
+    let request = match sum {
+        None => request,
+        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
+        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
+    };
     let request = request.body(ByteStream::from(body)).customize();
-    let request = if client.tls { request.disable_payload_signing() } else { request };
+    let unsigned = client.tls && sum.is_some();
+    let request = if unsigned { request.disable_payload_signing() } else { request };
     request.send().await.map_err(Failure::from)
 }

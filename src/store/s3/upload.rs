@@ -11,9 +11,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
-use super::attempt::{Call, Tried};
+use super::attempt::{Call, Tried, Tries};
 use super::client::Client;
-use super::failure::Failure;
+use super::failure::{Failure, Verdict};
 use super::{Found, S3};
 use crate::error::Result;
 use crate::store::{
@@ -70,6 +70,12 @@ pub(super) fn storage_class(options: &StoreOptions) -> Option<StorageClass> {
     options.storage_class.as_deref().map(StorageClass::from)
 }
 
+/// How often to ask what became of an upload that failed so: once, when everything was tried in vain
+/// before.
+pub(super) fn tries_after(failure: &Failure) -> Tries {
+    if failure.verdict() == Verdict::Final { Tries::AsConfigured } else { Tries::Once }
+}
+
 /// Whose object was found under the name.
 pub(super) enum Owner {
     Us,
@@ -122,7 +128,7 @@ impl S3 {
             return Err(failure.into_error(self.unable("write", name)));
         }
         // An answer was lost somewhere on the way: whose object is it?
-        match self.owner(name, &id, &body).await {
+        match self.owner(name, &id, &body, tries_after(&failure)).await {
             Ok(Owner::Us) => Ok(PutOutcome::Created),
             Ok(Owner::Rival) if failure.is_precondition() => Ok(PutOutcome::AlreadyThere),
             _ => Err(failure.into_error(self.unable("write", name))),
@@ -150,7 +156,7 @@ impl S3 {
         if !lost && !failure.is_ambiguous() && !tried.maybe_done_before {
             return Err(failure.into_error(self.unable("replace", name)));
         }
-        match self.read_versioned(name).await {
+        match self.read_mutable(name, tries_after(&failure)).await {
             Ok(Some((found, tag))) if found == body => Ok(Replace::Done(tag)),
             Ok(_) if lost => Ok(Replace::Lost),
             _ => Err(failure.into_error(self.unable("replace", name))),
@@ -185,7 +191,7 @@ impl S3 {
             let tried = self
                 .attempt(call, |client| {
                     let request = self.put_request(client, name, id, condition);
-                    send_put(client, with_sum(request, sum.as_ref()), body.clone())
+                    send_put(client, request, sum.as_ref(), body.clone())
                 })
                 .await?;
             match &tried.result {
@@ -221,8 +227,14 @@ impl S3 {
 
     /// Looks whose object it is: ours carries our id, or, on a server that keeps no metadata, our
     /// bytes, which hold enough random ones to be nobody else's.
-    async fn owner(&self, name: &ObjectName, id: &str, body: &Bytes) -> Result<Owner> {
-        let call = Call::new(&self.requests.heads);
+    async fn owner(
+        &self,
+        name: &ObjectName,
+        id: &str,
+        body: &Bytes,
+        tries: Tries,
+    ) -> Result<Owner> {
+        let call = Call { tries, ..Call::new(&self.requests.heads) };
         let tried = self.attempt(call, |client| self.head_once(client, name)).await?;
         let found = tried.or_error(|| self.unable("look at", name))?;
         Ok(match found {
@@ -245,7 +257,7 @@ impl S3 {
         let tried = self
             .attempt(call, |client| {
                 let request = self.put_request(client, name, &id, &Condition::Absent);
-                send_put(client, with_sum(request, Some(&sum)), body.clone())
+                send_put(client, request, Some(&sum), body.clone())
             })
             .await?;
         Ok(match tried.result {
@@ -256,20 +268,20 @@ impl S3 {
     }
 }
 
-fn with_sum(request: PutObjectFluentBuilder, sum: Option<&Sum>) -> PutObjectFluentBuilder {
-    match sum {
-        None => request,
-        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
-        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
-    }
-}
-
+/// Sends the request. Over TLS a body with a checksum needs no signature.
 async fn send_put(
     client: &Client,
     request: PutObjectFluentBuilder,
+    sum: Option<&Sum>,
     body: Bytes,
 ) -> std::result::Result<PutObjectOutput, Failure> {
+    let request = match sum {
+        None => request,
+        Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
+        Some(Sum { algorithm: Algorithm::Crc64Nvme, value }) => request.checksum_crc64_nvme(value),
+    };
     let request = request.body(ByteStream::from(body)).customize();
-    let request = if client.tls { request.disable_payload_signing() } else { request };
+    let unsigned = client.tls && sum.is_some();
+    let request = if unsigned { request.disable_payload_signing() } else { request };
     request.send().await.map_err(Failure::from)
 }
