@@ -42,7 +42,7 @@ use crate::pipeline::{Pool, PoolOptions, budget};
 
 use super::catalog::Catalog;
 use super::interval::{Interval, WalGap};
-use super::names::BackupId;
+use super::names::{BackupId, Object};
 use super::{Level, Reader, Repository};
 
 /// After so many bad objects the run ends.
@@ -169,6 +169,8 @@ pub struct VerifyReport {
     pub depth: Depth,
     /// Each backup, oldest first.
     pub backups: Vec<BackupReport>,
+    /// Backups without a manifest: being taken, or aborted. No defect.
+    pub incomplete: Vec<BackupId>,
     /// The WAL, by timeline.
     pub wal: Vec<WalReport>,
     /// What can be recovered without any bad object.
@@ -235,6 +237,9 @@ impl fmt::Display for VerifyReport {
                  frames read, {size})"
             )?;
         }
+        for id in &self.incomplete {
+            writeln!(f, "backup {id}: no manifest; it is being taken, or was aborted")?;
+        }
         for wal in &self.wal {
             let WalReport { timeline, extent_count, whole_count, bad_count, plain_bytes } = wal;
             let size = ByteSize::b(*plain_bytes);
@@ -245,8 +250,15 @@ impl fmt::Display for VerifyReport {
             )?;
         }
         for gap in &self.gaps {
-            let why = if gap.expired { "removed by retention" } else { "LOST" };
-            writeln!(f, "WAL {} of timeline {}: {why}", gap.gap.missing, gap.gap.timeline)?;
+            let WalGap { gap, last_commit_before, commit_after, expired } = gap;
+            write!(f, "WAL {} of timeline {}: ", gap.missing, gap.timeline)?;
+            match (expired, last_commit_before, commit_after) {
+                (true, _, _) => writeln!(f, "removed by retention")?,
+                (false, Some(before), Some(after)) => {
+                    writeln!(f, "LOST, with the commits between {before} and {after}")?;
+                }
+                (false, _, _) => writeln!(f, "LOST")?,
+            }
         }
         for defect in &self.defects {
             writeln!(f, "DEFECT {}: {}", defect.object, defect.problem)?;
@@ -293,6 +305,16 @@ pub async fn verify(
     for damaged in &catalog.damaged {
         let defect = Defect::new(&damaged.object, damaged.backup, damaged.problem.clone());
         found.add(&run, defect);
+        if let Some(id) = damaged.backup.filter(|id| wanted(*id)) {
+            found.backups.push(BackupReport { whole: false, ..BackupReport::new(id) });
+        }
+    }
+    for timeline in catalog.unknown_ancestries() {
+        let object = repository.name(&Object::History(timeline))?;
+        if !found.defects.iter().any(|defect| defect.object == object.as_str()) {
+            let problem = "it is missing: where this timeline left which other is not known";
+            found.add(&run, Defect::new(object, None, problem.to_owned()));
+        }
     }
     for backup in chosen {
         if found.is_full() {
@@ -395,6 +417,21 @@ impl Run {
     }
 }
 
+impl BackupReport {
+    fn new(id: BackupId) -> Self {
+        Self {
+            id,
+            whole: true,
+            restorable: false,
+            pack_count: 0,
+            file_count: 0,
+            frame_count: 0,
+            plain_bytes: 0,
+            vanished: false,
+        }
+    }
+}
+
 impl Defect {
     fn new(object: impl fmt::Display, backup: Option<BackupId>, problem: String) -> Self {
         Self {
@@ -435,8 +472,9 @@ impl Found {
         let bad_backups: BTreeSet<BackupId> =
             self.defects.iter().filter_map(|defect| defect.backup).collect();
         let left = loss::left_without(catalog, &bad_backups, &self.bad_extents);
+        let sound = loss::as_if_sound(catalog);
         for defect in self.defects.iter_mut().take(LOSSES_MAX) {
-            defect.lost = loss::of(catalog, defect, run.repository.cluster());
+            defect.lost = loss::of(&sound, defect, run.repository.cluster());
         }
         for report in &mut self.backups {
             let summary = catalog.backups.iter().find(|backup| backup.id() == report.id);
@@ -444,11 +482,13 @@ impl Found {
                 summary.is_some_and(|summary| left.lineage().is_complete(&summary.span()));
         }
         self.defects.sort_by(|a, b| a.object.cmp(&b.object));
+        self.backups.sort_by_key(|backup| backup.id);
         VerifyReport {
             start_time,
             end_time: run.repository.clock().now(),
             depth: run.options.depth,
             backups: self.backups,
+            incomplete: catalog.incomplete.iter().map(|backup| backup.id).collect(),
             wal: self.wal,
             intervals: left.intervals(),
             gaps: left.gaps(),

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
 
 mod cli;
+mod damaged;
 mod golden;
 mod minis3_semantics;
 mod s3_server;

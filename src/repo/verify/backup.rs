@@ -20,16 +20,7 @@ use super::{BackupReport, Defect, FILES_NAMED_MAX, Found, Run};
 /// Checks a backup and adds its verdict to `found`.
 pub(super) async fn check(run: &Run, summary: &BackupSummary, found: &mut Found) -> Result<()> {
     let id = summary.id();
-    let mut report = BackupReport {
-        id,
-        whole: true,
-        restorable: false,
-        pack_count: 0,
-        file_count: 0,
-        frame_count: 0,
-        plain_bytes: 0,
-        vanished: false,
-    };
+    let mut report = BackupReport::new(id);
     let defects_before = found.defects.len();
     let object = run.repository.name(&Object::Manifest(id))?;
     match run.reader.manifest(id).await {

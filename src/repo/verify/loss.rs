@@ -39,6 +39,8 @@ pub enum Loss {
         #[serde(serialize_with = "serialize_range")]
         range: LsnRange,
     },
+    /// Recovery from backups of other timelines towards this one.
+    Descent(TimelineId),
     /// Nothing can be recovered any less.
     Nothing,
 }
@@ -51,7 +53,10 @@ impl fmt::Display for Loss {
                 write!(f, "times from {from} to {until} on timeline {timeline}")
             }
             Loss::Wal { timeline, range } => write!(f, "WAL {range} of timeline {timeline}"),
-            Loss::Nothing => f.write_str("nothing; other objects hold the same"),
+            Loss::Descent(timeline) => {
+                write!(f, "recovery to timeline {timeline} from backups of its ancestors")
+            }
+            Loss::Nothing => f.write_str("nothing: all that could be recovered still can"),
         }
     }
 }
@@ -71,6 +76,15 @@ pub(super) fn left_without(
     left
 }
 
+/// The catalog as it would be if every pack were there: what a missing one costs is then seen.
+pub(super) fn as_if_sound(catalog: &Catalog) -> Catalog {
+    let mut sound = catalog.clone();
+    for backup in &mut sound.backups {
+        backup.objects.bad_packs.clear();
+    }
+    sound
+}
+
 /// What is lost by one defect alone.
 pub(super) fn of(catalog: &Catalog, defect: &Defect, cluster: &ClusterName) -> Vec<Loss> {
     let object = ObjectName::new(defect.object.clone()).ok();
@@ -79,8 +93,12 @@ pub(super) fn of(catalog: &Catalog, defect: &Defect, cluster: &ClusterName) -> V
     let mut extents = BTreeSet::new();
     let mut lost = Vec::new();
     backups.extend(defect.backup);
-    if let Some(Object::Extent(name)) = object {
-        extents.insert(name);
+    match object {
+        Some(Object::Extent(name)) => {
+            extents.insert(name);
+        }
+        Some(Object::History(timeline)) => lost.push(Loss::Descent(timeline)),
+        _ => {}
     }
     let left = left_without(catalog, &backups, &extents);
     let listed = catalog.backups.iter().map(|backup| backup.id());
