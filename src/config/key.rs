@@ -412,14 +412,14 @@ pub const KEYS: &[Key] = &[
     )
     .flag("rate-limit"),
     key(
-        "backup.checksum_failures",
-        Form::Choice(&["warn", "fail"]),
+        "backup.page_checksums",
+        Form::Choice(&["warn", "fail", "ignore"]),
         Group::Backup,
-        "What a page whose checksum is wrong does to a backup: 'warn' marks the backup and keeps it, \
-         'fail' ends it.",
+        "What a page whose checksum is wrong does to a backup. 'warn' marks the backup and keeps it, \
+         'fail' ends it, 'ignore' does not check.",
     )
     .default("warn")
-    .flag("checksum-failures"),
+    .flag("page-checksums"),
     key(
         "retention.keep_days",
         Form::Integer { min: 1, max: 36_500 },

@@ -8,6 +8,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use super::{Config, file};
+use crate::capture::base::PageChecksums;
 use crate::capture::stream::{SlotLife, StreamOptions};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Level;
@@ -268,6 +269,16 @@ impl Config {
         match self.text("backup.checkpoint") {
             Some("spread") => CheckpointMode::Spread,
             _ => CheckpointMode::Fast,
+        }
+    }
+
+    /// What a page whose checksum is wrong does to a backup.
+    #[must_use]
+    pub fn page_checksums(&self) -> PageChecksums {
+        match self.text("backup.page_checksums") {
+            Some("fail") => PageChecksums::Fail,
+            Some("ignore") => PageChecksums::Ignore,
+            _ => PageChecksums::Warn,
         }
     }
 

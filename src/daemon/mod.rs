@@ -1,6 +1,7 @@
 //! The sidecar: everything supervised and scheduled, and the opening moves that every command
 //! shares: the repository, and the keys to write and read it.
 
+pub mod backup;
 pub mod keys;
 pub mod opening;
 pub mod writing;

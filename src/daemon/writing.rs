@@ -38,6 +38,31 @@ async fn repository(config: &Config, clock: &Clock) -> Result<Repository> {
     }
 }
 
+/// A writer that needs no lease of its own: for base backups, whose names no rival can take.
+///
+/// # Errors
+/// What is wrong with settings, server or store.
+pub async fn writer(config: &Config, clock: &Clock) -> Result<(Writer, Option<PathBuf>)> {
+    // What can be wrong with settings alone comes out before anybody is asked.
+    keys::configured(config)?;
+    let repository = repository(config, clock).await?;
+    let seal = keys::seal(config, &repository).await?;
+    Ok((repository.writer(&seal.encryption).await?, seal.made))
+}
+
+/// How the lease is taken; a rival is refused.
+///
+/// # Errors
+/// `config` for a value that is not understood.
+pub fn lease_options(config: &Config, description: &str) -> Result<LeaseOptions> {
+    let mut options = LeaseOptions::new(description);
+    options.ttl = config.interval("lease.ttl")?;
+    if config.accepts_unconditional_store() {
+        options.unconditional_store = UnconditionalStore::Accept;
+    }
+    Ok(options)
+}
+
 impl Writing {
     /// Takes the right to write, as `description`.
     ///
@@ -59,12 +84,8 @@ impl Writing {
             // What can be wrong with settings alone comes out before anybody is asked.
             keys::configured(config)?;
             let repository = repository(config, clock).await?;
-            let mut options = LeaseOptions::new(description);
-            options.ttl = config.interval("lease.ttl")?;
+            let mut options = lease_options(config, description)?;
             options.wait = wait;
-            if config.accepts_unconditional_store() {
-                options.unconditional_store = UnconditionalStore::Accept;
-            }
             let lease = Lease::acquire(&repository, options).await?;
             // Only who may write draws a key: a rival that is refused again and again leaves none.
             let seal = keys::seal(config, &repository).await?;
