@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 const RUNTIME_THREADS: usize = 2;
 
 /// Exit status after a second signal: 128 and SIGINT's number, as shells report it.
-const INTERRUPTED: u8 = 130;
+const INTERRUPTED: i32 = 130;
 
 fn main() -> ExitCode {
     let arguments = std::env::args_os().collect();
@@ -28,26 +28,24 @@ fn main() -> ExitCode {
             return ExitCode::from(tidemark::error::Kind::Unavailable.exit_code());
         }
     };
-    let status = runtime.block_on(async {
-        let stop = CancellationToken::new();
-        // A task of its own: signals are answered whatever the command does with its thread.
-        let command = tokio::spawn(cli::run(arguments, environment, stop.clone()));
-        tokio::select! {
-            status = command => status.unwrap_or(ExitCode::from(tidemark::error::Kind::Bug.exit_code())),
-            () = second_signal(stop) => ExitCode::from(INTERRUPTED),
-        }
-    });
+    let stop = CancellationToken::new();
+    // A task of its own: signals are answered whatever the command does with its thread.
+    runtime.spawn(answer_signals(stop.clone()));
+    let status = runtime.block_on(cli::run(arguments, environment, stop));
+    // What still runs, such as a thread that waits for an answer at the terminal, is left behind.
     runtime.shutdown_background();
     status
 }
 
-/// The first SIGTERM or SIGINT asks the command to end; this returns at the second.
-async fn second_signal(stop: CancellationToken) {
+/// The first SIGTERM or SIGINT asks the command to end, the second ends the process: nothing is lost
+/// by that which a kill -9 would not lose too.
+#[allow(clippy::disallowed_methods, reason = "the process ends here, in main")]
+async fn answer_signals(stop: CancellationToken) {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         // Without handlers of ours the kernel's default ends the process, which is safe at any line.
-        return std::future::pending().await;
+        return;
     };
     let mut next = async || {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
@@ -55,4 +53,5 @@ async fn second_signal(stop: CancellationToken) {
     next().await;
     stop.cancel();
     next().await;
+    std::process::exit(INTERRUPTED);
 }

@@ -1,11 +1,15 @@
 //! `tidemark run`: everything, supervised.
 
 use super::invocation::Invocation;
-use crate::error::{Error, Kind, Result};
+use super::stream;
+use crate::daemon::supervisor::Duties;
+use crate::error::Result;
 
 /// Do everything by schedule: stream WAL, take base backups, expire, compact, sweep.
 ///
-/// This is what runs beside a database as a service. SIGTERM flushes what was received and ends
+/// This is what runs beside a database as a service: the WAL stream, a base backup every
+/// run.backup_interval, and what keeps the repository small. Nothing is deleted unless [retention]
+/// says what to keep. SIGTERM flushes what was received and ends
 /// with status 0.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -14,6 +18,18 @@ pub(super) struct Args {
     pub(super) wait: bool,
 }
 
-pub(super) async fn run(_args: Args, _invocation: Invocation) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "not built yet"))
+pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
+    let config = &invocation.config;
+    let duties = Duties {
+        backup_interval: Some(config.interval("run.backup_interval")?),
+        compaction_interval: Some(config.interval("wal.compaction_interval")?),
+        upkeep_interval: Some(config.interval("run.upkeep_interval")?),
+        retention: config.retention_options()?,
+    };
+    if duties.retention.is_none() {
+        invocation.terminal.remark(
+            "nothing says what to keep ([retention] in the configuration), so nothing is deleted",
+        );
+    }
+    stream::supervise("run", args.wait, duties, &invocation).await
 }

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::invocation::Invocation;
-use super::progress::{Progress, REDRAW_INTERVAL};
+use super::progress::{Meter, Progress, REDRAW_INTERVAL};
 use super::terminal::Terminal;
 use super::words;
-use crate::capture::stream::{self, Phase, Snapshot, Status, Stream};
+use crate::capture::base::{self, BaseBackupPhase};
+use crate::capture::stream::{Phase, Snapshot, Status};
 use crate::clock::Clock;
+use crate::daemon::supervisor::{Duties, Event, Supervisor};
 use crate::daemon::writing::Writing;
 use crate::error::Result;
 use crate::repo::lease::Wait;
@@ -30,23 +32,50 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
-    let Invocation { config, clock, terminal, stop } = &invocation;
-    let options = config.stream_options()?;
+    let interval = invocation.config.interval("wal.compaction_interval")?;
+    let duties = Duties { compaction_interval: Some(interval), ..Duties::default() };
+    supervise("stream", args.wait, duties, &invocation).await
+}
+
+/// Streams, and does what else is to be done, until told to stop.
+pub(super) async fn supervise(
+    description: &str,
+    wait: bool,
+    duties: Duties,
+    invocation: &Invocation,
+) -> Result<()> {
+    let Invocation { config, clock, terminal, stop } = invocation;
+    let slot_name = config.stream_options()?.slot_name;
     let postgres = config.connect_options()?;
-    let wait = if args.wait { Wait::Forever } else { Wait::Refuse };
-    let writing = Writing::begin(config, clock, "stream", wait, stop).await?;
+    let wait = if wait { Wait::Forever } else { Wait::Refuse };
+    let writing = Writing::begin(config, clock, description, wait, stop).await?;
     announce_identity(terminal, writing.identity_made.as_deref());
     terminal.remark(&format!(
-        "streaming {postgres} by slot '{}' into {}, cluster '{}'",
-        options.slot_name,
+        "streaming {postgres} by slot '{slot_name}' into {}, cluster '{}'",
         writing.repository.store().describe(),
         writing.repository.cluster()
     ));
     let status = Arc::new(Status::new());
-    let stream = Stream { options, postgres, writer: writing.writer, status: Arc::clone(&status) };
-    let narrator = tokio::spawn(narrate(Arc::clone(&status), terminal.clone(), clock.clone()));
-    let outcome = stream::run(&stream, &writing.lease, stop).await;
-    writing.lease.release().await;
+    let backup_progress = Arc::new(base::Progress::new());
+    let voice = terminal.clone();
+    let supervisor = Supervisor {
+        writing,
+        duties,
+        status: Arc::clone(&status),
+        backup_progress: Arc::clone(&backup_progress),
+        tell: Arc::new(move |event| match event {
+            Event::Done(text) => voice.remark(&text),
+            Event::Failed(text) => voice.warn(&text),
+        }),
+    };
+    let narrator = Narrator {
+        status: Arc::clone(&status),
+        backup: backup_progress,
+        terminal: terminal.clone(),
+        clock: clock.clone(),
+    };
+    let narrator = tokio::spawn(narrator.narrate());
+    let outcome = supervisor.run(config, clock, stop).await;
     narrator.abort();
     terminal.finish_progress();
     outcome?;
@@ -70,28 +99,44 @@ pub(super) fn announce_identity(terminal: &Terminal, made: Option<&Path>) {
     }
 }
 
-/// Says what the stream does until it is aborted.
-pub(super) async fn narrate(status: Arc<Status>, terminal: Terminal, clock: Clock) {
-    let progress = Progress::begin(&terminal, &clock, PLAIN_INTERVAL);
-    let mut changes = status.subscribe();
-    let mut before = Snapshot::default();
-    loop {
-        let now = status.snapshot();
-        for line in news(&before, &now) {
-            terminal.remark(&line);
+/// Says what the stream, and a base backup beside it, do.
+struct Narrator {
+    status: Arc<Status>,
+    backup: Arc<base::Progress>,
+    terminal: Terminal,
+    clock: Clock,
+}
+
+impl Narrator {
+    /// Until it is aborted.
+    async fn narrate(self) {
+        let Self { status, backup, terminal, clock } = self;
+        let progress = Progress::begin(&terminal, &clock, PLAIN_INTERVAL);
+        let mut before = Snapshot::default();
+        let mut meter = Meter::begin(&clock);
+        loop {
+            let now = status.snapshot();
+            for line in news(&before, &now) {
+                terminal.remark(&line);
+            }
+            for gap in now.gaps.iter().filter(|gap| !before.gaps.contains(gap)) {
+                terminal.warn(&format!(
+                    "WAL {} to {} of timeline {} is lost: {}; take a base backup",
+                    gap.start_lsn, gap.end_lsn, gap.timeline, gap.reason
+                ));
+            }
+            let copying = backup.snapshot();
+            let idle = [BaseBackupPhase::Preparing, BaseBackupPhase::Complete];
+            if idle.contains(&copying.phase) {
+                meter = Meter::begin(&clock);
+                progress.show(|| line(&now, &clock));
+            } else {
+                let copied = super::backup::text(&copying, &meter);
+                progress.show(|| format!("{}; base backup: {copied}", line(&now, &clock)));
+            }
+            before = now;
+            tokio::time::sleep(REDRAW_INTERVAL).await;
         }
-        for gap in now.gaps.iter().skip(before.gaps.len()) {
-            terminal.warn(&format!(
-                "WAL {} to {} of timeline {} is lost: {}; take a base backup",
-                gap.start_lsn, gap.end_lsn, gap.timeline, gap.reason
-            ));
-        }
-        progress.show(|| line(&now, &clock));
-        before = now;
-        if changes.changed().await.is_err() {
-            return;
-        }
-        tokio::time::sleep(REDRAW_INTERVAL).await;
     }
 }
 

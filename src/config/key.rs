@@ -373,6 +373,13 @@ pub const KEYS: &[Key] = &[
     )
     .default("4"),
     key(
+        "wal.compaction_interval",
+        Form::Duration,
+        Group::Stream,
+        "How often small WAL objects of complete segments are merged into large ones.",
+    )
+    .default("10m"),
+    key(
         "wal.stop_grace",
         Form::Duration,
         Group::Stream,
@@ -454,7 +461,7 @@ pub const KEYS: &[Key] = &[
         "run.upkeep_interval",
         Form::Duration,
         Group::Run,
-        "How often 'tidemark run' expires, merges small WAL objects and sweeps what nothing refers to.",
+        "How often 'tidemark run' deletes what retention does not ask for and what aborted backups left.",
     )
     .default("1h")
     .flag("upkeep-interval"),

@@ -4,4 +4,7 @@
 pub mod backup;
 pub mod keys;
 pub mod opening;
+pub mod schedule;
+pub mod supervisor;
+pub mod upkeep;
 pub mod writing;

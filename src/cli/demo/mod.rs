@@ -154,20 +154,10 @@ impl Demo {
         self.step("Back to the moment before it");
         let list = self.tidemark_json(&["list", "--json"]).await?;
         self.tidemark(&["list"]).await?;
-        let restore_began = self.clock.instant();
-        let place = self.home.join("restored");
-        self.account.make_dir(&place)?;
-        let data = place.join("data");
-        let into = data.display().to_string();
-        self.tidemark(&["restore", "--to-time", &truth.time, "--into", &into]).await?;
-        let mut restored = Server::new(self.account, &self.programs, &place, &data);
-        restored.start(&self.clock).await?;
-        let restore_took = restore_began.elapsed();
+        let (found, restore_took) = self.restore(&truth).await?;
 
         self.step("The proof");
-        let found = proof::take(&restored, &self.clock).await;
-        restored.stop().await;
-        let lost = truth.compare(&found?)?;
+        let lost = truth.compare(&found)?;
         self.say(&format!(
             "every row of every table is what it was at {}: {} rows, nothing lost, nothing added",
             truth.time,
@@ -190,6 +180,23 @@ impl Demo {
             "commit_to_durable_seconds": durable_after.as_secs_f64(),
             "newest_durable_commit": list.get("newest_durable_commit"),
         }))
+    }
+
+    /// Restores to the moment of `truth` on another server: what that holds, and how long it took
+    /// until it could be asked.
+    async fn restore(&self, truth: &proof::Proof) -> Result<(proof::Proof, Duration)> {
+        let began = self.clock.instant();
+        let place = self.home.join("restored");
+        self.account.make_dir(&place)?;
+        let data = place.join("data");
+        let into = data.display().to_string();
+        self.tidemark(&["restore", "--to-time", &truth.time, "--into", &into]).await?;
+        let mut server = Server::new(self.account, &self.programs, &place, &data);
+        server.start(&self.clock).await?;
+        let took = began.elapsed();
+        let found = proof::take(&server, &self.clock).await;
+        server.stop().await;
+        Ok((found?, took))
     }
 
     fn step(&self, title: &str) {
@@ -270,7 +277,7 @@ impl Demo {
         let pid = stream.id().and_then(|pid| i32::try_from(pid).ok());
         if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
             // What is gone already needs no signal.
-            drop(rustix::process::kill_process(pid, rustix::process::Signal::TERM));
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
         let ended_in_time = tokio::time::timeout(STOP_MAX, stream.wait()).await;
         let status = ended_in_time

@@ -225,7 +225,7 @@ impl Server {
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok());
         if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
             // What is gone already needs no signal.
-            drop(rustix::process::kill_process(pid, rustix::process::Signal::INT));
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
         }
         if tokio::time::timeout(STOP_MAX, process.wait()).await.is_err() {
             // Its folder is deleted next; nothing in it is worth a clean end.

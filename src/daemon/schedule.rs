@@ -1,0 +1,68 @@
+//! When the sidecar does what: pure decisions about times.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+/// After a failure a backup is tried again so much later, or after its interval when that is shorter.
+const RETRY_PAUSE: Duration = Duration::from_secs(600);
+
+/// What is known about base backups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackupHistory {
+    /// When the newest complete backup began.
+    pub newest_start: Option<Timestamp>,
+    /// When the last attempt failed, if it did.
+    pub failed: Option<Timestamp>,
+    /// WAL was lost after the newest backup: without a new one nothing later can be restored.
+    pub needed_at_once: bool,
+}
+
+/// When the next base backup is due.
+#[must_use]
+pub fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Timestamp {
+    let due = match history.newest_start {
+        Some(start) if !history.needed_at_once => later(start, interval),
+        _ => now,
+    };
+    match history.failed {
+        Some(failed) => due.max(later(failed, RETRY_PAUSE.min(interval))),
+        None => due,
+    }
+}
+
+/// `length` after `time`, or the end of time.
+#[must_use]
+pub fn later(time: Timestamp, length: Duration) -> Timestamp {
+    let length = SignedDuration::try_from(length).unwrap_or(SignedDuration::MAX);
+    time.checked_add(length).unwrap_or(Timestamp::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(seconds).unwrap()
+    }
+
+    #[test]
+    fn the_first_backup_is_due_at_once_and_the_next_an_interval_later() {
+        let mut history = BackupHistory::default();
+        assert_eq!(next_backup(history, DAY, at(500)), at(500));
+        history.newest_start = Some(at(100));
+        assert_eq!(next_backup(history, DAY, at(500)), at(100 + 86_400));
+    }
+
+    #[test]
+    fn lost_wal_makes_a_backup_due_at_once_and_a_failure_makes_it_wait() {
+        let newest_start = Some(at(100));
+        let mut history = BackupHistory { newest_start, failed: None, needed_at_once: true };
+        assert_eq!(next_backup(history, DAY, at(500)), at(500));
+        history.failed = Some(at(490));
+        assert_eq!(next_backup(history, DAY, at(500)), at(490 + 600));
+        assert_eq!(next_backup(history, Duration::from_secs(60), at(500)), at(490 + 60));
+    }
+}
