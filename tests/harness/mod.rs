@@ -6,6 +6,7 @@
 
 pub mod account;
 pub mod postgres;
+pub mod proxy;
 pub mod sidecar;
 pub mod wal_lines;
 
