@@ -11,8 +11,12 @@
 mod harness;
 
 mod base;
+mod kill;
+mod memory;
+mod pitr;
 mod server;
 mod stream;
 mod stream_trouble;
+mod trickle;
 mod wal_oracle;
 mod wire;

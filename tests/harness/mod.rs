@@ -7,9 +7,11 @@
 pub mod account;
 pub mod postgres;
 pub mod proxy;
+pub mod s3;
 pub mod sidecar;
 pub mod wal_lines;
 
 pub use account::Account;
 pub use postgres::{Binaries, Postgres, Settings};
+pub use s3::S3;
 pub use sidecar::Tidemark;
