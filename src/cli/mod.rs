@@ -37,8 +37,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Environment};
 use crate::error::Result;
+use crate::restore::{WAL_GET_FATAL_EXIT, WalGet};
+use End::{Ended, Failed};
 use invocation::Invocation;
 use terminal::{Terminal, When};
+
+/// Exit status of `wal-get` when the repository does not hold the file: recovery ends in good order.
+const WAL_NOT_THERE_EXIT: u8 = 1;
 
 /// Streaming backup and point-in-time recovery for PostgreSQL.
 ///
@@ -140,13 +145,35 @@ pub async fn run(
     environment: Environment,
     stop: CancellationToken,
 ) -> ExitCode {
+    let restores = arguments.get(1).is_some_and(|command| command == "wal-get");
+    match run_command(arguments, environment, stop).await {
+        // PostgreSQL takes a low status of its restore_command for the end of the WAL and would end
+        // recovery too early: whatever went wrong, the command line included, must stop it instead.
+        Failed(_) if restores => ExitCode::from(WAL_GET_FATAL_EXIT),
+        Ended(code) | Failed(code) => code,
+    }
+}
+
+/// How a command ended, as far as the process's exit status goes.
+enum End {
+    Ended(ExitCode),
+    Failed(ExitCode),
+}
+
+async fn run_command(
+    arguments: Vec<OsString>,
+    environment: Environment,
+    stop: CancellationToken,
+) -> End {
     let matches = match grammar().try_get_matches_from(arguments) {
         Ok(matches) => matches,
-        Err(error) => return render::clap_error(&error),
+        // Asking for help is no failure.
+        Err(error) if error.use_stderr() => return Failed(render::clap_error(&error)),
+        Err(error) => return Ended(render::clap_error(&error)),
     };
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
-        Err(error) => return render::clap_error(&error),
+        Err(error) => return Failed(render::clap_error(&error)),
     };
     let json = cli.command.json();
     let terminal = Terminal::new(cli.global.color, cli.global.quiet, json, &environment);
@@ -158,16 +185,16 @@ pub async fn run(
     }
     .await;
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => Ended(code),
         Err(error) => {
             render::error(&error, &terminal);
-            ExitCode::from(error.kind().exit_code())
+            Failed(ExitCode::from(error.kind().exit_code()))
         }
     }
 }
 
-async fn dispatch(command: Command, invocation: Invocation) -> Result<()> {
-    match command {
+async fn dispatch(command: Command, invocation: Invocation) -> Result<ExitCode> {
+    let done = match command {
         Command::Demo(args) => demo::run(args, invocation).await,
         Command::Init(args) => init::run(args, invocation).await,
         Command::Keygen(args) => keygen::run(args, invocation),
@@ -179,11 +206,17 @@ async fn dispatch(command: Command, invocation: Invocation) -> Result<()> {
         Command::List(args) => list::run(args, invocation).await,
         Command::Verify(args) => verify::run(args, invocation).await,
         Command::Expire(args) => expire::run(args, invocation).await,
-        Command::WalGet(args) => wal_get::run(args, invocation).await,
+        Command::WalGet(args) => {
+            return wal_get::run(args, invocation).await.map(|found| match found {
+                WalGet::Found => ExitCode::SUCCESS,
+                WalGet::NotThere => ExitCode::from(WAL_NOT_THERE_EXIT),
+            });
+        }
         Command::Inspect(args) => inspect::run(args, invocation).await,
         Command::Config(args) => config::run(args, invocation),
         Command::Completions(args) => completions::run(args, invocation),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

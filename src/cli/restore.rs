@@ -1,9 +1,31 @@
 //! `tidemark restore`: plan, then files, then recovery.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
+use serde_json::json;
 
 use super::invocation::Invocation;
-use crate::error::{Error, Kind, Result};
+use super::terminal::Terminal;
+use super::{progress, wal_get, words};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::daemon::{keys, opening};
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::TimelineId;
+use crate::repo::{Budget, Catalog, budget::RESTORE_BYTES};
+use crate::restore::run::PREPLACED_BYTES_MAX;
+use crate::restore::time::Reading;
+use crate::restore::{
+    self, Action, Edge, Engine, Options, Owner, Phase, Progress, ProgressNow, Request, Role,
+    TimelineChoice, WalDelivery,
+};
+
+/// How often a plain line says how far the restore is, where there is no terminal.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Bring a cluster back at a chosen moment.
 ///
@@ -76,6 +98,168 @@ pub(super) struct Target {
     pub(super) to_immediate: bool,
 }
 
-pub(super) async fn run(_args: Args, _invocation: Invocation) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "not built yet"))
+pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
+    let Invocation { config, clock, terminal, stop } = &invocation;
+    let into = into_of(&args)?;
+    let request = request_of(&args, config, clock.now())?;
+    let repository = opening::repository(config, clock).await?;
+    let reader = repository.reader(keys::identities(config)?);
+    let catalog = Catalog::load(&repository).await?;
+    let plan = restore::plan(&repository, &reader, &catalog, &request).await?;
+    let zone = config.time_zone()?.unwrap_or_else(TimeZone::system);
+    if args.dry_run {
+        return match args.json {
+            true => terminal.json_line(&json!({ "plan": plan })),
+            false => terminal.data(&plan.render(&zone)),
+        };
+    }
+    let Some(into) = into else {
+        return Err(Error::new(Kind::Usage, "unable to restore: no directory was named")
+            .hint("Name one with --into DIR, or see the plan alone with --dry-run."));
+    };
+    terminal.remark(plan.render(&zone).trim_end());
+    let options = options_of(&args, into, config)?;
+    let progress = Arc::new(Progress::default());
+    let narrator =
+        tokio::spawn(narrate(Arc::clone(&progress), terminal.clone(), invocation.clock.clone()));
+    let outcome = tokio::select! {
+        outcome = restore::run(&plan, &options, &repository, &reader, &progress) => outcome,
+        () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "the restore was stopped").hint(
+            "The directory cannot be started by accident; run the same command again to finish.",
+        )),
+    };
+    narrator.abort();
+    terminal.finish_progress();
+    let report = outcome?;
+    if args.json {
+        return terminal.json_line(&json!({ "plan": plan, "result": report }));
+    }
+    terminal.remark(&format!(
+        "restored {} in {} files into '{}' in {}; start PostgreSQL on it to reach the target",
+        words::bytes(report.plain_bytes),
+        report.file_count,
+        report.into.display(),
+        words::length(SignedDuration::from_millis(i64::try_from(report.elapsed_ms).unwrap_or(0)))
+    ));
+    if report.wal == WalDelivery::OnDemand {
+        terminal.remark(
+            "PostgreSQL will fetch WAL by 'tidemark wal-get': it needs the same credentials in its \
+             environment and must be able to read the identity file",
+        );
+    }
+    Ok(())
+}
+
+/// The directory, absolute; `None` is good enough for a plan.
+fn into_of(args: &Args) -> Result<Option<PathBuf>> {
+    let absolute = |path: &PathBuf| {
+        std::path::absolute(path).context(|| format!("unable to use '{}'", path.display()))
+    };
+    args.into.as_ref().map(absolute).transpose()
+}
+
+/// What the command line asks for.
+fn request_of(args: &Args, config: &Config, now: Timestamp) -> Result<Request> {
+    let edge = if args.exclusive { Edge::Exclusive } else { Edge::Inclusive };
+    let wanted = &args.target;
+    let target = if let Some(text) = &wanted.to_time {
+        let reading = Reading { now, zone: config.time_zone()? };
+        restore::Target::Time { at: restore::time::parse(text, &reading)?, edge }
+    } else if let Some(text) = &wanted.to_lsn {
+        restore::Target::Lsn { at: text.parse()?, edge }
+    } else if let Some(text) = &wanted.to_xid {
+        restore::Target::xid(text, edge)?
+    } else if let Some(name) = &wanted.to_name {
+        restore::Target::name(name)?
+    } else if wanted.to_immediate {
+        restore::Target::Immediate
+    } else {
+        restore::Target::Latest
+    };
+    let edged = matches!(
+        target,
+        restore::Target::Time { .. } | restore::Target::Lsn { .. } | restore::Target::Xid { .. }
+    );
+    if args.exclusive && !edged {
+        return Err(Error::new(Kind::Usage, format!("'--exclusive' means nothing for {target}"))
+            .hint("Use it with --to-time, --to-lsn or --to-xid."));
+    }
+    let backup = args.backup.as_deref().map(str::parse).transpose()?;
+    Ok(Request { target, timeline: timeline_of(args.timeline.as_deref())?, backup })
+}
+
+fn timeline_of(text: Option<&str>) -> Result<TimelineChoice> {
+    match text {
+        None | Some("latest") => Ok(TimelineChoice::Latest),
+        Some("current") => Ok(TimelineChoice::Current),
+        Some(text) => {
+            let number = text.parse().ok().and_then(TimelineId::new);
+            number.map(TimelineChoice::Exactly).ok_or_else(|| {
+                Error::new(Kind::Usage, format!("unable to read '{text}' as a timeline"))
+                    .hint("Write its number as 'tidemark list' shows it, 'latest' or 'current'.")
+            })
+        }
+    }
+}
+
+fn options_of(args: &Args, into: PathBuf, config: &Config) -> Result<Options> {
+    if args.start {
+        return Err(Error::new(Kind::Unsupported, "'--start' is not built yet")
+            .hint("Restore without it, then start PostgreSQL on the directory."));
+    }
+    let action = match args.action.as_str() {
+        "pause" => Action::Pause,
+        "shutdown" => Action::Shutdown,
+        _ => Action::Promote,
+    };
+    let role = match args.as_standby {
+        true => Role::Standby { primary_conninfo: None },
+        false => Role::Primary,
+    };
+    let tablespaces = args.tablespaces.iter().map(|text| text.parse());
+    Ok(Options {
+        into,
+        tablespaces: tablespaces.collect::<Result<_>>()?,
+        action,
+        role,
+        owner: args.owner.as_deref().map(Owner::parse).transpose()?,
+        engine: Engine::Postgres,
+        wal_get_command: wal_get::command_words(config)?,
+        budget: Budget::restore(config.memory_bytes(RESTORE_BYTES)?, config.threads()?),
+        preplaced_bytes_max: PREPLACED_BYTES_MAX,
+    })
+}
+
+/// Says how far the restore is until it is aborted.
+async fn narrate(now: Arc<Progress>, terminal: Terminal, clock: Clock) {
+    let shown = progress::Progress::begin(&terminal, &clock, PLAIN_INTERVAL);
+    let begun = clock.instant();
+    loop {
+        shown.show(|| line(now.now(), clock.instant().saturating_duration_since(begun)));
+        tokio::time::sleep(progress::REDRAW_INTERVAL).await;
+    }
+}
+
+/// How far the restore is, its rate and the time left.
+fn line(now: ProgressNow, elapsed: Duration) -> String {
+    let phase = match now.phase {
+        Phase::Preparing => "preparing",
+        Phase::Files => "files",
+        Phase::Wal => "WAL",
+        Phase::Syncing => "syncing to disk",
+        Phase::Replaying => "PostgreSQL replays",
+        Phase::Done => "done",
+    };
+    if now.total_bytes == 0 {
+        return phase.to_owned();
+    }
+    let rate = now.done_bytes / elapsed.as_secs().max(1);
+    let left = now.total_bytes.saturating_sub(now.done_bytes).checked_div(rate).unwrap_or(0);
+    format!(
+        "{phase}: {} of {}, {} a second, {} left",
+        words::bytes(now.done_bytes),
+        words::bytes(now.total_bytes),
+        words::bytes(rate),
+        words::length(SignedDuration::from_secs(i64::try_from(left).unwrap_or(i64::MAX)))
+    )
 }

@@ -1,9 +1,14 @@
 //! `tidemark wal-get`: PostgreSQL's `restore_command`.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use super::invocation::Invocation;
-use crate::error::{Error, Kind, Result};
+use crate::config::key::{Form, Group};
+use crate::config::{Config, settings::Origin};
+use crate::daemon::{keys, opening};
+use crate::error::{Context, Result};
+use crate::restore::{self, WalGet, WalGetRequest};
 
 /// Fetch one WAL segment or history file: PostgreSQL's restore_command.
 ///
@@ -18,8 +23,83 @@ pub(super) struct Args {
     /// Where to put it, PostgreSQL's %p.
     #[arg(value_name = "PATH", value_hint = clap::ValueHint::FilePath)]
     pub(super) path: PathBuf,
+    /// Fetch this segment and those after it ahead of PostgreSQL; started by wal-get itself.
+    #[arg(long, hide = true)]
+    pub(super) prefetch: bool,
 }
 
-pub(super) async fn run(_args: Args, _invocation: Invocation) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "not built yet"))
+/// What `wal-get` has to say by its exit status.
+pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
+    let Invocation { config, clock, .. } = &invocation;
+    let request = WalGetRequest { name: args.name, path: args.path };
+    let open = async || {
+        let repository = opening::repository(config, clock).await?;
+        let reader = repository.reader(keys::identities(config)?);
+        Ok((repository, reader))
+    };
+    if args.prefetch {
+        let (repository, reader) = open().await?;
+        restore::prefetch(&request, clock, &repository, &reader).await?;
+        return Ok(WalGet::Found);
+    }
+    let words = command_words(config)?;
+    let mut fetcher = words.split_first().map(|(program, words)| {
+        let mut command = Command::new(program);
+        command.args(words);
+        command
+    });
+    if let Some(command) = &mut fetcher {
+        command.arg("--prefetch").arg(&request.name).arg(&request.path);
+    }
+    restore::wal_get(&request, clock, fetcher, open).await
+}
+
+/// The words that run `wal-get` on the repository of `config`, without secrets: those stay in the
+/// configuration file or the environment.
+///
+/// # Errors
+/// When the program's own path cannot be told.
+pub(super) fn command_words(config: &Config) -> Result<Vec<String>> {
+    let program = std::env::current_exe().context(|| "unable to find this program's own path")?;
+    let mut words = vec![program.display().to_string(), "wal-get".to_owned()];
+    let mut file = None;
+    for shown in config.settings.shown() {
+        let (Some(values), Some(flag)) = (shown.value, shown.key.flag) else { continue };
+        let wanted = matches!(shown.key.group, Group::Repository | Group::Opening);
+        match shown.origin {
+            Origin::Line(path, _) => file = Some(path),
+            Origin::Flag(_) | Origin::Variable(_) if wanted && shown.key.form != Form::Secret => {
+                for value in values {
+                    words.push(format!("--{flag}"));
+                    words.push(absolute(shown.key.form, value)?);
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(path) = file {
+        words.push("--config".to_owned());
+        words.push(absolute(Form::Path, path.display().to_string())?);
+    }
+    // Postgres runs it as its own user, whose home is another.
+    let identity = config.identity_file().ok().filter(|path| path.exists());
+    if let (None, Some(path)) = (config.named_identity_file(), identity) {
+        words.push("--identity".to_owned());
+        words.push(absolute(Form::Path, path.display().to_string())?);
+    }
+    Ok(words)
+}
+
+/// Postgres runs it in the data directory: what was relative to ours must not be.
+fn absolute(form: Form, value: String) -> Result<String> {
+    let is_path = match form {
+        Form::Path => true,
+        Form::RepositoryUrl => !value.contains(':'),
+        _ => false,
+    };
+    if !is_path {
+        return Ok(value);
+    }
+    let path = std::path::absolute(&value).context(|| format!("unable to use '{value}'"))?;
+    Ok(path.display().to_string())
 }

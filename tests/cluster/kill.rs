@@ -18,8 +18,10 @@ async fn write(
     stop: Arc<AtomicBool>,
 ) {
     let client = server.client().await;
-    let statement =
-        client.prepare("insert into journal (writer, number, filler) values ($1, $2, $3)").await.unwrap();
+    let statement = client
+        .prepare("insert into journal (writer, number, filler) values ($1, $2, $3)")
+        .await
+        .unwrap();
     let filler = "x".repeat(300);
     let mut number = 0_i64;
     while !stop.load(Ordering::Relaxed) {
@@ -57,7 +59,9 @@ async fn no_acknowledged_commit_is_lost_when_the_sidecar_is_killed_again_and_aga
     let writers: Vec<_> = acknowledged
         .iter()
         .zip(0..)
-        .map(|(last, writer)| tokio::spawn(write(server.clone(), writer, last.clone(), stop.clone())))
+        .map(|(last, writer)| {
+            tokio::spawn(write(server.clone(), writer, last.clone(), stop.clone()))
+        })
         .collect();
     let total = || acknowledged.iter().map(|last| last.load(Ordering::SeqCst)).sum::<i64>();
 
@@ -76,7 +80,11 @@ async fn no_acknowledged_commit_is_lost_when_the_sidecar_is_killed_again_and_aga
     let before = total();
     let deadline = Instant::now() + Duration::from_secs(60);
     while total() < before + 20 {
-        assert!(Instant::now() < deadline, "no commit was acknowledged after the last kill:\n{}", sidecar.log());
+        assert!(
+            Instant::now() < deadline,
+            "no commit was acknowledged after the last kill:\n{}",
+            sidecar.log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     stop.store(true, Ordering::Relaxed);

@@ -53,7 +53,8 @@ fn peak_memory_stays_within_the_stated_limits() {
         std::thread::sleep(Duration::from_millis(100));
     }
     let size = server.psql("select pg_size_pretty(sum(pg_database_size(oid))) from pg_database");
-    let backup = peak_kib(tidemark.command(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]));
+    let backup =
+        peak_kib(tidemark.command(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]));
     let stream_peak = stream.peak_memory_kib();
     assert_eq!(stream.terminate(), Some(0));
     let target = tidemark.new_target("restored");

@@ -195,16 +195,32 @@ fn check(tidemark: &Tidemark, binaries: &Binaries, number: usize, moment: &Momen
     if binaries.has("pg_amcheck") {
         let checked = binaries
             .command("pg_amcheck")
-            .args(["-h", "127.0.0.1", "-U", "postgres", "-p", &restored.port().to_string(), "postgres"])
+            .args([
+                "-h",
+                "127.0.0.1",
+                "-U",
+                "postgres",
+                "-p",
+                &restored.port().to_string(),
+                "postgres",
+            ])
             .output()
             .unwrap();
-        assert!(checked.status.success(), "pg_amcheck: {}", String::from_utf8_lossy(&checked.stdout));
+        assert!(
+            checked.status.success(),
+            "pg_amcheck: {}",
+            String::from_utf8_lossy(&checked.stdout)
+        );
     }
     restored.stop(Stop::Fast);
     if binaries.has("pg_checksums") {
         let checked =
             binaries.command("pg_checksums").args(["--check", "-D"]).arg(&target).output().unwrap();
-        assert!(checked.status.success(), "pg_checksums: {}", String::from_utf8_lossy(&checked.stdout));
+        assert!(
+            checked.status.success(),
+            "pg_checksums: {}",
+            String::from_utf8_lossy(&checked.stdout)
+        );
     }
     std::fs::remove_dir_all(target.parent().unwrap()).unwrap();
 }

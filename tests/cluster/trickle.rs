@@ -14,13 +14,15 @@ fn newest_commit_unix_micros(names: &[String]) -> Option<i64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trickle_of_commits_is_durable_within_seconds_and_silence_costs_nothing() {
-    let seconds: u64 = std::env::var("TIDEMARK_TEST_TRICKLE_SECONDS")
-        .map_or(10, |text| text.parse().unwrap());
-    let silence_seconds: u64 = std::env::var("TIDEMARK_TEST_SILENCE_SECONDS")
-        .map_or(15, |text| text.parse().unwrap());
+    let seconds: u64 =
+        std::env::var("TIDEMARK_TEST_TRICKLE_SECONDS").map_or(10, |text| text.parse().unwrap());
+    let silence_seconds: u64 =
+        std::env::var("TIDEMARK_TEST_SILENCE_SECONDS").map_or(15, |text| text.parse().unwrap());
     let binaries = Binaries::of_this_run();
     let server = Postgres::start(&binaries, &Settings::default());
-    server.psql("create table trickle (id bigserial primary key, at timestamptz default clock_timestamp())");
+    server.psql(
+        "create table trickle (id bigserial primary key, at timestamptz default clock_timestamp())",
+    );
     let s3 = S3::start();
     let tidemark = s3.tidemark("trickle");
     let conninfo = server.conninfo();
