@@ -88,7 +88,8 @@ impl RecordReader {
         self.assembler.is_behind_end()
     }
 
-    /// Timeline of the last page, `None` before the first.
+    /// Timeline of the last page, `None` before the first. The page in which a new timeline begins
+    /// may still name the old one.
     #[must_use]
     pub fn timeline(&self) -> Option<TimelineId> {
         self.assembler.timeline()

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tidemark::pg::backup_manifest::{BackupManifest, ManifestFile};
@@ -521,14 +522,17 @@ fn a_promotion_shows_in_the_wal_and_in_the_history_file() {
     }
     let standby = primary.standby();
     primary.psql("create table t as select generate_series(1, 1000)");
-    let replayed = "select pg_last_wal_replay_lsn() >= ";
     let target = primary.psql("select pg_current_wal_lsn()");
-    while standby.psql(&format!("{replayed} '{target}'")) != "t" {
-        std::thread::sleep(std::time::Duration::from_millis(50));
+    let replayed = format!("select pg_last_wal_replay_lsn() >= '{target}'");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while standby.psql(&replayed) != "t" {
+        assert!(Instant::now() < deadline, "the standby lags:\n{}", standby.log_tail());
+        std::thread::sleep(Duration::from_millis(50));
     }
     primary.stop(Stop::Immediate);
     standby.promote();
-    standby.psql("insert into t values (1)");
+    // Enough for a page of its own: the page of the switch keeps the old timeline in its header.
+    standby.psql("insert into t select generate_series(1, 1000)");
     let xid: u32 = standby
         .psql("select xmin::text from t order by xmin::text::int desc limit 1")
         .parse()

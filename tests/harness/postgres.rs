@@ -185,12 +185,16 @@ impl Postgres {
         let made = self
             .binaries
             .client("pg_basebackup")
-            .args(["-X", "stream", "-R", "-c", "fast", "-d", &self.conninfo(), "-D"])
+            .args(["-X", "stream", "-c", "fast", "-d", &self.conninfo(), "-D"])
             .arg(&server.data)
             .output()
             .unwrap();
         assert!(made.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&made.stderr));
-        server.write_conf(&[]);
+        // Not by `-R`: a newer pg_basebackup writes options that an older server does not know.
+        server.write_conf(&[format!("primary_conninfo = '{}'", self.conninfo())]);
+        let signal = server.data.join("standby.signal");
+        std::fs::write(&signal, "").unwrap();
+        Account::current().give(&signal);
         server.run();
         server
     }
