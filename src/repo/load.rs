@@ -420,3 +420,156 @@ fn middle(repository: &Repository, page: &ListPage, last_start: Lsn, until: Lsn)
     let page_bytes = first.map_or(0, |(_, start)| last_start.saturating_since(start)).max(1);
     Lsn(last_start.0 + page_bytes.saturating_mul(GUESS_PAGES).min(left / 2))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::pg::{PgTime, SystemId};
+    use crate::repo::names::{ExtentName, PackName};
+    use crate::repo::{ClusterName, KeyId};
+    use crate::store::memory::{Call, Memory, Outcome};
+    use crate::store::{PutOutcome, Store};
+
+    async fn scene() -> (Memory, Repository) {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let memory = Memory::new(&clock);
+        let store: Arc<dyn Store> = Arc::new(memory.clone());
+        let cluster = ClusterName::new("main").unwrap();
+        let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+        (memory, repository)
+    }
+
+    fn timeline(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    async fn put(memory: &Memory, repository: &Repository, object: Object) {
+        let name = repository.name(&object).unwrap();
+        let outcome = memory.put_if_absent(&name, Bytes::from_static(b"12345")).await.unwrap();
+        assert_eq!(outcome, PutOutcome::Created);
+    }
+
+    fn extent(number: u32, start: u64, end: u64) -> ExtentName {
+        let range = LsnRange::new(Lsn(start), Lsn(end)).unwrap();
+        let time = Some(PgTime(i64::try_from(start).unwrap()));
+        ExtentName { timeline: timeline(number), range, time }
+    }
+
+    /// Extents of several timelines, thick here and thin there, some far away.
+    async fn put_wal(memory: &Memory, repository: &Repository, count: u64) -> Vec<ExtentName> {
+        let mut names = Vec::new();
+        let regions =
+            [(1, 1 << 24, 10), (1, 1 << 40, 1000), (2, 1 << 41, 7), (9, 1 << 62, 1 << 20)];
+        for (number, base, step) in regions {
+            for index in 0..count / 4 {
+                let start: u64 = base + index * step;
+                names.push(extent(number, start, start + step));
+            }
+        }
+        for name in &names {
+            put(memory, repository, Object::Extent(*name)).await;
+        }
+        names
+    }
+
+    fn listed(catalog: &WalCatalog) -> Vec<ExtentName> {
+        catalog
+            .timelines()
+            .flat_map(|timeline| catalog.extents(timeline).map(|extent| extent.name))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn many_names_are_listed_at_the_same_time_each_once() {
+        let (memory, repository) = scene().await;
+        let names = put_wal(&memory, &repository, 40_000).await;
+        put(&memory, &repository, Object::History(timeline(3))).await;
+        let mut found = Vec::new();
+        let before = memory.requests();
+        let begin = vec![Rest { after: None, scope: Scope::All }];
+        let prefix = repository.cluster().wal_prefix();
+        list_in_parallel(&repository, &prefix, begin, &mut |object| {
+            if let Some(Object::Extent(name)) = Object::parse(repository.cluster(), &object.name) {
+                found.push(name);
+            }
+        })
+        .await
+        .unwrap();
+        let requests = memory.requests().since(&before).lists;
+        assert!(requests < 120, "{requests} requests for 40 pages");
+        found.sort_unstable();
+        assert_eq!(found, names, "all of them, none twice");
+        let catalog = Catalog::load(&repository).await.unwrap();
+        assert_eq!(listed(&catalog.wal), names);
+        assert_eq!(catalog.damaged.len(), 1, "the history is none");
+    }
+
+    #[tokio::test]
+    async fn the_tail_is_found_without_the_past() {
+        let (memory, repository) = scene().await;
+        put_wal(&memory, &repository, 20_000).await;
+        let before = memory.requests();
+        let from = Lsn((1 << 40) + 4_000_000);
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let tail = WalCatalog::load_tail(&repository, timeline(1), from, size).await.unwrap();
+        assert_eq!(tail.contiguous_end(timeline(1), from), Lsn((1 << 40) + 5_000_000));
+        assert!(tail.extents(timeline(1)).all(|e| e.name.range.start() >= size.start_of(from)));
+        assert!(memory.requests().since(&before).lists <= 5);
+    }
+
+    #[tokio::test]
+    async fn packs_without_a_manifest_keys_marks_and_foreign_names_are_told_apart() {
+        let (memory, repository) = scene().await;
+        let id = BackupId::new(repository.clock().now(), timeline(1), Lsn(0x28));
+        for number in [1, 2] {
+            put(&memory, &repository, Object::Pack(PackName { backup: id, number })).await;
+        }
+        put(&memory, &repository, Object::Mark(format!("hold-{id}"))).await;
+        put(&memory, &repository, Object::Key(KeyId([7; 16]))).await;
+        put(&memory, &repository, Object::Mark("what".into())).await;
+        for name in ["main/base/x", "main/wal/x", "main/keys/x"] {
+            let name = ObjectName::new(name).unwrap();
+            memory.put_if_absent(&name, Bytes::new()).await.unwrap();
+        }
+        let catalog = Catalog::load(&repository).await.unwrap();
+        assert_eq!(catalog.incomplete.len(), 1);
+        let objects = &catalog.incomplete[0].objects;
+        assert_eq!((objects.pack_count, objects.stored_bytes), (2, 10));
+        assert_eq!(catalog.marks.holds, [id].into());
+        assert_eq!(catalog.keys.len(), 1);
+        assert_eq!(catalog.foreign_count, 4);
+        assert!(catalog.backups.is_empty() && catalog.damaged.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_store_that_does_not_answer_is_an_error_and_no_empty_catalog() {
+        let (memory, repository) = scene().await;
+        put_wal(&memory, &repository, 8000).await;
+        for call in [Call::List, Call::Read] {
+            memory.fail_next(call, Outcome::FailsBefore);
+            assert!(Catalog::load(&repository).await.unwrap_err().is_transient());
+        }
+        Catalog::load(&repository).await.unwrap();
+    }
+
+    /// By hand: `cargo test --release --lib a_million_names -- --ignored --nocapture`.
+    #[tokio::test]
+    #[ignore = "a million names take a while to make"]
+    async fn a_million_names_make_a_catalog_quickly_and_in_bounds() {
+        let (memory, repository) = scene().await;
+        put_wal(&memory, &repository, 1_000_000).await;
+        let begun = repository.clock().instant();
+        let before = memory.requests();
+        let catalog = Catalog::load(&repository).await.unwrap();
+        let took = repository.clock().instant() - begun;
+        let requests = memory.requests().since(&before).lists;
+        assert_eq!(catalog.wal.extent_count(), 1_000_000);
+        assert!(took.as_secs() < 20, "{took:?}");
+        assert!(requests < 3000, "{requests} requests");
+    }
+}

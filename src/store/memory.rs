@@ -103,6 +103,8 @@ pub enum Outcome {
     FailsAfter,
     /// Rights are missing.
     Denied,
+    /// It is let through: the fault that follows in the script hits a later call.
+    Passes,
 }
 
 impl Memory {
@@ -151,7 +153,7 @@ impl Memory {
                 Err(Error::new(Kind::Denied, "memory store: access denied by a fault"))
             }
             Some(Outcome::FailsAfter) => Ok(Fate::FailsAfter),
-            None => Ok(Fate::Passes),
+            Some(Outcome::Passes) | None => Ok(Fate::Passes),
         }
     }
 

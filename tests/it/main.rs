@@ -4,6 +4,7 @@
 
 mod cli;
 mod damaged;
+mod expire;
 mod golden;
 mod minis3_semantics;
 mod s3_server;

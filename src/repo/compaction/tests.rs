@@ -1,3 +1,5 @@
+//! Joining and deleting, by model over random cuts and with real objects.
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 

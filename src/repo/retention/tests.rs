@@ -1,3 +1,5 @@
+//! The rules one by one, the second check, and both against a model over random repositories.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! What goes, and what saves an object from going.
+
 use std::sync::Arc;
 
 use bytes::Bytes;

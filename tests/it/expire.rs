@@ -1,0 +1,214 @@
+//! Retention carried out on real objects: what stays can be restored whatever fails on the way.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+
+use tidemark::clock::Clock;
+use tidemark::error::Kind;
+use tidemark::pg::{Lsn, PgTime, SegmentSize, SystemId, TimelineId};
+use tidemark::repo::packing::NoInspection;
+use tidemark::repo::retention::{self, DeletionPlan, RetentionOptions};
+use tidemark::repo::verify::{VerifyOptions, verify};
+use tidemark::repo::{
+    BackupId, Budget, Catalog, ClusterName, Encryption, ExtentBuilder, FileMeta, FilePath, Level,
+    ManifestFacts, PackOptions, Repository, Writer, marks,
+};
+use tidemark::store::Store;
+use tidemark::store::memory::{Call, Memory, Outcome};
+
+const PIECE_BYTES: u64 = 64 * 1024;
+const DAYS: i64 = 4;
+
+fn day(day: i64) -> Timestamp {
+    let zero: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+    zero + SignedDuration::from_hours(24 * day)
+}
+
+fn id(number: i64) -> BackupId {
+    let start = u64::try_from(number).unwrap() * PIECE_BYTES * 16;
+    BackupId::new(day(number), TimelineId::FIRST, Lsn(start))
+}
+
+/// A backup a day and a MiB of WAL for each.
+async fn scene() -> (Memory, Repository) {
+    let clock = Clock::simulated(day(DAYS), 1);
+    let memory = Memory::new(&clock);
+    let store: Arc<dyn Store> = Arc::new(memory.clone());
+    let cluster = ClusterName::new("main").unwrap();
+    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    for number in 0..DAYS {
+        for piece in 0..16 {
+            put_wal(&writer, number, piece).await;
+        }
+        put_backup(&writer, number).await;
+    }
+    (memory, repository)
+}
+
+async fn put_wal(writer: &Writer, number: i64, piece: u64) {
+    let start = Lsn(id(number).start_lsn().0 + piece * PIECE_BYTES);
+    let mut builder =
+        ExtentBuilder::new(writer, TimelineId::FIRST, start, Level::default()).unwrap();
+    builder.push(Bytes::from(vec![1; PIECE_BYTES as usize])).unwrap();
+    let time = day(number) + SignedDuration::from_hours(i64::try_from(piece).unwrap());
+    let sealed = builder.finish(Some(PgTime::from_timestamp(time))).unwrap();
+    writer.put_extent(&sealed).await.unwrap();
+}
+
+async fn put_backup(writer: &Writer, number: i64) {
+    let options = PackOptions {
+        budget: Budget::backup(128 << 20, 1, Level::default()),
+        level: Level::default(),
+        pack_bytes: 512 << 20,
+    };
+    let mut backup = writer.backup(id(number), options, Arc::new(NoInspection)).unwrap();
+    let path = FilePath::new("PG_VERSION").unwrap();
+    backup.begin_file(FileMeta { path, mode: 0o600, mtime: 0, size_bytes: 3 }).await.unwrap();
+    backup.write(Bytes::from_static(b"15\n")).await.unwrap();
+    backup.end_file().await.unwrap();
+    let facts = ManifestFacts {
+        postgres_version_num: 150_000,
+        segment_size: SegmentSize::new(1 << 20).unwrap(),
+        end_timeline: TimelineId::FIRST,
+        end_lsn: Lsn(id(number).start_lsn().0 + PIECE_BYTES),
+        start_time: day(number),
+        end_time: day(number) + SignedDuration::from_mins(10),
+        tablespaces: Vec::new(),
+        settings: [].into(),
+    };
+    backup.finish_packs().await.unwrap().commit(facts).await.unwrap();
+}
+
+/// Long after all was written: of the four backups the newest two stay.
+async fn plan(repository: &Repository) -> DeletionPlan {
+    let catalog = Catalog::load(repository).await.unwrap();
+    let options = RetentionOptions { keep_count: Some(2), ..RetentionOptions::default() };
+    retention::plan(&catalog, &options, day(100)).unwrap()
+}
+
+async fn ensure_sound(repository: &Repository) -> Catalog {
+    let reader = repository.reader(vec![]);
+    let report =
+        verify(repository, &reader, &VerifyOptions::new(1), &Arc::default()).await.unwrap();
+    report.ensure_sound().unwrap();
+    let catalog = Catalog::load(repository).await.unwrap();
+    for number in [DAYS - 2, DAYS - 1] {
+        let kept = catalog.backup(id(number)).unwrap();
+        let interval = catalog.interval(kept, TimelineId::FIRST).unwrap();
+        assert_eq!(interval.until_lsn, Lsn(PIECE_BYTES * 16 * 4));
+    }
+    catalog
+}
+
+#[tokio::test]
+async fn what_expires_is_gone_and_what_stays_can_be_restored() {
+    let (memory, repository) = scene().await;
+    let plan = plan(&repository).await;
+    assert_eq!(plan.deleted_ids(), [id(0), id(1)].into());
+    // All WAL is young by the store's clock, which keeps it: the plan says so by leaving it.
+    assert!(plan.wal.is_empty());
+    let report = retention::apply(&repository, &plan).await.unwrap();
+    assert_eq!((report.backups.len(), report.object_count), (2, 4));
+    let catalog = ensure_sound(&repository).await;
+    assert_eq!(catalog.backups.len(), 2);
+    assert!(catalog.incomplete.is_empty());
+    assert!(retention::apply(&repository, &plan).await.is_err(), "a plan is for once");
+    assert!(memory.list_all("main/base/").await.unwrap().len() == 4);
+}
+
+/// The same with WAL: without a young object to protect it, everything before the window goes.
+#[tokio::test]
+async fn wal_before_the_window_goes_and_its_hole_is_no_loss() {
+    let (_, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let options =
+        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
+    marks::hold(&repository, id(0), "quarter").await.unwrap();
+    // The hold is not in the catalog that was loaded before it: the plan must be made anew.
+    let stale = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert!(stale.deleted_ids().contains(&id(0)));
+    let error = retention::apply(&repository, &stale).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.message().contains("is held"), "{error}");
+
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert_eq!(plan.deleted_ids(), [id(1), id(2)].into());
+    assert_eq!(plan.wal[0].extent_count, 15 + 16 + 16);
+    let report = retention::apply(&repository, &plan).await.unwrap();
+    assert_eq!(report.extent_count, 47);
+    let catalog = Catalog::load(&repository).await.unwrap();
+    assert_eq!(catalog.backups.len(), 2);
+    assert!(catalog.backups.iter().all(|backup| catalog.is_restorable(backup)));
+    let gaps = catalog.gaps();
+    assert_eq!(gaps.len(), 1);
+    assert!(gaps[0].expired, "{gaps:?}");
+
+    // Released, the old one and its piece of WAL go too, and the old mark with them.
+    marks::release(&repository, id(0)).await.unwrap();
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert_eq!(plan.deleted_ids(), [id(0)].into());
+    retention::apply(&repository, &plan).await.unwrap();
+    let catalog = Catalog::load(&repository).await.unwrap();
+    assert!(catalog.gaps().is_empty());
+    assert_eq!(catalog.wal.extent_count(), 16);
+}
+
+#[tokio::test]
+async fn a_run_that_dies_anywhere_is_finished_by_the_next() {
+    for outcome in [Outcome::FailsBefore, Outcome::FailsAfter] {
+        for failing_call in 1..=4 {
+            let (memory, repository) = scene().await;
+            let plan_before = plan(&repository).await;
+            // The probe deletes what it tried with; the failure comes only after it.
+            let deletes = deletes_of_probe(&memory, &repository).await + failing_call;
+            fail_nth_delete(&memory, deletes, outcome);
+            let error = retention::apply(&repository, &plan_before).await.unwrap_err();
+            assert!(error.is_transient(), "{error}");
+            let catalog = Catalog::load(&repository).await.unwrap();
+            for backup in &catalog.backups {
+                assert!(backup.has_all_packs(), "a listed backup is whole");
+            }
+            ensure_sound(&repository).await;
+            let plan_after = plan(&repository).await;
+            retention::apply(&repository, &plan_after).await.unwrap();
+            let catalog = ensure_sound(&repository).await;
+            assert_eq!(catalog.backups.len(), 2);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_locked_stays_and_so_does_all_wal() {
+    let (memory, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let options =
+        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert!(!plan.wal.is_empty());
+    let deletes = deletes_of_probe(&memory, &repository).await + 1;
+    fail_nth_delete(&memory, deletes, Outcome::Denied);
+    let report = retention::apply(&repository, &plan).await.unwrap();
+    assert_eq!(report.refused.len(), 1);
+    assert_eq!((report.backups.len(), report.extent_count), (2, 0));
+    let catalog = Catalog::load(&repository).await.unwrap();
+    assert_eq!(catalog.backups.len(), 2);
+    assert!(catalog.backups.iter().all(|backup| catalog.is_restorable(backup)));
+}
+
+async fn deletes_of_probe(memory: &Memory, repository: &Repository) -> u64 {
+    let before = memory.requests();
+    repository.store().probe().await.unwrap();
+    memory.requests().since(&before).deletes
+}
+
+fn fail_nth_delete(memory: &Memory, number: u64, outcome: Outcome) {
+    for _ in 1..number {
+        memory.fail_next(Call::Delete, Outcome::Passes);
+    }
+    memory.fail_next(Call::Delete, outcome);
+}
