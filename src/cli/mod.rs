@@ -145,7 +145,7 @@ pub async fn run(
     environment: Environment,
     stop: CancellationToken,
 ) -> ExitCode {
-    let restores = arguments.get(1).is_some_and(|command| command == "wal-get");
+    let restores = arguments.iter().any(|word| word == "wal-get");
     match run_command(arguments, environment, stop).await {
         // PostgreSQL takes a low status of its restore_command for the end of the WAL and would end
         // recovery too early: whatever went wrong, the command line included, must stop it instead.

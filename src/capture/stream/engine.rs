@@ -170,6 +170,8 @@ impl<'a> Engine<'a> {
         }
         let mut guard = self.lease.guard();
         tokio::select! {
+            // First the request to stop: a server that refuses at once would win half of the draws.
+            biased;
             () = cancel.cancelled() => self.stop_without_server().await,
             error = guard.lost() => Ok(SessionEnd::Refused(error)),
             met = self.meet() => match met? {

@@ -28,8 +28,11 @@ const WORKLOAD: Duration = Duration::from_secs(6);
 /// How long the stream may take to stop.
 const STOP_MAX: Duration = Duration::from_secs(30);
 
-/// How long to wait for the WAL of the accident to be durable.
+/// How long to wait for the stream to begin, and for the WAL of the accident to be durable.
 const DURABLE_MAX: Duration = Duration::from_secs(60);
+
+/// How often to look whether it has.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Show the main job on a throwaway PostgreSQL: backup, streaming, an accident, and the way back.
 ///
@@ -126,6 +129,7 @@ impl Demo {
 
         self.step("Stream every byte of its WAL, encrypted, into a repository");
         let mut stream = self.spawn(&["stream", "--postgres", &server.url()])?;
+        self.wait_streaming(&server, &mut stream).await?;
         self.step("Take a base backup while it runs");
         let backup_began = self.clock.instant();
         self.tidemark(&["backup", "--postgres", &server.url()]).await?;
@@ -143,8 +147,8 @@ impl Demo {
             self.say(line);
         }
         let durable_after = self.wait_durable(&accident).await?;
-        server.stop().await;
         self.end(&mut stream).await?;
+        server.stop().await;
         self.say(&format!(
             "the accident itself was durable in the repository {} after it was committed; \
              the server is gone now",
@@ -239,28 +243,28 @@ impl Demo {
     /// Runs a command to its end, its words going where ours go.
     async fn tidemark(&self, arguments: &[&str]) -> Result<()> {
         self.show(arguments);
-        let output = self
-            .command(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .output()
-            .await
-            .context(|| "unable to run tidemark")?;
-        self.terminal.remark(String::from_utf8_lossy(&output.stdout).trim_end());
-        ended(arguments, output.status)
+        let printed = self.output(arguments).await?;
+        let printed = String::from_utf8_lossy(&printed);
+        if !printed.trim().is_empty() {
+            self.terminal.remark(printed.trim_end());
+        }
+        Ok(())
     }
 
     async fn tidemark_json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
-        let output = self
-            .command(arguments)
-            .stderr(Stdio::inherit())
-            .output()
-            .await
-            .context(|| "unable to run tidemark")?;
-        ended(arguments, output.status)?;
-        serde_json::from_slice(&output.stdout).map_err(|error| {
+        serde_json::from_slice(&self.output(arguments).await?).map_err(|error| {
             Error::new(Kind::Bug, format!("unable to read what 'tidemark list' printed: {error}"))
         })
+    }
+
+    /// What a command that succeeds prints.
+    async fn output(&self, arguments: &[&str]) -> Result<Vec<u8>> {
+        let attempted = || "unable to run tidemark";
+        let mut command = self.command(arguments);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn();
+        let output = child.context(attempted)?.wait_with_output().await.context(attempted)?;
+        ended(arguments, output.status)?;
+        Ok(output.stdout)
     }
 
     fn spawn(&self, arguments: &[&str]) -> Result<Child> {
@@ -285,6 +289,22 @@ impl Demo {
         ended(&["stream"], status.context(|| "unable to wait for the stream")?)
     }
 
+    /// Waits until the stream has its slot, so that what it says about the new identity comes first.
+    async fn wait_streaming(&self, server: &Server, stream: &mut Child) -> Result<()> {
+        let deadline = self.clock.instant() + DURABLE_MAX;
+        let streaming = "SELECT count(*) FROM pg_replication_slots WHERE active";
+        while server.ask(&self.clock, streaming).await?.text(0)? == "0" {
+            if let Some(status) = stream.try_wait().context(|| "unable to look at the stream")? {
+                return ended(&["stream"], status);
+            }
+            if self.clock.instant() > deadline {
+                return Err(Error::new(Kind::Unavailable, "the stream did not begin"));
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+        Ok(())
+    }
+
     /// Waits until the accident is in the repository; how long after its commit that was.
     async fn wait_durable(&self, accident: &workload::Accident) -> Result<SignedDuration> {
         let deadline = self.clock.instant() + DURABLE_MAX;
@@ -301,7 +321,7 @@ impl Demo {
                     "the accident's WAL never became durable",
                 ));
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
 }

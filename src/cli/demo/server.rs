@@ -211,7 +211,9 @@ impl Server {
     /// A connection for SQL.
     pub(super) async fn connect(&self, clock: &Clock) -> Result<Connection> {
         let options = ConnectOptions::parse(&self.url(), &|_| None)?;
-        Connection::connect(&options, Session::Database, clock).await
+        let mut connection = Connection::connect(&options, Session::Database, clock).await?;
+        connection.query("SET search_path = public").await?;
+        Ok(connection)
     }
 
     /// The one row that a query answers.
