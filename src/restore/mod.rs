@@ -36,7 +36,8 @@ pub use settings::{Action, Stop};
 pub use target::{Edge, Target, TimelineChoice};
 
 use crate::error::Result;
-use crate::pg::LsnRange;
+use crate::pg::timeline::PathPart;
+use crate::pg::{LsnRange, TimelineHistory, TimelineId};
 use crate::repo::{BackupSummary, Catalog, Reader, Repository};
 
 use chain::Piece;
@@ -137,6 +138,15 @@ fn plan_of(
         expected_s: Plan::estimate_s(manifest.plain_bytes, wal_bytes),
         notes: resolved.notes,
         pieces,
+        path: path_of(catalog, resolved.timeline),
+        histories: catalog.histories.keys().copied().collect(),
+    }
+}
+
+fn path_of(catalog: &Catalog, timeline: TimelineId) -> Vec<PathPart> {
+    match catalog.histories.get(&timeline) {
+        Some(history) => history.path(),
+        None => TimelineHistory::first_timeline_only(timeline).path(),
     }
 }
 

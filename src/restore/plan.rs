@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
 
+use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, PgTime, SegmentSize, SystemId, TimelineId};
 use crate::repo::names::BackupId;
 
@@ -127,6 +128,12 @@ pub struct Plan {
     /// The extents behind `wal`.
     #[serde(skip)]
     pub(crate) pieces: Vec<Piece>,
+    /// The way to `timeline`.
+    #[serde(skip)]
+    pub(crate) path: Vec<PathPart>,
+    /// Timelines with a history file.
+    #[serde(skip)]
+    pub(crate) histories: Vec<TimelineId>,
 }
 
 impl Plan {

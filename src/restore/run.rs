@@ -12,8 +12,8 @@ use serde::Serialize;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SystemId, TimelineHistory};
-use crate::repo::{BackupId, Budget, Catalog, Manifest, Reader, Repository};
+use crate::pg::{Lsn, LsnRange, SystemId};
+use crate::repo::{BackupId, Budget, Manifest, Reader, Repository};
 
 use super::chain::Piece;
 use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
@@ -146,10 +146,9 @@ pub async fn run(
         files::restore(reader, &manifest, &directory, &places, &options.budget, progress).await?;
     let control = check_control(&restored.control, plan)?;
 
-    let catalog_histories = histories(repository).await?;
     let delivery = Delivery { plan, options, repository, reader, directory: &directory, progress };
-    delivery.place_histories(&catalog_histories).await?;
-    let (wal, segment_count) = delivery.place_wal(&catalog_histories).await?;
+    delivery.place_histories().await?;
+    let (wal, segment_count) = delivery.place_wal().await?;
     delivery.write_settings(wal, &control)?;
 
     progress.begin(Phase::Syncing, 0);
@@ -235,12 +234,6 @@ fn check_control(bytes: &[u8], plan: &Plan) -> Result<ControlFile> {
     Ok(control)
 }
 
-/// Every timeline history that the repository holds.
-async fn histories(repository: &Repository) -> Result<Vec<TimelineHistory>> {
-    let catalog = Catalog::load(repository).await?;
-    Ok(catalog.histories.into_values().collect())
-}
-
 /// 0700, or 0750 when the cluster allows its group to read: what PostgreSQL accepts.
 fn set_directory_mode(directory: &Directory) -> Result<()> {
     let version_file = directory.path().join("PG_VERSION");
@@ -302,13 +295,13 @@ impl Delivery<'_> {
 
     /// Puts every history file into `pg_wal`: PostgreSQL learns the path to its timeline from them, and
     /// takes for the new timeline a number that no history has (`findNewestTimeLine`).
-    async fn place_histories(&self, histories: &[TimelineHistory]) -> Result<()> {
+    async fn place_histories(&self) -> Result<()> {
         let wal = self.wal_directory();
         self.make_folder(&wal)?;
         self.make_folder(&wal.join("archive_status"))?;
-        for history in histories {
-            let content = self.repository.history_file(history.timeline).await?;
-            let name = history.timeline.history_file_name();
+        for timeline in &self.plan.histories {
+            let content = self.repository.history_file(*timeline).await?;
+            let name = timeline.history_file_name();
             self.write(&wal.join(&name), &content)?;
             self.mark_archived(&name)?;
         }
@@ -316,7 +309,7 @@ impl Delivery<'_> {
     }
 
     /// Places WAL, all of it when it is little, or prepares for handing it over.
-    async fn place_wal(&self, histories: &[TimelineHistory]) -> Result<(WalDelivery, u64)> {
+    async fn place_wal(&self) -> Result<(WalDelivery, u64)> {
         let plan = self.plan;
         let is_standby = matches!(self.options.role, Role::Standby { .. });
         let all = plan.wal_bytes() <= self.options.preplaced_bytes_max;
@@ -338,11 +331,7 @@ impl Delivery<'_> {
         if all {
             return Ok((WalDelivery::InPlace, count));
         }
-        let path = histories.iter().find(|history| history.timeline == plan.timeline).map_or_else(
-            || TimelineHistory::first_timeline_only(plan.timeline).path(),
-            TimelineHistory::path,
-        );
-        self.prepare_hand_over(&path, placed_end)?;
+        self.prepare_hand_over(&plan.path, placed_end)?;
         Ok((WalDelivery::OnDemand, count))
     }
 
