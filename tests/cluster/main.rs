@@ -14,6 +14,7 @@ mod base;
 mod kill;
 mod memory;
 mod pitr;
+mod restore;
 mod server;
 mod stream;
 mod stream_trouble;

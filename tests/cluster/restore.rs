@@ -1,0 +1,321 @@
+//! Restores of real clusters: to every kind of target, and what must be true of the directory.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark::capture::base::{self, Base, BaseOptions, PageChecksums, WalStreaming};
+use tidemark::error::Kind;
+use tidemark::pipeline::budget::RESTORE_BYTES;
+use tidemark::pipeline::{Budget, Level};
+use tidemark::repo::{BackupId, PackOptions};
+use tidemark::restore::{
+    self, Action, Edge, Engine, Options, Owner, Plan, Progress, Request, RestoreReport, Role, Stop,
+    Target, TimelineChoice, WalDelivery,
+};
+use tidemark::wire::CheckpointMode;
+use tokio_util::sync::CancellationToken;
+
+use super::stream::{Place, Running, connect_options, settings, wal_end};
+use crate::harness::postgres::Stop as StopServer;
+use crate::harness::{Account, Binaries, Postgres};
+
+async fn back_up(place: &Place, server: &Postgres, running: &Running) -> BackupId {
+    let base = Base {
+        options: BaseOptions {
+            label: "restore".into(),
+            checkpoint: CheckpointMode::Fast,
+            rate_max_kib: None,
+            page_checksums: PageChecksums::Fail,
+            pack: PackOptions {
+                budget: Budget::backup(128 << 20, 2, Level::default()),
+                level: Level::default(),
+                pack_bytes: 8 << 20,
+            },
+            wal_stall_max: Duration::from_secs(60),
+        },
+        postgres: connect_options(server),
+        writer: place.writer.clone(),
+        wal: WalStreaming::InThisProcess(Arc::clone(&running.status)),
+        progress: Arc::new(base::Progress::new()),
+    };
+    base::backup(&base, &CancellationToken::new()).await.unwrap().manifest.public.id
+}
+
+/// A commit as the server knew it.
+struct Commit {
+    row: u32,
+    xid: String,
+    time: jiff::Timestamp,
+    /// Position after it.
+    end: tidemark::pg::Lsn,
+}
+
+fn insert(server: &Postgres, row: u32) -> Commit {
+    let xid = server.psql(&format!("insert into t values ({row}) returning xmin"));
+    let end = wal_end(server);
+    let time =
+        server.psql(&format!("select pg_xact_commit_timestamp(xmin) from t where id = {row}"));
+    Commit { row, xid, time: time.replace(' ', "T").parse().unwrap(), end }
+}
+
+fn options(into: &Path) -> Options {
+    Options {
+        into: into.to_path_buf(),
+        tablespaces: Vec::new(),
+        action: Action::Promote,
+        role: Role::Primary,
+        owner: Account::current().ids().map(|(uid, gid)| Owner { uid, gid }),
+        engine: Engine::Postgres,
+        wal_get_command: vec!["/bin/false".into()],
+        budget: Budget::restore(RESTORE_BYTES, 2),
+        preplaced_bytes_max: restore::run::PREPLACED_BYTES_MAX,
+    }
+}
+
+async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
+    let reader = place.repository.reader(Vec::new());
+    restore::plan(&place.repository, &reader, &place.catalog().await, request).await
+}
+
+async fn run(
+    place: &Place,
+    plan: &Plan,
+    options: &Options,
+) -> tidemark::error::Result<RestoreReport> {
+    let reader = place.repository.reader(Vec::new());
+    let progress = Arc::new(Progress::default());
+    restore::run(plan, options, &place.repository, &reader, &progress).await
+}
+
+fn request(target: Target) -> Request {
+    Request { target, ..Request::default() }
+}
+
+/// A folder for a restore, with room beside it.
+struct Folder {
+    home: tempfile::TempDir,
+}
+
+impl Folder {
+    fn new() -> Self {
+        Self { home: Account::current().temp_dir("restore") }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.home.path().join("data")
+    }
+}
+
+fn verify_backup(binaries: &Binaries, data: &Path) {
+    let verified = binaries.client("pg_verifybackup").arg(data).output().unwrap();
+    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+    assert!(verified.status.success(), "pg_verifybackup: {said}");
+}
+
+/// The ids in the table of a restored cluster, which is started and stopped for it.
+fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
+    let restored = Postgres::adopt(binaries, data);
+    restored.run();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while restored.psql("select pg_is_in_recovery()") == "t" {
+        assert!(std::time::Instant::now() < deadline, "{}", restored.log_tail());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let rows = restored.psql("select id from t order by id");
+    restored.stop(StopServer::Fast);
+    rows.lines().map(|line| line.parse().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_target_ends_at_exactly_that_commit() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings().conf("track_commit_timestamp = on"));
+    let space = Account::current().make_dir(server.home(), "space");
+    server.psql(&format!("create tablespace side location '{}'", space.display()));
+    server.psql("create table t (id int)");
+    server.psql("create table far tablespace side as select repeat(md5(g::text), 50) from generate_series(1, 5000) g");
+    insert(&server, 1);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(&place, &server, &running).await;
+
+    let mut commits = Vec::new();
+    for row in 2..7 {
+        commits.push(insert(&server, row));
+        server.psql(&format!("select pg_create_restore_point('after {row}')"));
+        server.psql("begin; insert into t values (1000); rollback");
+        server.psql("insert into far select repeat('x', 1000) from generate_series(1, 500)");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+
+    let third = &commits[2];
+    assert_eq!(third.row, 4);
+    let between = third.time.checked_add(jiff::SignedDuration::from_millis(3)).unwrap();
+    let cases = [
+        (Target::Time { at: between, edge: Edge::Inclusive }, 4),
+        (Target::Time { at: third.time, edge: Edge::Inclusive }, 4),
+        (Target::Time { at: third.time, edge: Edge::Exclusive }, 3),
+        (Target::Lsn { at: third.end, edge: Edge::Exclusive }, 4),
+        (Target::xid(&third.xid, Edge::Inclusive).unwrap(), 4),
+        (Target::xid(&third.xid, Edge::Exclusive).unwrap(), 3),
+        (Target::name("after 5").unwrap(), 5),
+        (Target::Immediate, 1),
+        (Target::Latest, 6),
+    ];
+    for (target, last) in cases {
+        let planned = plan(&place, &request(target.clone())).await.unwrap();
+        println!("{}", planned.render(&jiff::tz::TimeZone::UTC));
+        let folder = Folder::new();
+        let side = folder.home.path().join("side");
+        let mut options = options(&folder.data());
+        let moved = format!("{}={}", space.display(), side.display());
+        options.tablespaces = vec![moved.parse().unwrap()];
+        let report = run(&place, &planned, &options).await.unwrap();
+        assert_eq!(report.wal, WalDelivery::InPlace);
+        verify_backup(&binaries, &folder.data());
+        assert_eq!(rows(&binaries, &folder.data()), (1..=last).collect::<Vec<_>>(), "{target}");
+        assert!(side.read_dir().unwrap().next().is_some());
+        let checked = binaries
+            .client("pg_checksums")
+            .arg("-c")
+            .arg("-D")
+            .arg(folder.data())
+            .output()
+            .unwrap();
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn actions_are_obeyed_at_the_end_of_the_wal_too() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(&place, &server, &running).await;
+    server.psql("insert into t values (1)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    let planned = plan(&place, &request(Target::Latest)).await.unwrap();
+    assert_eq!(planned.stop, Stop::EndOfWal);
+
+    let folder = Folder::new();
+    let paused = Options { action: Action::Pause, ..options(&folder.data()) };
+    run(&place, &planned, &paused).await.unwrap();
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    restored.run();
+    assert_eq!(restored.psql("select count(*) from t"), "1");
+    assert_eq!(restored.psql("select pg_is_in_recovery(), pg_is_wal_replay_paused()"), "t|t");
+    drop(restored);
+
+    let folder = Folder::new();
+    let stopped = Options { action: Action::Shutdown, ..options(&folder.data()) };
+    run(&place, &planned, &stopped).await.unwrap();
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    assert!(!restored.try_run());
+    assert!(restored.log().contains("shutdown at recovery target"), "{}", restored.log_tail());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_cluster_never_reuses_a_timeline_of_the_repository() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(&place, &server, &running).await;
+    server.psql("insert into t values (1)");
+    server.psql("select pg_create_restore_point('one')");
+    let standby = server.standby();
+    server.psql("insert into t values (2)");
+    let end = wal_end(&server);
+    while standby.psql("select pg_last_wal_replay_lsn()").parse::<tidemark::pg::Lsn>().unwrap()
+        < end
+    {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    running.status.wait_durable(end).await.unwrap();
+    server.stop(StopServer::Fast);
+    running.stop().await.unwrap();
+    standby.promote();
+    standby.psql("insert into t values (3)");
+    let running = Running::start(place.stream(&standby)).await;
+    running.streaming().await;
+    running.status.wait_durable(wal_end(&standby)).await.unwrap();
+    running.stop().await.unwrap();
+
+    let latest = plan(&place, &request(Target::Latest)).await.unwrap();
+    assert_eq!(latest.timeline.get(), 2);
+    let folder = Folder::new();
+    run(&place, &latest, &options(&folder.data())).await.unwrap();
+    assert_eq!(rows(&binaries, &folder.data()), [1, 2, 3]);
+    assert!(folder.data().join("pg_wal/00000003.history").exists());
+
+    // Before the promotion: the stop lies on timeline 1, yet the new one is 3.
+    let point = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
+    assert_eq!(point.timeline.get(), 1);
+    let folder = Folder::new();
+    run(&place, &point, &options(&folder.data())).await.unwrap();
+    assert_eq!(rows(&binaries, &folder.data()), [1]);
+    assert!(folder.data().join("pg_wal/00000003.history").exists());
+    let timeline = TimelineChoice::Exactly(tidemark::pg::TimelineId::FIRST);
+    let old = plan(&place, &Request { timeline, ..Request::default() }).await.unwrap();
+    assert_eq!((old.timeline.get(), old.stop), (1, Stop::EndOfWal));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_finished_does_not_start_and_can_be_run_again() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    insert_plain(&server);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(&place, &server, &running).await;
+    running.stop().await.unwrap();
+    let planned = plan(&place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    let options = options(&folder.data());
+
+    place.set_down(true);
+    let error = run(&place, &planned, &options).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    place.set_down(false);
+    // Interrupted in the middle: the future is dropped when some files are there.
+    let mut restore = Box::pin(run(&place, &planned, &options));
+    let marker = folder.data().join("tidemark.restoring");
+    loop {
+        tokio::select! {
+            _ = &mut restore => break,
+            () = tokio::time::sleep(Duration::from_millis(1)) => {
+                if folder.data().join("base").exists() { break; }
+            }
+        }
+    }
+    drop(restore);
+    if marker.exists() {
+        assert!(!folder.data().join("global/pg_control").exists());
+        let mut postgres: Command = binaries.command("postgres");
+        let said = postgres.arg("-D").arg(folder.data()).output().unwrap();
+        assert!(!said.status.success());
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        run(&place, &planned, &options).await.unwrap();
+    }
+    assert!(!marker.exists());
+    assert_eq!(rows(&binaries, &folder.data()), [1]);
+    let error = run(&place, &planned, &options).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+}
+
+fn insert_plain(server: &Postgres) {
+    server.psql("insert into t values (1)");
+}
