@@ -19,6 +19,7 @@ use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, Time
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
 use super::chain::Chain;
+use super::directory::Owner;
 use super::handover::{Folder, Settings};
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
@@ -193,7 +194,8 @@ pub async fn prefetch(
     let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
         return Ok(());
     };
-    fetch_ahead(&folder, &settings, first, clock, (repository, reader), WhenIdle::End).await
+    let place = (&folder, None);
+    fetch_ahead(place, &settings, first, clock, (repository, reader), WhenIdle::End).await
 }
 
 /// What to do when nobody takes segments for long.
@@ -207,7 +209,7 @@ pub(crate) enum WhenIdle {
 
 /// The loop of [`prefetch`].
 pub(crate) async fn fetch_ahead(
-    folder: &Folder,
+    (folder, owner): (&Folder, Option<Owner>),
     settings: &Settings,
     first: SegmentNumber,
     clock: &Clock,
@@ -219,7 +221,7 @@ pub(crate) async fn fetch_ahead(
     // A failure of an earlier attempt says nothing about this one.
     folder.take_failure()?;
     let outcome = async {
-        let feeder = Feeder::of_plan(repository, reader, settings)?;
+        let feeder = Feeder { owner, ..Feeder::of_plan(repository, reader, settings)? };
         let ahead = Ahead { folder, settings, feeder: &feeder, clock, when_idle };
         ahead.run(first).await
     }
@@ -309,12 +311,15 @@ impl Ahead<'_> {
 pub(crate) struct Feeder {
     repository: Repository,
     source: RepositoryWal,
+    /// Who owns the files, when it is not this process's user.
+    owner: Option<Owner>,
 }
 
 impl Feeder {
     /// For a data directory that no restore has made: a standby, or a server set up by hand.
     pub(crate) fn without_plan(repository: &Repository, reader: &Reader) -> Self {
-        Self { repository: repository.clone(), source: RepositoryWal::new(repository, reader) }
+        let source = RepositoryWal::new(repository, reader);
+        Self { repository: repository.clone(), source, owner: None }
     }
 
     /// For a planned restore.
@@ -360,7 +365,7 @@ impl Feeder {
         let range = size.range_of(number).unwrap_or(wanted);
         let pieces = chain.pieces().to_vec();
         let segment = Segment { name: size.file_name(timeline, number), timeline, range, pieces };
-        let identity = Identity { system_id: settings.system_id, size, owner: None };
+        let identity = Identity { system_id: settings.system_id, size, owner: self.owner };
         segments::write(&self.source, &segment, path, identity).await
     }
 
@@ -392,7 +397,7 @@ impl Feeder {
         }
         let pieces = chain.pieces().to_vec();
         let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
-        let identity = Identity { system_id: self.repository.system_id(), size, owner: None };
+        let identity = Identity { system_id: self.repository.system_id(), size, owner: self.owner };
         segments::write(&self.source, &segment, &request.path, identity).await?;
         Ok(WalGet::Found)
     }

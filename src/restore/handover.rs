@@ -206,9 +206,14 @@ impl Folder {
     pub(crate) fn lock(&self) -> Result<Option<File>> {
         let path = self.0.join(LOCK);
         let attempted = || format!("unable to lock '{}'", path.display());
-        let mut options = OpenOptions::new();
-        let file =
-            options.create(true).truncate(false).write(true).open(&path).context(attempted)?;
+        // Root may have made it; to lock it, reading is enough.
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                OpenOptions::new().create(true).truncate(false).write(true).open(&path)
+            }
+            other => other,
+        };
+        let file = file.context(attempted)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),

@@ -22,8 +22,10 @@ mod resolve_tests;
 pub mod run;
 mod scan;
 mod segments;
+mod server_log;
 pub mod settings;
 mod source;
+pub mod start;
 pub mod target;
 pub mod time;
 
@@ -32,7 +34,9 @@ pub use feed::{WalGet, WalGetRequest, prefetch, wal_get};
 pub use plan::{Moment, Plan, Request};
 pub use progress::{Phase, Progress, ProgressNow};
 pub use run::{Engine, Options, RestoreReport, Role, WalDelivery, run};
+pub use server_log::Outcome;
 pub use settings::{Action, Stop};
+pub use start::{Isolation, StartOptions, StartReport, start};
 pub use target::{Edge, Target, TimelineChoice};
 
 use crate::error::Result;

@@ -11,8 +11,8 @@ use tidemark::pipeline::budget::RESTORE_BYTES;
 use tidemark::pipeline::{Budget, Level};
 use tidemark::repo::{BackupId, PackOptions};
 use tidemark::restore::{
-    self, Action, Edge, Engine, Options, Owner, Plan, Progress, Request, RestoreReport, Role, Stop,
-    Target, TimelineChoice, WalDelivery,
+    self, Action, Edge, Engine, Isolation, Options, Outcome, Owner, Plan, Progress, Request,
+    RestoreReport, Role, StartOptions, StartReport, Stop, Target, TimelineChoice, WalDelivery,
 };
 use tidemark::wire::CheckpointMode;
 use tokio_util::sync::CancellationToken;
@@ -314,6 +314,106 @@ async fn what_is_not_finished_does_not_start_and_can_be_run_again() {
     assert_eq!(rows(&binaries, &folder.data()), [1]);
     let error = run(&place, &planned, &options).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+}
+
+/// The restored server that `--start` left running; stopped when dropped.
+struct Left {
+    binaries: Binaries,
+    data: PathBuf,
+    socket: PathBuf,
+}
+
+impl Left {
+    fn psql(&self, sql: &str) -> String {
+        let host = format!("host={} user=postgres dbname=postgres", self.socket.display());
+        let mut psql = self.binaries.client("psql");
+        let answer = psql.args(["-XqAt", "-d", &host, "-c", sql]).output().unwrap();
+        let said = String::from_utf8_lossy(&answer.stderr).into_owned();
+        assert!(answer.status.success(), "{sql}: {said}");
+        String::from_utf8_lossy(&answer.stdout).trim().to_owned()
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let mut stop = self.binaries.command("pg_ctl");
+        stop.args(["stop", "-m", "immediate", "-D"]).arg(&self.data);
+        let _ = stop.output();
+    }
+}
+
+async fn start(
+    place: &Place,
+    plan: &Plan,
+    folder: &Folder,
+    action: Action,
+) -> tidemark::error::Result<(StartReport, Left)> {
+    let binaries = Binaries::of_this_run();
+    let socket = Account::current().make_dir(folder.home.path(), "socket");
+    let left = Left { binaries: binaries.clone(), data: folder.data(), socket: socket.clone() };
+    let options = StartOptions {
+        postgres_bin: Some(binaries.dir().to_path_buf()),
+        isolation: Isolation::SocketOnly { folder: socket },
+        port: None,
+        action,
+        role: Role::Primary,
+    };
+    let reader = place.repository.reader(Vec::new());
+    let progress = Progress::default();
+    let from = (&place.repository, &reader);
+    let report = restore::start(plan, &folder.data(), &options, from, &progress).await?;
+    Ok((report, left))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(&place, &server, &running).await;
+    server.psql("insert into t values (1)");
+    server.psql("select pg_create_restore_point('one')");
+    server.psql("insert into t values (2)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    let planned = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
+
+    let folder = Folder::new();
+    run(&place, &planned, &options(&folder.data())).await.unwrap();
+    let (report, left) = start(&place, &planned, &folder, Action::Promote).await.unwrap();
+    assert_eq!((report.outcome, report.new_timeline), (Outcome::Promoted, Some(2)));
+    assert_eq!(left.psql("select id from t"), "1");
+    assert_eq!(left.psql("select pg_is_in_recovery()"), "f");
+    drop(left);
+
+    let folder = Folder::new();
+    let paused = Options { action: Action::Pause, ..options(&folder.data()) };
+    run(&place, &planned, &paused).await.unwrap();
+    let (report, left) = start(&place, &planned, &folder, Action::Pause).await.unwrap();
+    assert_eq!(report.outcome, Outcome::Paused);
+    assert_eq!(left.psql("select pg_is_in_recovery(), pg_is_wal_replay_paused()"), "t|t");
+    drop(left);
+
+    let folder = Folder::new();
+    let stopped = Options { action: Action::Shutdown, ..options(&folder.data()) };
+    run(&place, &planned, &stopped).await.unwrap();
+    let (report, _left) = start(&place, &planned, &folder, Action::Shutdown).await.unwrap();
+    assert_eq!((report.outcome, report.pid), (Outcome::Stopped, None));
+
+    // Recovery that cannot go on is a failure with PostgreSQL's own words.
+    let folder = Folder::new();
+    run(&place, &planned, &options(&folder.data())).await.unwrap();
+    for segment in std::fs::read_dir(folder.data().join("pg_wal")).unwrap() {
+        let path = segment.unwrap().path();
+        if path.is_file() {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    let error = start(&place, &planned, &folder, Action::Promote).await.err().unwrap();
+    assert!(error.message().contains("could not locate required checkpoint record"), "{error}");
 }
 
 fn insert_plain(server: &Postgres) {
