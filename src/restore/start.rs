@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
+use crate::pg::control::{ClusterState, ControlFile, XLOG_CONTROL_FILE};
 use crate::pg::{Lsn, Version};
 use crate::repo::{Reader, Repository};
 
@@ -363,8 +364,9 @@ impl Server {
             }
             let state = self.postmaster_state();
             match (&options.role, state.as_deref()) {
-                (_, Some("ready")) => return Ok(Outcome::Promoted),
-                (Role::Standby { .. }, Some("standby")) => return Ok(Outcome::Following),
+                // A hot standby that lets clients in is "ready" too; only pg_control tells them apart.
+                (_, Some("ready")) if self.is_in_production() => return Ok(Outcome::Promoted),
+                (Role::Standby { .. }, Some("ready" | "standby")) => return Ok(Outcome::Following),
                 _ if self.log.paused => return Ok(Outcome::Paused),
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
@@ -403,6 +405,13 @@ impl Server {
         if let Some(range) = restored {
             progress.set_done(range.start().saturating_since(plan.backup.start_lsn));
         }
+    }
+
+    /// Whether recovery is over, as `pg_control` says; a file that is just being written says nothing.
+    fn is_in_production(&self) -> bool {
+        let control = fs::read(self.into.join(XLOG_CONTROL_FILE)).ok();
+        let control = control.and_then(|bytes| ControlFile::decode(&bytes).ok());
+        control.is_some_and(|control| control.state == ClusterState::InProduction)
     }
 
     /// The last line of `postmaster.pid`: `starting`, `standby`, `ready` or `stopping`.

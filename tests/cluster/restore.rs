@@ -354,7 +354,7 @@ async fn start(
     let options = StartOptions {
         postgres_bin: Some(binaries.dir().to_path_buf()),
         isolation: Isolation::SocketOnly { folder: socket },
-        port: None,
+        port: Some(5432),
         action,
         role: Role::Primary,
     };
