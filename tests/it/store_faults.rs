@@ -404,6 +404,13 @@ async fn the_probe_finds_out_stores_that_say_yes_and_do_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_stumbles_over_quotes_replaces_all_the_same() {
+    let server = memory();
+    server.set_quirks(Quirks { bare_tags: true, ..Quirks::default() });
+    assert!(open(&server, "p").probe().await.unwrap().conditional_replace);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_probe_reports_versions_and_locks() {
     let bucket = minis3::BucketConfig {
         name: "tidemark".to_owned(),

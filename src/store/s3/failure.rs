@@ -158,7 +158,9 @@ impl Failure {
                 429 | 503 | 509 => Verdict::SlowDown,
                 501 | 505 => Verdict::Final,
                 408 | 500..=599 => Verdict::Retry,
-                // The body of a 200 was an error that we do not know.
+                // An answer that cannot be read; whoever asked looks what came of it.
+                200 if self.code.is_empty() => Verdict::Final,
+                // The body was an error that we do not know.
                 200 => Verdict::Retry,
                 _ => Verdict::Final,
             },
@@ -181,6 +183,7 @@ impl Failure {
 
     fn described(&self) -> String {
         match (self.code.as_str(), self.message.as_str()) {
+            ("", "") if self.status == 200 => "the server's answer cannot be read".to_owned(),
             ("", "") => format!("the server answered with status {}", self.status),
             ("", message) => message.to_owned(),
             (code, "") => format!("{code} (status {})", self.status),

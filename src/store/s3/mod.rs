@@ -81,6 +81,8 @@ struct S3 {
     checksum_refused: AtomicBool,
     /// The server knows no DeleteObjects.
     bulk_delete_refused: AtomicBool,
+    /// The server wants the tag of a condition without its quotes.
+    bare_tags: AtomicBool,
 }
 
 impl Bucket {
@@ -103,6 +105,7 @@ impl Bucket {
             gate: Gate::default(),
             checksum_refused: AtomicBool::new(false),
             bulk_delete_refused: AtomicBool::new(false),
+            bare_tags: AtomicBool::new(false),
         })))
     }
 }

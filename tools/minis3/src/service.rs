@@ -197,6 +197,10 @@ fn reply<T>(output: S3Result<T>) -> Reply<T> {
 #[async_trait::async_trait]
 impl S3 for MiniS3 {
     async fn put_object(&self, req: S3Request<PutObjectInput>) -> Reply<PutObjectOutput> {
+        let tag = req.headers.get("if-match");
+        if self.0.quirks().bare_tags && tag.is_some_and(|tag| tag.as_bytes().starts_with(b"\"")) {
+            return Err(s3_error!(PreconditionFailed));
+        }
         reply(self.0.put_object(req.input, req.trailing_headers).await)
     }
 
