@@ -292,8 +292,15 @@ pub async fn apply(
 ) -> Result<CompactionReport> {
     let mut report = CompactionReport::default();
     let jobs = options.jobs.max(1);
-    let mut merges = stream::iter(&plan.merges)
-        .map(|merge| async move { (merge, join(repository, merge).await) })
+    // Owned, so that the future can run in a task of its own.
+    let mut merges = stream::iter(plan.merges.clone())
+        .map(|merge| {
+            let repository = repository.clone();
+            async move {
+                let outcome = join(&repository, &merge).await;
+                (merge, outcome)
+            }
+        })
         .buffer_unordered(jobs);
     while let Some((merge, outcome)) = merges.next().await {
         if report.saw(outcome)? {

@@ -217,3 +217,33 @@ async fn a_fenced_writer_stops_and_acknowledges_nothing_more() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(restart(), before);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_can_shut_down_while_the_repository_is_away() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&server, 100);
+    let place = Place::of(&server).await;
+    let stream = place.stream(&server);
+    let lease = lease(&stream, Duration::from_secs(300)).await;
+    let running = Running::start_under(stream, lease);
+    running.durable(wal_end(&server)).await;
+    place.set_down(true);
+    load(&server, 100);
+    running.until("trouble", |now| now.repository_error.is_some()).await;
+    let (server, stopped) = tokio::task::spawn_blocking(move || {
+        let began = std::time::Instant::now();
+        server.stop(Stop::Fast);
+        (server, began.elapsed())
+    })
+    .await
+    .unwrap();
+    assert!(stopped < Duration::from_secs(45), "{stopped:?}");
+    place.set_down(false);
+    server.run();
+    load(&server, 100);
+    let now = running.durable(wal_end(&server)).await;
+    assert!(now.gaps.is_empty());
+    running.stop().await.unwrap();
+    let covered = place.check_wal(&[&server]).await;
+    assert_eq!(covered[&TimelineId::FIRST].len(), 1, "{covered:?}");
+}

@@ -386,6 +386,7 @@ fn pax_records(mut bytes: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -26,8 +26,7 @@ use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, re
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
-use crate::repo::{Lease, LeaseOptions, Object, Repository};
-use crate::store::ObjectName;
+use crate::repo::{Lease, LeaseOptions, Repository, WalCatalog};
 
 /// Between two looks at the repository while another process streams.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
@@ -62,6 +61,8 @@ pub struct NeededWal {
     pub range: LsnRange,
     /// The way to its timeline.
     pub history: TimelineHistory,
+    /// Size of a WAL segment.
+    pub segment_size: SegmentSize,
 }
 
 impl NeededWal {
@@ -80,7 +81,8 @@ impl NeededWal {
             let message = format!("the server's base backup ends at {end_lsn}, before {start_lsn}");
             Error::new(Kind::Corrupt, message)
         };
-        Ok(Self { timeline: history.timeline, range: range.ok_or_else(backwards)?, history })
+        let (timeline, range) = (history.timeline, range.ok_or_else(backwards)?);
+        Ok(Self { timeline, range, history, segment_size })
     }
 }
 
@@ -257,12 +259,15 @@ pub async fn stored_end(repository: &Repository, needed: &NeededWal) -> Result<L
     for part in needed.history.path() {
         let begins = part.start < needed.range.end();
         if begins && part.end.is_none_or(|end| end > needed.range.start()) {
-            let ranges = list_from(repository, part.timeline, needed.range.start()).await?;
+            // No extent crosses a segment boundary: none that begins before the segment matters.
+            let from = needed.range.start();
+            let wal =
+                WalCatalog::load_tail(repository, part.timeline, from, needed.segment_size).await?;
             let end = part.end.unwrap_or(Lsn(u64::MAX));
             // The first segment of a timeline holds its parent's bytes too, up to the switch.
             stored.extend(
-                ranges
-                    .into_iter()
+                wal.coverage(part.timeline)
+                    .iter()
                     .filter_map(|range| LsnRange::new(range.start(), range.end().min(end))),
             );
         }
@@ -273,38 +278,11 @@ pub async fn stored_end(repository: &Repository, needed: &NeededWal) -> Result<L
     Ok(chain.map_or(start, |range| range.end()))
 }
 
-/// Ranges of the extents of `timeline` from the segment start `from` on. No extent crosses a segment
-/// boundary, so none that begins earlier matters.
-async fn list_from(
-    repository: &Repository,
-    timeline: TimelineId,
-    from: Lsn,
-) -> Result<Vec<LsnRange>> {
-    let prefix = repository.cluster().timeline_prefix(timeline);
-    // Just before the first name that begins there.
-    let mut after = ObjectName::new(format!("{prefix}{:016X}", from.0))?;
-    let mut ranges = Vec::new();
-    loop {
-        let page = repository.store().list(&prefix, Some(&after)).await?;
-        for object in &page.objects {
-            if let Some(Object::Extent(extent)) = Object::parse(repository.cluster(), &object.name)
-            {
-                ranges.push(extent.range);
-            }
-        }
-        ranges = resume::join(ranges);
-        match page.objects.last() {
-            Some(last) if page.more => after = last.name.clone(),
-            _ => return Ok(ranges),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::pg::SystemId;
-    use crate::repo::{ClusterName, ExtentName};
+    use crate::repo::{ClusterName, ExtentName, Object};
     use crate::store::memory::Memory;
     use bytes::Bytes;
 
@@ -333,14 +311,15 @@ mod tests {
     async fn wal_is_stored_only_without_a_hole_from_the_start_of_its_first_segment() {
         let history = TimelineHistory::first_timeline_only(TimelineId::FIRST);
         let needed = needed(history, 3 * SEG + 40, 4 * SEG + 100);
-        let cases: [(&[(u32, u64, u64)], u64); 4] = [
-            (&[], 3 * SEG),
-            (&[(1, 3 * SEG + 8, 4 * SEG)], 3 * SEG),
-            (&[(1, 2 * SEG, 3 * SEG), (1, 3 * SEG, 4 * SEG), (1, 4 * SEG + 8, 5 * SEG)], 4 * SEG),
-            (&[(1, 3 * SEG, 4 * SEG), (1, 4 * SEG, 4 * SEG + 100)], 4 * SEG + 100),
+        let (two, three) = ((1, 2 * SEG, 3 * SEG), (1, 3 * SEG, 4 * SEG));
+        let cases = [
+            (vec![], 3 * SEG),
+            (vec![(1, 3 * SEG + 8, 4 * SEG)], 3 * SEG),
+            (vec![two, three, (1, 4 * SEG + 8, 5 * SEG)], 4 * SEG),
+            (vec![three, (1, 4 * SEG, 4 * SEG + 100)], 4 * SEG + 100),
         ];
         for (extents, expected) in cases {
-            let repository = repository(extents).await;
+            let repository = repository(&extents).await;
             let found = stored_end(&repository, &needed).await.unwrap();
             assert_eq!(found, Lsn(expected), "{extents:?}");
         }

@@ -216,6 +216,7 @@ impl Cutter {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 mod tests {
     use super::*;
     use crate::clock::Clock;

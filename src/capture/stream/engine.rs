@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::ledger::{Held, Ledger};
+use super::merging::Merging;
 use super::pump::{Ended, Pump};
 use super::resume::{self, Attempt, OlderWal, Situation};
 use super::sealer::Sealer;
@@ -17,7 +18,7 @@ use super::server::{self, OurSlot, Server};
 use super::status::{Phase, Status};
 use super::uploads::{Stored, Upload, Uploads, jittered};
 use super::watch::{Observation, Watch};
-use super::{SlotLife, Stream};
+use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
@@ -66,6 +67,7 @@ pub(super) struct Engine<'a> {
     pub(super) damaged_at: Option<Lsn>,
     /// The decoder failed twice at one place: store that segment unread.
     pub(super) store_unread: bool,
+    merging: Option<Merging>,
     connected_before: bool,
     gave_up: bool,
     slot_is_void: bool,
@@ -105,6 +107,7 @@ impl<'a> Engine<'a> {
             lag: LagWatch { ceiling_bytes: options.lag_ceiling_bytes, before_bytes: None },
             damaged_at: None,
             store_unread: false,
+            merging: None,
             connected_before: false,
             gave_up: false,
             slot_is_void: false,
@@ -262,6 +265,10 @@ impl<'a> Engine<'a> {
         let Server { connection, status_interval, synchronous, segment_size, history, .. } = server;
         let mut connection = Some(connection);
         let last = attempts.len().saturating_sub(1);
+        if stream.options.compaction == Compaction::On && self.merging.is_none() {
+            let repository = stream.writer.repository();
+            self.merging = Some(Merging::start(repository, segment_size, &self.status));
+        }
         for (index, attempt) in attempts.iter().enumerate() {
             let open = match connection.take() {
                 Some(open) => open,
@@ -457,6 +464,13 @@ impl<'a> Engine<'a> {
             );
         }
         self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end))
+    }
+
+    /// Whether the server shuts down and waits for us, while we wait for the repository
+    /// (`WalSndDone` does not return before all WAL is flushed here). It must not wait as long as
+    /// the repository is away: it keeps the WAL in the slot.
+    pub(super) fn holds_up_shutdown(&self, observed: &Observation) -> bool {
+        observed.shutting_down && self.status.snapshot().repository_error.is_some()
     }
 
     /// Asked to stop with no server at hand: stores what was received, for as long as a stop may

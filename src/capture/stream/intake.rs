@@ -270,6 +270,7 @@ impl Intake {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 mod tests {
     use std::time::Duration;
 

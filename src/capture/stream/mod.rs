@@ -9,6 +9,7 @@
 //! `cutter`, `prefix`, `resume` and `intake` decide and do no I/O.
 
 mod engine;
+mod merging;
 mod pump;
 
 pub mod cutter;
@@ -28,9 +29,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Kind, Result};
-use crate::pipeline::Level;
-use crate::pipeline::budget::{Budget, STREAM_BYTES};
-use crate::repo::{Lease, Writer};
+use crate::repo::budget::STREAM_BYTES;
+use crate::repo::{Budget, Lease, Level, Writer};
 use crate::wire::ConnectOptions;
 
 pub use resume::OlderWal;

@@ -243,6 +243,13 @@ impl<'e, 'a> Pump<'e, 'a> {
                     self.intake.cutter().request(requested);
                 }
                 observed = watch.changed() => {
+                    if self.engine.holds_up_shutdown(&observed) {
+                        return Err(Error::new(
+                            Kind::Unavailable,
+                            "the server shuts down and the repository does not take its last WAL, \
+                             which stays in the slot",
+                        ));
+                    }
                     if self.observe(&observed) {
                         return Ok(Flow::Ended(Ended::CeilingPassed));
                     }

@@ -14,7 +14,7 @@ use super::intake::CutExtent;
 use super::uploads::Upload;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
-use crate::pipeline::Level;
+use crate::repo::Level;
 use crate::repo::{ExtentBuilder, Writer};
 
 /// Pieces that may wait for the thread: 2 MiB at PostgreSQL's 128 KiB a message, a few milliseconds

@@ -177,7 +177,7 @@ mod tests {
     use super::super::cutter::{Cut, CutReason};
     use super::*;
     use crate::pg::{Lsn, LsnRange, SystemId};
-    use crate::pipeline::Level;
+    use crate::repo::Level;
     use crate::repo::{ClusterName, Encryption, ExtentBuilder, Repository};
     use crate::store::memory::Memory;
     use bytes::Bytes;

@@ -26,6 +26,10 @@ const TICKS_WHEN_WELL: u32 = 6;
 /// Longest that the answer may take: the stream must not depend on it.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
 
+/// The sqlstate of a server that is shutting down (or starting up, which one that streams is not);
+/// our errors carry it in parentheses whatever the language of the server's messages.
+const CANNOT_CONNECT_NOW: &str = "(57P03)";
+
 /// What the server's catalog said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
@@ -33,6 +37,8 @@ pub struct Observation {
     pub server_end_lsn: Lsn,
     /// The slot and whether it is waited for; empty when the catalog could not be asked.
     pub slot: SlotHealth,
+    /// The server accepts no connections although it streams: it is shutting down.
+    pub shutting_down: bool,
     /// Number of the observation; 0 = none yet.
     pub number: u64,
 }
@@ -96,13 +102,20 @@ impl Asking {
         let mut number = 0;
         let mut ticks = 0;
         loop {
-            let troubled = self.status.snapshot().phase == Phase::WaitingForRepository;
+            let now = self.status.snapshot();
+            let troubled =
+                now.phase == Phase::WaitingForRepository || now.repository_error.is_some();
             if ticks == 0 || troubled {
                 ticks = TICKS_WHEN_WELL;
                 match tokio::time::timeout(ANSWER_MAX, self.ask()).await {
                     Ok(Ok(found)) => {
                         number += 1;
                         sender.send_replace(Observation { number, ..found });
+                    }
+                    Ok(Err(error)) if error.message().contains(CANNOT_CONNECT_NOW) => {
+                        number += 1;
+                        let (shutting_down, last) = (true, sender.borrow().clone());
+                        sender.send_replace(Observation { number, shutting_down, ..last });
                     }
                     Ok(Err(error)) => tracing::debug!("unable to ask about the slot: {error}"),
                     Err(_elapsed) => tracing::debug!("no answer to a question about the slot"),
@@ -163,7 +176,7 @@ fn decode(row: &Row) -> Result<Observation> {
         None => None,
     };
     let slot = SlotHealth { wal_status: text(1)?, safe_wal_bytes, sync_state: text(3)? };
-    Ok(Observation { server_end_lsn, slot, number: 0 })
+    Ok(Observation { server_end_lsn, slot, ..Observation::default() })
 }
 
 fn unexpected(found: &str) -> Error {

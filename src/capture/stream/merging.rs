@@ -1,0 +1,131 @@
+//! Small extents of complete segments are merged while the stream runs.
+//!
+//! Every ten minutes, on one request at a time, and only while nothing waits for the repository: the
+//! memory budget is the stream's. What a run finds is the listing of the newest WAL; older WAL was
+//! looked at by earlier runs, or is by `tidemark expire`.
+//!
+//! # Durability
+//! See [`compaction`]: nothing is deleted that another object was not read back to hold. Dying on any
+//! line, or losing the lease, leaves what a later run goes on from.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+
+use super::status::{Phase, Status};
+use crate::error::Result;
+use crate::pg::{Lsn, SegmentSize, TimelineId};
+use crate::repo::compaction::{self, CompactionOptions};
+use crate::repo::{Repository, WalCatalog};
+
+/// Between two runs: as long as extents settle before they are merged.
+const PAUSE: Duration = Duration::from_secs(600);
+/// Largest merged object as stored: one merge holds it twice, out of what the budget leaves.
+const MERGED_BYTES_MAX: u64 = 3 << 20;
+/// Runs after which WAL is not looked at again: merged in one, what it was made of deleted in the
+/// next or the one after.
+const RUNS_TO_SETTLE: usize = 4;
+
+/// A task that merges, until dropped.
+#[derive(Debug)]
+pub(super) struct Merging(JoinHandle<()>);
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Merging {
+    pub(super) fn start(
+        repository: &Repository,
+        segment_size: SegmentSize,
+        status: &Arc<Status>,
+    ) -> Self {
+        let (repository, status) = (repository.clone(), Arc::clone(status));
+        Self(tokio::spawn(async move {
+            let mut horizons = VecDeque::new();
+            loop {
+                tokio::time::sleep(PAUSE).await;
+                let now = status.snapshot();
+                let calm = now.phase == Phase::Streaming && now.repository_error.is_none();
+                let Some(timeline) = now.timeline.filter(|_| calm) else { continue };
+                horizons.push_back(now.durable_end_lsn);
+                let from = match horizons.len() > RUNS_TO_SETTLE {
+                    true => horizons.pop_front().unwrap_or_default(),
+                    false => Lsn::INVALID,
+                };
+                if let Err(error) = merge(&repository, timeline, from, segment_size).await {
+                    tracing::warn!("small WAL extents could not be merged: {error}");
+                }
+            }
+        }))
+    }
+}
+
+async fn merge(
+    repository: &Repository,
+    timeline: TimelineId,
+    from: Lsn,
+    segment_size: SegmentSize,
+) -> Result<()> {
+    let wal = WalCatalog::load_tail(repository, timeline, from, segment_size).await?;
+    let mut options = CompactionOptions::new(segment_size);
+    options.stored_bytes_max = MERGED_BYTES_MAX;
+    let plan = compaction::plan(&wal, &options, repository.clock().now());
+    if plan.is_empty() {
+        return Ok(());
+    }
+    let report = compaction::apply(repository, &plan, &options).await?;
+    tracing::debug!(
+        "merged {} WAL extents into {}, deleted {}",
+        report.joined_count,
+        report.joint_count,
+        report.deleted_count
+    );
+    for damaged in &report.damaged {
+        tracing::error!("a WAL extent in the repository is damaged: {damaged}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::pg::SystemId;
+    use crate::repo::{ClusterName, Encryption, ExtentBuilder, Level};
+    use crate::store::Store;
+    use crate::store::memory::Memory;
+    use bytes::Bytes;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_complete_segment_of_small_extents_becomes_one_object() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let memory = Memory::new(&clock);
+        let cluster = ClusterName::new("main").unwrap();
+        let store = Arc::new(memory.clone());
+        let repository = Repository::create(store, cluster, SystemId(1), &clock).await.unwrap();
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        let size = SegmentSize::new(1 << 20).unwrap();
+        for index in 0..8_u64 {
+            let start = Lsn((1 << 20) + index * (1 << 17));
+            let level = Level::default();
+            let mut builder = ExtentBuilder::new(&writer, TimelineId::FIRST, start, level).unwrap();
+            builder.push(Bytes::from(vec![7; 1 << 17])).unwrap();
+            writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
+        }
+        let status = Arc::new(Status::new());
+        status.update(|now| {
+            now.phase = Phase::Streaming;
+            now.timeline = Some(TimelineId::FIRST);
+            now.durable_end_lsn = Lsn(2 << 20);
+        });
+        let merging = Merging::start(&repository, size, &status);
+        tokio::time::sleep(PAUSE * 4).await;
+        drop(merging);
+        assert_eq!(memory.list_all("main/wal/").await.unwrap().len(), 1);
+    }
+}
