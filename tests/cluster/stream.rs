@@ -468,7 +468,7 @@ async fn a_promotion_is_followed_on_the_same_connection_and_over_to_another_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_cluster_is_refused_and_a_second_writer_waits() {
+async fn another_cluster_is_refused() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     let place = Place::for_system(SystemId(1), &Clock::system()).await;
     let error = Running::start(place.stream(&server)).await.end().await.unwrap_err();
