@@ -81,7 +81,7 @@ impl Busy {
             self.server.psql("checkpoint");
         }
         if n % 5 == 0 {
-            self.server.psql("vacuum full side_table");
+            self.server.psql(&format!("vacuum full ddl_{n}"));
         }
     }
 
@@ -89,10 +89,12 @@ impl Busy {
     fn moment(&mut self, kind: u32) -> Moment {
         let pid = self.pgbench.id();
         send_signal(pid, "STOP");
-        // A statement that was on its way ends on the server by itself; wait until nothing runs.
+        // A statement that was on its way ends on the server by itself, or waits for a row that a stopped
+        // writer has locked; wait until nothing else runs.
         let deadline = Instant::now() + Duration::from_secs(10);
         let active = "select count(*) from pg_stat_activity where backend_type = 'client backend' \
-                      and state = 'active' and pid <> pg_backend_pid()";
+                      and state = 'active' and wait_event_type is distinct from 'Lock' \
+                      and pid <> pg_backend_pid()";
         while self.server.psql(active) != "0" {
             assert!(Instant::now() < deadline, "the writers do not stop");
             std::thread::sleep(Duration::from_millis(20));
@@ -135,7 +137,7 @@ impl Drop for Busy {
 /// prepared transactions, and the schema.
 fn contents(server: &Postgres) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
-    let schema = "select string_agg(c.relname || ' ' || c.relkind || ' ' || c.relnatts || ' ' || \
+    let schema = "select string_agg(c.relname || ' ' || c.relkind::text || ' ' || c.relnatts || ' ' || \
                   coalesce(t.spcname, '-'), ', ' order by c.relname) from pg_class c \
                   left join pg_tablespace t on t.oid = c.reltablespace \
                   where c.relnamespace = 'public'::regnamespace";
