@@ -33,6 +33,7 @@ impl Clock {
     /// A clock that shows `start` now, runs with tokio's (pausable) time, and draws its random
     /// numbers from `seed`. For tests and simulation only: the numbers are predictable.
     #[must_use]
+    #[allow(clippy::disallowed_methods, reason = "the one place that reads the monotonic clock")]
     pub fn simulated(start: Timestamp, seed: u64) -> Self {
         let origin = tokio::time::Instant::now();
         Self(Arc::new(Source::Simulated { start, origin, state: Mutex::new(seed) }))

@@ -96,6 +96,10 @@ fn wal_directory_of(path: &Path) -> Result<PathBuf> {
 }
 
 /// As [`wal_get`], in a data directory that a restore has made.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing, used once; a struct would only rename them"
+)]
 async fn planned<O, F>(
     request: &WalGetRequest,
     folder: &Folder,
@@ -208,6 +212,10 @@ pub(crate) enum WhenIdle {
 }
 
 /// The loop of [`prefetch`].
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing, used once; a struct would only rename them"
+)]
 pub(crate) async fn fetch_ahead(
     (folder, owner): (&Folder, Option<Owner>),
     settings: &Settings,

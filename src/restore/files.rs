@@ -76,6 +76,10 @@ pub(crate) struct RestoredFiles {
 ///
 /// # Errors
 /// `corrupt` for damage in the backup, naming object or file; what store and file system report.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing, used once; a struct would only rename them"
+)]
 pub(crate) async fn restore(
     reader: &Reader,
     manifest: &Manifest,

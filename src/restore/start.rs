@@ -157,6 +157,10 @@ pub async fn start(
 
 /// Watches the server until the outcome is known; beside it WAL is fetched ahead, and what came of that is
 /// given if it ended first.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing, used once; a struct would only rename them"
+)]
 async fn watch(
     server: &mut Server,
     plan: &Plan,

@@ -64,7 +64,7 @@ impl Busy {
              delete from side_table where id % 7 = {n} % 7;
              select lo_from_bytea(0, decode(repeat(md5('{n}'), 3000), 'hex'))"
         ));
-        if n % 3 == 0 {
+        if n.is_multiple_of(3) {
             self.server.psql(&format!(
                 "drop table ddl_{}; truncate pgbench_like_log; alter table ddl_{n} add column more int default 7",
                 n - 1
@@ -74,13 +74,13 @@ impl Busy {
             "begin; insert into side_table (body) values ('prepared {n}'); prepare transaction 'p{n}'"
         ));
         if n > 1 {
-            let verb = if n % 2 == 0 { "commit" } else { "rollback" };
+            let verb = if n.is_multiple_of(2) { "commit" } else { "rollback" };
             self.server.psql(&format!("{verb} prepared 'p{}'", n - 1));
         }
-        if n % 4 == 0 {
+        if n.is_multiple_of(4) {
             self.server.psql("checkpoint");
         }
-        if n % 5 == 0 {
+        if n.is_multiple_of(5) {
             self.server.psql(&format!("vacuum full ddl_{n}"));
         }
     }

@@ -1,4 +1,5 @@
 //! Integration tests that need no PostgreSQL server of their own.
+#![allow(unreachable_pub)]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
 

@@ -279,6 +279,7 @@ pub async fn stored_end(repository: &Repository, needed: &NeededWal) -> Result<L
 }
 
 #[cfg(test)]
+#[allow(clippy::type_complexity, reason = "tables of cases")]
 mod tests {
     use super::*;
     use crate::pg::SystemId;
