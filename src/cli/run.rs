@@ -22,7 +22,6 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let config = &invocation.config;
     let duties = Duties {
         backup_interval: Some(config.interval("run.backup_interval")?),
-        compaction_interval: Some(config.interval("wal.compaction_interval")?),
         upkeep_interval: Some(config.interval("run.upkeep_interval")?),
         retention: config.retention_options()?,
     };

@@ -32,9 +32,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
-    let interval = invocation.config.interval("wal.compaction_interval")?;
-    let duties = Duties { compaction_interval: Some(interval), ..Duties::default() };
-    supervise("stream", args.wait, duties, &invocation).await
+    supervise("stream", args.wait, Duties::default(), &invocation).await
 }
 
 /// Streams, and does what else is to be done, until told to stop.

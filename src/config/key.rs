@@ -373,13 +373,6 @@ pub const KEYS: &[Key] = &[
     )
     .default("4"),
     key(
-        "wal.compaction_interval",
-        Form::Duration,
-        Group::Stream,
-        "How often small WAL objects of complete segments are merged into large ones.",
-    )
-    .default("10m"),
-    key(
         "wal.stop_grace",
         Form::Duration,
         Group::Stream,

@@ -1,8 +1,8 @@
 //! The WAL stream, and beside it the chores that are due.
 //!
 //! # Invariants
-//! A chore that fails never stops the stream: it is told and tried again later. Deleting and merging
-//! happen only while the lease is held.
+//! A chore that fails never stops the stream: it is told and tried again later. Deleting happens
+//! only while the lease is held.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +29,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Duties {
     /// How often to take a base backup.
     pub backup_interval: Option<Duration>,
-    /// How often to merge small WAL objects.
-    pub compaction_interval: Option<Duration>,
     /// How often to sweep, and to expire when `retention` says what to keep.
     pub upkeep_interval: Option<Duration>,
     /// What to keep; without it nothing is expired.
@@ -96,14 +94,13 @@ struct Chores<'a> {
     clock: &'a Clock,
     /// `None` until the repository was asked.
     backups: Option<BackupHistory>,
-    compacted: Timestamp,
     kept_up: Timestamp,
 }
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
         let now = clock.now();
-        Self { supervisor, config, clock, backups: None, compacted: now, kept_up: now }
+        Self { supervisor, config, clock, backups: None, kept_up: now }
     }
 
     async fn run(&mut self, stop: &CancellationToken) {
@@ -204,17 +201,6 @@ impl<'a> Chores<'a> {
             interval.is_some_and(|interval| now >= schedule::later(last, interval))
                 && held().is_ok()
         };
-        if due(self.compacted, duties.compaction_interval) {
-            self.compacted = now;
-            let outcome = upkeep::compact(repository, self.clock).await;
-            self.tell("merging WAL objects", outcome, |report| {
-                let report = report.filter(|report| report.joint_count > 0)?;
-                Some(format!(
-                    "{} WAL objects were merged into {}",
-                    report.joined_count, report.joint_count
-                ))
-            });
-        }
         if !due(self.kept_up, duties.upkeep_interval) {
             return;
         }

@@ -34,6 +34,9 @@ const DURABLE_MAX: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
+/// How often to try to remove the folder while killed servers still write to it.
+const REMOVALS_MAX: u32 = 40;
+
 /// Show the main job on a throwaway PostgreSQL: backup, streaming, an accident, and the way back.
 ///
 /// Starts a server of its own in a temporary folder, writes to it, destroys something, restores to
@@ -72,8 +75,9 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         told = demo.tell() => told,
         () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "the demo was stopped")),
     };
-    folder.remove()?;
+    let removed = folder.remove().await;
     let result = told?;
+    removed?;
     if args.json { terminal.json_line(&result) } else { Ok(()) }
 }
 
@@ -93,13 +97,21 @@ impl Folder {
         Ok(Self { path, keep, terminal: terminal.clone() })
     }
 
-    fn remove(&self) -> Result<()> {
+    /// Removes everything; servers that were killed with the story may need a moment to be gone.
+    async fn remove(&self) -> Result<()> {
         if self.keep {
             self.terminal.remark(&format!("kept: '{}'", self.path.display()));
             return Ok(());
         }
-        std::fs::remove_dir_all(&self.path)
-            .context(|| format!("unable to remove '{}'", self.path.display()))
+        let mut removed = std::fs::remove_dir_all(&self.path);
+        for _ in 0..REMOVALS_MAX {
+            if removed.is_ok() {
+                break;
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            removed = std::fs::remove_dir_all(&self.path);
+        }
+        removed.context(|| format!("unable to remove '{}'", self.path.display()))
     }
 }
 
