@@ -182,7 +182,12 @@ fn raw_hashes(chars: &[char], i: usize) -> Option<usize> {
 
 /// Code without the unit tests at its end, which may reach for what they need.
 fn without_tests(code: &str) -> &str {
-    code.split("#[cfg(test)]\nmod ").next().unwrap()
+    let begins_tests = |at: &usize| {
+        let mut rest = code[*at..].lines().skip(1).skip_while(|line| line.starts_with("#["));
+        rest.next().is_some_and(|line| line.starts_with("mod "))
+    };
+    let mut places = code.match_indices("#[cfg(test)]\n").map(|(at, _)| at);
+    places.find(begins_tests).map_or(code, |at| &code[..at])
 }
 
 fn is_word(c: char) -> bool {
@@ -454,6 +459,9 @@ fn the_checks_see_what_they_are_meant_to_see() {
     assert_eq!(found, ["error", "wal"]);
     assert_eq!(code_only("a '\"' b /* \" */ c r#\"x\"y\"# 'l"), "a '' b  c \"\" 'l");
     assert_eq!(words("FrameHandler"), ["frame", "handler"]);
+    let tests = "a\n#[cfg(test)]\n#[allow(x)]\nmod tests {}\n";
+    assert_eq!(without_tests(tests), "a\n");
+    assert_eq!(without_tests("#[cfg(test)]\nfn a() {}\n"), "#[cfg(test)]\nfn a() {}\n");
     assert!(declared("fn a(b_helper: u8)").contains("b_helper"));
     assert!(!declared("tokio_util::x").contains("tokio_util"));
 }
