@@ -20,8 +20,8 @@ use crate::repo::{Budget, Catalog, budget::RESTORE_BYTES};
 use crate::restore::run::PREPLACED_BYTES_MAX;
 use crate::restore::time::Reading;
 use crate::restore::{
-    self, Action, Edge, Engine, Options, Owner, Phase, Progress, ProgressNow, Request, Role,
-    TimelineChoice, WalDelivery,
+    self, Action, Edge, Engine, Isolation, Options, Outcome, Owner, Phase, Progress, ProgressNow,
+    Request, Role, StartOptions, StartReport, TimelineChoice, WalDelivery,
 };
 
 /// How often a plain line says how far the restore is, where there is no terminal.
@@ -122,26 +122,40 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let progress = Arc::new(Progress::default());
     let narrator =
         tokio::spawn(narrate(Arc::clone(&progress), terminal.clone(), invocation.clock.clone()));
+    let work = async {
+        let report = restore::run(&plan, &options, &repository, &reader, &progress).await?;
+        let Some(start) = start_of(&args, &options) else { return Ok((report, None)) };
+        let from = (&repository, &reader);
+        let recovery = restore::start(&plan, &report.into, &start, from, &progress).await?;
+        Ok((report, Some(recovery)))
+    };
     let outcome = tokio::select! {
-        outcome = restore::run(&plan, &options, &repository, &reader, &progress) => outcome,
+        outcome = work => outcome,
         () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "the restore was stopped").hint(
             "The directory cannot be started by accident; run the same command again to finish.",
         )),
     };
     narrator.abort();
     terminal.finish_progress();
-    let report = outcome?;
+    let (report, recovery) = outcome?;
     if args.json {
-        return terminal.json_line(&json!({ "plan": plan, "result": report }));
+        let all = json!({ "plan": plan, "result": report, "recovery": recovery });
+        return terminal.json_line(&all);
     }
+    let next = match recovery {
+        None => "; start PostgreSQL on it to reach the target",
+        Some(_) => "",
+    };
     terminal.remark(&format!(
-        "restored {} in {} files into '{}' in {}; start PostgreSQL on it to reach the target",
+        "restored {} in {} files into '{}' in {}{next}",
         words::bytes(report.plain_bytes),
         report.file_count,
         report.into.display(),
         words::length(SignedDuration::from_millis(i64::try_from(report.elapsed_ms).unwrap_or(0)))
     ));
-    if report.wal == WalDelivery::OnDemand {
+    if let Some(recovery) = recovery {
+        terminal.remark(&said_of(&recovery));
+    } else if report.wal == WalDelivery::OnDemand {
         terminal.remark(
             "PostgreSQL will fetch WAL by 'tidemark wal-get': it needs the same credentials in its \
              environment and must be able to read the identity file",
@@ -203,10 +217,6 @@ fn timeline_of(text: Option<&str>) -> Result<TimelineChoice> {
 }
 
 fn options_of(args: &Args, into: PathBuf, config: &Config) -> Result<Options> {
-    if args.start {
-        return Err(Error::new(Kind::Unsupported, "'--start' is not built yet")
-            .hint("Restore without it, then start PostgreSQL on the directory."));
-    }
     let action = match args.action.as_str() {
         "pause" => Action::Pause,
         "shutdown" => Action::Shutdown,
@@ -228,6 +238,39 @@ fn options_of(args: &Args, into: PathBuf, config: &Config) -> Result<Options> {
         budget: Budget::restore(config.memory_bytes(RESTORE_BYTES)?, config.threads()?),
         preplaced_bytes_max: PREPLACED_BYTES_MAX,
     })
+}
+
+/// How PostgreSQL is to be started, if it is.
+fn start_of(args: &Args, options: &Options) -> Option<StartOptions> {
+    args.start.then(|| StartOptions {
+        postgres_bin: args.postgres_bin.clone(),
+        isolation: Isolation::AsConfigured,
+        port: None,
+        action: options.action,
+        role: options.role.clone(),
+    })
+}
+
+/// What came of the start, for people.
+fn said_of(recovery: &StartReport) -> String {
+    let now = match (recovery.outcome, recovery.new_timeline) {
+        (Outcome::Promoted, Some(timeline)) => {
+            format!("PostgreSQL reached the target and runs as a primary on timeline {timeline}")
+        }
+        (Outcome::Promoted, None) => "PostgreSQL reached the target and runs as a primary".into(),
+        (Outcome::Paused, _) => "PostgreSQL waits at the target, read-only; \
+             'select pg_wal_replay_resume()' promotes it"
+            .into(),
+        (Outcome::Stopped, _) => "PostgreSQL reached the target and has stopped".into(),
+        (Outcome::Following, _) => "PostgreSQL runs as a standby".to_owned(),
+    };
+    let length = SignedDuration::from_millis(i64::try_from(recovery.elapsed_ms).unwrap_or(0));
+    let process = recovery.pid.map(|pid| format!(", process {pid}")).unwrap_or_default();
+    let last = recovery.last_transaction.as_ref();
+    let last = last.map(|time| format!("; last transaction {time}")).unwrap_or_default();
+    let notes: String = recovery.notes.iter().map(|note| format!("; {note}")).collect();
+    let log = recovery.log.display();
+    format!("{now} after {}{process}{last}{notes}; its log is '{log}'", words::length(length))
 }
 
 /// Says how far the restore is until it is aborted.

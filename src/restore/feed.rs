@@ -79,7 +79,16 @@ where
     let wal_directory = wal_directory_of(&request.path)?;
     let folder = Folder::of(&wal_directory);
     let outcome = match folder.settings()? {
-        Some(settings) => planned(request, &folder, &settings, clock, fetcher, open).await,
+        Some(settings) => {
+            let planned = Planned { request, folder: &folder, settings: &settings };
+            match planned.wait(clock, fetcher).await? {
+                Some(outcome) => Ok(outcome),
+                None => {
+                    let (repository, reader) = open().await?;
+                    planned.fetch(&repository, &reader).await
+                }
+            }
+        }
         None => {
             let (repository, reader) = open().await?;
             Feeder::without_plan(&repository, &reader).serve(request).await
@@ -95,60 +104,61 @@ fn wal_directory_of(path: &Path) -> Result<PathBuf> {
     })
 }
 
-/// As [`wal_get`], in a data directory that a restore has made.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "each is one thing, used once; a struct would only rename them"
-)]
-async fn planned<O, F>(
-    request: &WalGetRequest,
-    folder: &Folder,
-    settings: &Settings,
-    clock: &Clock,
-    fetcher: Option<Command>,
-    open: O,
-) -> Result<WalGet>
-where
-    O: FnOnce() -> F,
-    F: Future<Output = Result<(Repository, Reader)>>,
-{
-    let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
-    if folder.hand_over(&request.name, &request.path)? {
-        return Ok(WalGet::Found);
-    }
-    let pid = std::process::id();
-    folder.want(&request.name, pid)?;
-    let mut fetcher = fetcher;
-    let mut patience = clock.instant();
-    loop {
+/// A request in a data directory that a restore has made.
+struct Planned<'a> {
+    request: &'a WalGetRequest,
+    folder: &'a Folder,
+    settings: &'a Settings,
+}
+
+impl Planned<'_> {
+    /// Waits for who fetches ahead; `None` when nobody does and nobody could be started.
+    async fn wait(&self, clock: &Clock, mut fetcher: Option<Command>) -> Result<Option<WalGet>> {
+        let Self { request, folder, settings } = *self;
+        if wanted_segment(request, settings)?.is_none() {
+            return Ok(Some(WalGet::NotThere));
+        }
         if folder.hand_over(&request.name, &request.path)? {
-            return Ok(WalGet::Found);
+            return Ok(Some(WalGet::Found));
         }
-        if folder.is_fetched_ahead()? {
-            patience = clock.instant();
-        } else {
-            if let Some(failure) = folder.take_failure()? {
-                return Err(failure);
+        folder.want(&request.name, std::process::id())?;
+        let mut patience = clock.instant();
+        loop {
+            // Looked at in this order: who fetches ahead hands over first and ends then.
+            let is_fetched_ahead = folder.is_fetched_ahead()?;
+            if folder.hand_over(&request.name, &request.path)? {
+                return Ok(Some(WalGet::Found));
             }
-            match fetcher.take() {
-                Some(command) => {
-                    start_detached(command, folder)?;
-                    patience = clock.instant() + START_MAX;
+            if is_fetched_ahead {
+                patience = clock.instant();
+            } else {
+                if let Some(failure) = folder.take_failure()? {
+                    return Err(failure);
                 }
-                None if clock.instant() >= patience => break,
-                None => {}
+                match fetcher.take() {
+                    Some(command) => {
+                        start_detached(command, folder)?;
+                        patience = clock.instant() + START_MAX;
+                    }
+                    None if clock.instant() >= patience => return Ok(None),
+                    None => {}
+                }
             }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
-        tokio::time::sleep(LOOK_EVERY).await;
     }
-    // Nobody fetches ahead, and nobody could be started: do it here.
-    let (repository, reader) = open().await?;
-    let feeder = Feeder::of_plan(&repository, &reader, settings)?;
-    let unfinished = folder.unfinished(&request.name, pid);
-    feeder.write_planned(settings, number, &unfinished).await?;
-    fs::rename(&unfinished, &request.path)
-        .context(|| format!("unable to rename '{}'", unfinished.display()))?;
-    Ok(WalGet::Found)
+
+    /// Fetches the segment here and now.
+    async fn fetch(&self, repository: &Repository, reader: &Reader) -> Result<WalGet> {
+        let Self { request, folder, settings } = *self;
+        let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
+        let feeder = Feeder::of_plan(repository, reader, settings)?;
+        let unfinished = folder.unfinished(&request.name, std::process::id());
+        feeder.write_planned(settings, number, &unfinished).await?;
+        fs::rename(&unfinished, &request.path)
+            .context(|| format!("unable to rename '{}'", unfinished.display()))?;
+        Ok(WalGet::Found)
+    }
 }
 
 /// The segment that `request` names, when the restore hands it over.
@@ -198,8 +208,15 @@ pub async fn prefetch(
     let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
         return Ok(());
     };
-    let place = (&folder, None);
-    fetch_ahead(place, &settings, first, clock, (repository, reader), WhenIdle::End).await
+    let ahead = FetchAhead {
+        folder: &folder,
+        owner: None,
+        settings: &settings,
+        clock,
+        from: (repository, reader),
+        when_idle: WhenIdle::End,
+    };
+    ahead.run(first).await
 }
 
 /// What to do when nobody takes segments for long.
@@ -211,35 +228,40 @@ pub(crate) enum WhenIdle {
     Stay,
 }
 
-/// The loop of [`prefetch`].
-#[allow(
-    clippy::too_many_arguments,
-    reason = "each is one thing, used once; a struct would only rename them"
-)]
-pub(crate) async fn fetch_ahead(
-    (folder, owner): (&Folder, Option<Owner>),
-    settings: &Settings,
-    first: SegmentNumber,
-    clock: &Clock,
-    (repository, reader): (&Repository, &Reader),
-    when_idle: WhenIdle,
-) -> Result<()> {
-    let Some(_lock) = folder.lock()? else { return Ok(()) };
-    folder.clear_unfinished()?;
-    // A failure of an earlier attempt says nothing about this one.
-    folder.take_failure()?;
-    let outcome = async {
-        let feeder = Feeder { owner, ..Feeder::of_plan(repository, reader, settings)? };
-        let ahead = Ahead { folder, settings, feeder: &feeder, clock, when_idle };
-        ahead.run(first).await
+/// Whoever fetches ahead.
+pub(crate) struct FetchAhead<'a> {
+    pub(crate) folder: &'a Folder,
+    /// Who owns the segments, when it is not this process's user.
+    pub(crate) owner: Option<Owner>,
+    pub(crate) settings: &'a Settings,
+    pub(crate) clock: &'a Clock,
+    pub(crate) from: (&'a Repository, &'a Reader),
+    pub(crate) when_idle: WhenIdle,
+}
+
+impl FetchAhead<'_> {
+    /// Fetches from segment `first` on, as [`prefetch`].
+    pub(crate) async fn run(&self, first: SegmentNumber) -> Result<()> {
+        let Some(_lock) = self.folder.lock()? else { return Ok(()) };
+        self.folder.clear_unfinished()?;
+        // A failure of an earlier attempt says nothing about this one.
+        self.folder.take_failure()?;
+        let outcome = self.fetch_from(first).await;
+        if let Err(error) = &outcome
+            && self.folder.path().exists()
+        {
+            self.folder.fail(error)?;
+        }
+        outcome
     }
-    .await;
-    if let Err(error) = &outcome
-        && folder.path().exists()
-    {
-        folder.fail(error)?;
+
+    async fn fetch_from(&self, first: SegmentNumber) -> Result<()> {
+        let (repository, reader) = self.from;
+        let feeder = Feeder::of_plan(repository, reader, self.settings)?;
+        let feeder = Feeder { owner: self.owner, ..feeder };
+        let Self { folder, settings, clock, when_idle, .. } = *self;
+        Ahead { folder, settings, feeder: &feeder, clock, when_idle }.run(first).await
     }
-    outcome
 }
 
 struct Ahead<'a> {

@@ -26,7 +26,6 @@ use std::os::unix::fs::{
     DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -71,23 +70,23 @@ pub(crate) struct RestoredFiles {
     pub(crate) plain_bytes: u64,
 }
 
-/// Writes all files of `manifest` into `directory`, links its tablespaces, and writes the
-/// `backup_manifest`.
+/// The files of one backup and where they go.
+#[derive(Clone, Copy)]
+pub(crate) struct Files<'a> {
+    pub(crate) reader: &'a Reader,
+    pub(crate) manifest: &'a Manifest,
+    pub(crate) directory: &'a Directory,
+    pub(crate) places: &'a [TablespacePlace],
+    pub(crate) budget: &'a Budget,
+    pub(crate) progress: &'a Arc<Progress>,
+}
+
+/// Writes all files into the directory, links its tablespaces, and writes the `backup_manifest`.
 ///
 /// # Errors
 /// `corrupt` for damage in the backup, naming object or file; what store and file system report.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "each is one thing, used once; a struct would only rename them"
-)]
-pub(crate) async fn restore(
-    reader: &Reader,
-    manifest: &Manifest,
-    directory: &Directory,
-    places: &[TablespacePlace],
-    budget: &Budget,
-    progress: &Arc<Progress>,
-) -> Result<RestoredFiles> {
+pub(crate) async fn restore(files: Files<'_>) -> Result<RestoredFiles> {
+    let Files { reader, manifest, directory, places, budget, progress } = files;
     let tree = Arc::new(Tree::new(directory, progress)?);
     tree.link_tablespaces(places)?;
     let pool = Pool::start(&PoolOptions {
@@ -222,8 +221,8 @@ struct Tree {
     pending: Mutex<HashMap<FilePath, Pending>>,
     /// Content and mode of `global/pg_control`.
     control: Mutex<Option<(Vec<u8>, u32)>>,
-    /// Mode of the directories made only because something is in them.
-    directory_mode: AtomicU64,
+    /// Worker threads finish the block they are at even when the restore was dropped.
+    _lock: fs::File,
 }
 
 impl Tree {
@@ -234,7 +233,7 @@ impl Tree {
             progress: Arc::clone(progress),
             pending: Mutex::default(),
             control: Mutex::default(),
-            directory_mode: AtomicU64::new(0o700),
+            _lock: directory.hold()?,
         })
     }
 
@@ -276,8 +275,7 @@ impl Tree {
         if let Some(parent) = path.parent().filter(|parent| parent.starts_with(&self.root)) {
             self.make_directory(parent)?;
         }
-        let mode = u32::try_from(self.directory_mode.load(Ordering::Relaxed)).unwrap_or(0o700);
-        match DirBuilder::new().mode(mode).create(path) {
+        match DirBuilder::new().mode(0o700).create(path) {
             // Two threads may make the directory of two files.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
             other => other,

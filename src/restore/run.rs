@@ -17,7 +17,7 @@ use crate::repo::{BackupId, Budget, Manifest, Reader, Repository};
 
 use super::chain::Piece;
 use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
-use super::files;
+use super::files::{self, Files};
 use super::handover::{Folder, Settings};
 use super::limits;
 use super::plan::Plan;
@@ -139,21 +139,22 @@ pub async fn run(
     let places = places_of(&manifest, options)?;
     let owner = owner_of(options)?;
     let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places);
-    let directory = Directory::claim(&options.into, &marker, owner)?;
+    let claimed = Directory::claim(&options.into, &marker, owner)?;
 
     progress.begin(Phase::Files, manifest.public.plain_bytes);
-    let restored =
-        files::restore(reader, &manifest, &directory, &places, &options.budget, progress).await?;
+    let (directory, places, budget) = (&claimed, &places, &options.budget);
+    let files = Files { reader, manifest: &manifest, directory, places, budget, progress };
+    let restored = files::restore(files).await?;
     let control = check_control(&restored.control, plan)?;
 
-    let delivery = Delivery { plan, options, repository, reader, directory: &directory, progress };
+    let delivery = Delivery { plan, options, repository, reader, directory, progress };
     delivery.place_histories().await?;
     let (wal, segment_count) = delivery.place_wal().await?;
     delivery.write_settings(wal, &control)?;
 
     progress.begin(Phase::Syncing, 0);
-    set_directory_mode(&directory)?;
-    directory.finish(&restored.control, restored.control_mode)?;
+    set_directory_mode(directory)?;
+    claimed.finish(&restored.control, restored.control_mode)?;
     progress.begin(Phase::Done, 0);
     let elapsed = repository.clock().instant().saturating_duration_since(begun);
     Ok(RestoreReport {

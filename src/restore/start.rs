@@ -24,7 +24,7 @@ use crate::pg::{Lsn, Version};
 use crate::repo::{Reader, Repository};
 
 use super::directory::Owner;
-use super::feed::{self, WhenIdle};
+use super::feed::{FetchAhead, WhenIdle};
 use super::handover::Folder;
 use super::plan::Plan;
 use super::progress::{Phase, Progress};
@@ -123,11 +123,17 @@ pub async fn start(
         let first = settings
             .wal_segment_bytes
             .number_of(settings.preplaced_end_lsn.max(settings.start_lsn));
-        let place = (&folder, Owner::process_is_root().then_some(owner));
-        feed::fetch_ahead(place, &settings, first, clock, (repository, reader), WhenIdle::Stay)
-            .await
+        let ahead = FetchAhead {
+            folder: &folder,
+            owner: Owner::process_is_root().then_some(owner),
+            settings: &settings,
+            clock,
+            from: (repository, reader),
+            when_idle: WhenIdle::Stay,
+        };
+        ahead.run(first).await
     };
-    let (watched, fetched) = watch(&mut server, plan, options, progress, clock, fetching).await;
+    let (watched, fetched) = watch(&mut server, (plan, options, progress), fetching).await;
     let outcome = match (watched, fetched) {
         (Err(error), Some(Err(cause))) => return Err(cause.context(error)),
         (watched, _) => watched?,
@@ -157,21 +163,14 @@ pub async fn start(
 
 /// Watches the server until the outcome is known; beside it WAL is fetched ahead, and what came of that is
 /// given if it ended first.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "each is one thing, used once; a struct would only rename them"
-)]
 async fn watch(
     server: &mut Server,
-    plan: &Plan,
-    options: &StartOptions,
-    progress: &Progress,
-    clock: &Clock,
+    (plan, options, progress): (&Plan, &StartOptions, &Progress),
     fetching: impl Future<Output = Result<()>>,
 ) -> (Result<Outcome>, Option<Result<()>>) {
     let mut fetching = std::pin::pin!(fetching);
     let mut fetched = None;
-    let mut watching = std::pin::pin!(server.outcome(plan, options, progress, clock));
+    let mut watching = std::pin::pin!(server.outcome(plan, options, progress));
     loop {
         tokio::select! {
             outcome = &mut watching => return (outcome, fetched),
@@ -355,9 +354,7 @@ impl Server {
         plan: &Plan,
         options: &StartOptions,
         progress: &Progress,
-        clock: &Clock,
     ) -> Result<Outcome> {
-        let _ = clock;
         loop {
             // Ended first, then the log: what it said last is not missed.
             let ended = self.ended()?;

@@ -9,11 +9,12 @@ use tidemark::capture::base::{self, Base, BaseOptions, PageChecksums, WalStreami
 use tidemark::error::Kind;
 use tidemark::pipeline::budget::RESTORE_BYTES;
 use tidemark::pipeline::{Budget, Level};
-use tidemark::repo::{BackupId, PackOptions};
+use tidemark::repo::{BackupId, ClusterName, Encryption, PackOptions, Repository};
 use tidemark::restore::{
     self, Action, Edge, Engine, Isolation, Options, Outcome, Owner, Plan, Progress, Request,
     RestoreReport, Role, StartOptions, StartReport, Stop, Target, TimelineChoice, WalDelivery,
 };
+use tidemark::store::StoreOptions;
 use tidemark::wire::CheckpointMode;
 use tokio_util::sync::CancellationToken;
 
@@ -307,8 +308,12 @@ async fn what_is_not_finished_does_not_start_and_can_be_run_again() {
         let mut postgres: Command = binaries.command("postgres");
         let said = postgres.arg("-D").arg(folder.data()).output().unwrap();
         assert!(!said.status.success());
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        run(&place, &planned, &options).await.unwrap();
+        // What was being written is finished first; until then the directory is taken.
+        while let Err(error) = run(&place, &planned, &options).await {
+            assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+            assert!(error.message().contains("another restore"), "{error}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
     assert!(!marker.exists());
     assert_eq!(rows(&binaries, &folder.data()), [1]);
@@ -414,6 +419,145 @@ async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
     }
     let error = start(&place, &planned, &folder, Action::Promote).await.err().unwrap();
     assert!(error.message().contains("could not locate required checkpoint record"), "{error}");
+}
+
+/// A repository in a folder, which other processes can read.
+struct Shared {
+    place: Place,
+    folder: tempfile::TempDir,
+}
+
+impl Shared {
+    async fn of(server: &Postgres) -> Self {
+        let mut place = Place::of(server).await;
+        let folder = Account::current().temp_dir("shared");
+        let clock = tidemark::clock::Clock::system();
+        let url = folder.path().display().to_string();
+        let store = tidemark::store::open(&url, &StoreOptions::default(), &clock).unwrap();
+        let system_id = place.repository.system_id();
+        let cluster = ClusterName::new("main").unwrap();
+        place.repository = Repository::create(store, cluster, system_id, &clock).await.unwrap();
+        place.writer = place.repository.writer(&Encryption::None).await.unwrap();
+        Self { place, folder }
+    }
+
+    /// Lets the tests' account read what this process has written.
+    fn open_up(&self) {
+        if let Some((uid, gid)) = Account::current().ids() {
+            let owner = format!("{uid}:{gid}");
+            let mut chown = Command::new("chown");
+            assert!(chown.args(["-R", &owner]).arg(self.folder.path()).status().unwrap().success());
+        }
+    }
+
+    /// The words that run `wal-get` of the binary under test on the repository `url`.
+    fn wal_get(url: &Path) -> Vec<String> {
+        let binary = Account::current().tidemark_binary();
+        let words = [binary.as_path(), Path::new("wal-get"), Path::new("--repository"), url];
+        words.iter().map(|word| word.display().to_string()).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recovery() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    server.psql("create table bulk (body text)");
+    let shared = Shared::of(&server).await;
+    let place = &shared.place;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(place, &server, &running).await;
+    for row in 1..=20 {
+        server.psql(&format!(
+            "insert into bulk select repeat(md5(i::text), 30) from generate_series(1, 2000) i;
+             insert into t values ({row})"
+        ));
+    }
+    server.psql("select pg_create_restore_point('twenty')");
+    server.psql("insert into t values (21)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    shared.open_up();
+    let planned = plan(place, &request(Target::name("twenty").unwrap())).await.unwrap();
+    assert!(planned.wal_bytes() > 20 << 20, "{}", planned.wal_bytes());
+    let on_demand = |folder: &Folder, url: &Path| Options {
+        wal_get_command: Shared::wal_get(url),
+        preplaced_bytes_max: 2 << 20,
+        ..options(&folder.data())
+    };
+
+    // Started by hand: wal-get fetches by itself, and ahead.
+    let folder = Folder::new();
+    let report = run(place, &planned, &on_demand(&folder, shared.folder.path())).await.unwrap();
+    assert_eq!(report.wal, WalDelivery::OnDemand);
+    verify_backup(&binaries, &folder.data());
+    assert_eq!(rows(&binaries, &folder.data()), (1..=20).collect::<Vec<_>>());
+    assert!(!folder.data().join("pg_wal/tidemark").exists());
+
+    // Started by us: wal-get needs no repository at all.
+    let folder = Folder::new();
+    run(place, &planned, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
+    let (report, left) = start(place, &planned, &folder, Action::Promote).await.unwrap();
+    assert_eq!(report.outcome, Outcome::Promoted);
+    assert_eq!(left.psql("select max(id), count(*) from t"), "20|20");
+    drop(left);
+
+    // A repository that cannot be reached is never the end of the WAL.
+    let folder = Folder::new();
+    run(place, &planned, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    assert!(!restored.try_run());
+    let log = restored.log();
+    assert!(log.contains("could not restore file"), "{}", restored.log_tail());
+    assert!(!log.contains("archive recovery complete"));
+    // The same directory goes on once the repository is back.
+    let conf = folder.data().join("postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    let url = shared.folder.path().display().to_string();
+    std::fs::write(&conf, text.replace("/nonexistent", &url)).unwrap();
+    drop(restored);
+    assert_eq!(rows(&binaries, &folder.data()), (1..=20).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_follows_what_the_repository_gets() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    let shared = Shared::of(&server).await;
+    let place = &shared.place;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    back_up(place, &server, &running).await;
+    server.psql("insert into t values (1)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    shared.open_up();
+    let planned = plan(place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    let options = Options {
+        role: Role::Standby { primary_conninfo: None },
+        wal_get_command: Shared::wal_get(shared.folder.path()),
+        ..options(&folder.data())
+    };
+    run(place, &planned, &options).await.unwrap();
+    let standby = Postgres::adopt(&binaries, &folder.data());
+    standby.run();
+    let wait_for = |rows: &str| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        while standby.psql("select count(*) from t") != rows {
+            assert!(std::time::Instant::now() < deadline, "{}", standby.log_tail());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    wait_for("1");
+    server.psql("insert into t values (2)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    shared.open_up();
+    wait_for("2");
+    assert_eq!(standby.psql("select pg_is_in_recovery()"), "t");
+    running.stop().await.unwrap();
 }
 
 fn insert_plain(server: &Postgres) {
