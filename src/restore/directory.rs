@@ -21,6 +21,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,9 @@ pub const MARKER: &str = "tidemark.restoring";
 /// The file without which PostgreSQL does not start.
 pub const CONTROL_FILE: &str = "global/pg_control";
 
+/// How often, and how long apart, a lock is tried that somebody holds.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Longest marker read: paths of tablespaces and a few facts.
 const MARKER_BYTES_MAX: u64 = 1 << 20;
 
@@ -417,7 +421,16 @@ fn create_marker(path: &Path) -> Result<File> {
 }
 
 fn lock(marker: &File, path: &Path) -> Result<()> {
-    marker.try_lock().map_err(|error| match error {
+    let mut locked = marker.try_lock();
+    // A process that this one starts holds all its files for the instant between fork and exec.
+    for _ in 0..LOCK_TRIES {
+        if !matches!(locked, Err(fs::TryLockError::WouldBlock)) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        locked = marker.try_lock();
+    }
+    locked.map_err(|error| match error {
         fs::TryLockError::WouldBlock => Error::new(
             Kind::Conflict,
             format!(
