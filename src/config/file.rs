@@ -1,7 +1,7 @@
 //! The configuration file: where it is looked for, and its keys with the lines they stand on.
 //!
 //! # Shape
-//! TOML: keys of the table in [`key`](super::key), sections as tables, `[[repository]]` as a list
+//! TOML: keys of the table in [`key`], sections as tables, `[[repository]]` as a list
 //! of blocks of which exactly one is accepted for now.
 
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //!
 //! A [`Repository`] is a store and the name of a cluster in it. A [`Writer`] seals and puts (it needs
 //! recipients only), a [`Reader`] fetches and opens (it needs a decryption identity). The byte-exact
-//! format is in [`format`].
+//! format is in [`mod@format`].
 //!
 //! # Invariants
 //! - Objects are written once. What consists of several becomes visible by its last: a backup by its

@@ -8,7 +8,7 @@
 //! A backup is referred to by its manifest alone, and by later backups' manifests that name it as a
 //! parent, which exists only after its own. So packs without a manifest are needed only by a backup
 //! that is still being taken. That one puts packs all the time, and refuses to commit when its last
-//! pack is older than [`COMMIT_TIME_MAX`](super::packing::COMMIT_TIME_MAX) or when a pack is missing;
+//! pack is older than [`COMMIT_TIME_MAX`] or when a pack is missing;
 //! a sweep waits for twice that time since the newest object of the backup, by the store's clock.
 //!
 //! # When is a key unused?

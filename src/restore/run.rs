@@ -119,7 +119,7 @@ pub struct RestoreReport {
 /// Carries `plan` out: when it returns, PostgreSQL started on the directory ends at the target.
 ///
 /// # Durability
-/// All files are on disk before `global/pg_control` appears; see [`directory`](super::directory). Whoever
+/// All files are on disk before `global/pg_control` appears; see [`directory`]. Whoever
 /// interrupts this leaves a directory that does not start and that the same call clears and fills again.
 ///
 /// # Errors

@@ -66,9 +66,9 @@ pub struct StartOptions {
     pub isolation: Isolation,
     /// Port instead of the configured one.
     pub port: Option<u16>,
-    /// What was told to [`run`](super::run).
+    /// What was told to [`run`](super::run()).
     pub action: Action,
-    /// What was told to [`run`](super::run).
+    /// What was told to [`run`](super::run()).
     pub role: Role,
 }
 

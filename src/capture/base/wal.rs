@@ -14,7 +14,7 @@
 //!
 //! # Durability
 //! Whoever streams, the manifest is put only after a listing of the repository has shown the whole
-//! range ([`is_stored`]): a second look that trusts neither status nor engine.
+//! range (`is_stored`): a second look that trusts neither status nor engine.
 
 use std::sync::Arc;
 use std::time::Duration;
