@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | backup | 128 MiB | threads × (context + part being filled) + parts being uploaded + blocks waiting |
 //! | stream | 48 MiB | extent being filled (twice, while the next begins) + extents being uploaded |
-//! | restore | 96 MiB | batches being fetched (twice, while the driver joins them) + threads × (context + block) |
+//! | restore | 96 MiB | batches being fetched (twice, while the driver joins them) + threads × (context + block) + WAL segments |
 //!
 //! A passphrase as recipient costs 128 MiB once at start on top, for about 0.3 s: that is what makes
 //! it expensive to guess (scrypt). X25519 recipients cost nothing.
@@ -28,6 +28,10 @@ pub const STREAM_BYTES: u64 = 48 * MIB;
 pub const RESTORE_BYTES: u64 = 96 * MIB;
 /// What the process holds besides data, and what the allocator loses.
 pub const PROCESS_BYTES: u64 = 24 * MIB;
+
+/// What `restore` needs besides its batches: two WAL segments of the default size, plain and sealed,
+/// made when all files are written and the allocator still keeps what the batches held.
+pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 
 /// Smallest part all stores take.
 pub const PART_BYTES_MIN: u64 = 5 * MIB;
@@ -108,7 +112,8 @@ impl Budget {
     /// Shares for `restore` within `limit_bytes` on `cores` cores.
     #[must_use]
     pub fn restore(limit_bytes: u64, cores: usize) -> Self {
-        let data = limit_bytes.saturating_sub(PROCESS_BYTES).max(4 * BATCH_BYTES);
+        let fixed = PROCESS_BYTES + RESTORE_WAL_BYTES;
+        let data = limit_bytes.saturating_sub(fixed).max(4 * BATCH_BYTES);
         let threads = (cores.max(1) as u64).clamp(1, THREADS_MAX.min(data / 4 / (2 * MIB)));
         // A batch exists twice while the driver joins the pieces of a response.
         let batches = (data - threads * 2 * MIB) / (2 * BATCH_BYTES);
