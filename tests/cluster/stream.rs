@@ -543,3 +543,27 @@ async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
     assert_eq!(parts.len(), 2, "{parts:?}");
     assert_eq!((parts[0].end(), parts[1].start()), (now.gaps[0].start_lsn, now.gaps[0].end_lsn));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_that_trickle_in_are_durable_within_two_seconds() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&server, 10);
+    let place = Place::of(&server).await;
+    // A store about as slow as a far one.
+    let delay_max = Duration::from_millis(200);
+    place.memory.set_faults(Faults { delay_max, ..Faults::default() });
+    let running = start_long(place.stream(&server)).await;
+    running.streaming().await;
+    let client = server.client().await;
+    for _ in 0..50 {
+        client.batch_execute("insert into load (body) values ('x')").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    running.durable(wal_end(&server)).await;
+    let latency = running.status.latency();
+    let at = |quantile| Duration::from_micros(latency.value_at_quantile(quantile));
+    println!("{} commits: p50 {:?}, p99 {:?}", latency.len(), at(0.5), at(0.99));
+    assert!(latency.len() >= 50 && at(0.99) < Duration::from_secs(2), "{:?}", at(0.99));
+    assert!(running.status.snapshot().extent_count < 25, "commits share extents");
+    running.stop().await.unwrap();
+}
