@@ -50,6 +50,7 @@ async fn no_acknowledged_commit_is_lost_when_the_sidecar_is_killed_again_and_aga
     let arguments = ["stream", "--postgres", &conninfo];
 
     let first = tidemark.spawn(&arguments);
+    server.wait_for_stream();
     tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
     server.psql("alter system set synchronous_standby_names = 'tidemark'");
     server.psql("select pg_reload_conf()");

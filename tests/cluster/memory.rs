@@ -32,6 +32,7 @@ fn peak_memory_stays_within_the_stated_limits() {
     let tidemark = Tidemark::with_directory();
     let conninfo = server.conninfo();
     let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
     let made = server
         .binaries()
         .client("pgbench")

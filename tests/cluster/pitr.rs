@@ -237,6 +237,7 @@ fn every_chosen_moment_comes_back_row_for_row() {
     let mut busy = Busy::start(&binaries);
     let conninfo = busy.server.conninfo();
     let mut stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    busy.server.wait_for_stream();
     tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
 
     let space = busy.server.home().join("space").display().to_string();

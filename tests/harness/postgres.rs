@@ -275,6 +275,19 @@ impl Postgres {
         }
     }
 
+    /// Waits until a WAL stream of ours is connected. A backup begun before would take the lease, and the
+    /// stream would be refused.
+    #[track_caller]
+    pub fn wait_for_stream(&self) {
+        let active =
+            "select count(*) from pg_replication_slots where slot_name = 'tidemark' and active";
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.psql(active) != "1" {
+            assert!(Instant::now() < deadline, "no stream connected:\n{}", self.log_tail());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Promotes a standby and waits until it accepts writes.
     pub fn promote(&self) {
         self.psql("select pg_promote(true, 60)");
