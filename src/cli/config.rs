@@ -91,7 +91,10 @@ fn as_toml(settings: &[Shown], show: &Show) -> String {
                 key.help,
                 key.variables().join(", ")
             ));
-            text.push_str(&key.flag.map_or("\n".to_owned(), |flag| format!(". Flag: --{flag}\n")));
+            let short = key.short.map(|short| format!("-{short}, ")).unwrap_or_default();
+            let flag = key.flag.map(|flag| format!(". Flag: {short}--{flag}")).unwrap_or_default();
+            text.push_str(&flag);
+            text.push('\n');
         }
         match &shown.value {
             Some(items) => {

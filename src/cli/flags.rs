@@ -18,7 +18,8 @@ const COMMANDS: &[(&str, &[Group])] = &[
             Group::Repository,
             Group::Sealing,
             Group::Backup,
-            Group::Work,
+            Group::Jobs,
+            Group::Memory,
             Group::Stream,
             Group::Opening,
         ],
@@ -30,7 +31,7 @@ const COMMANDS: &[(&str, &[Group])] = &[
             Group::Repository,
             Group::Sealing,
             Group::Stream,
-            Group::Work,
+            Group::Memory,
             Group::Opening,
         ],
     ),
@@ -44,13 +45,14 @@ const COMMANDS: &[(&str, &[Group])] = &[
             Group::Backup,
             Group::Retention,
             Group::Run,
-            Group::Work,
+            Group::Jobs,
+            Group::Memory,
             Group::Opening,
         ],
     ),
-    ("restore", &[Group::Repository, Group::Opening, Group::Restore, Group::Work]),
+    ("restore", &[Group::Repository, Group::Opening, Group::Restore, Group::Jobs, Group::Memory]),
     ("list", &[Group::Repository]),
-    ("verify", &[Group::Repository, Group::Opening, Group::Work]),
+    ("verify", &[Group::Repository, Group::Opening, Group::Jobs]),
     ("expire", &[Group::Repository, Group::Retention]),
     ("wal-get", &[Group::Repository, Group::Opening]),
     ("inspect", &[Group::Repository, Group::Opening]),
@@ -90,7 +92,7 @@ fn heading(group: Group) -> &'static str {
         Group::Postgres => "PostgreSQL",
         Group::Repository => "Repository",
         Group::Sealing | Group::Opening => "Keys",
-        Group::Work => "Resources",
+        Group::Jobs | Group::Memory => "Resources",
         Group::Stream => "WAL stream",
         Group::Backup => "Base backup",
         Group::Restore => "Restore",
@@ -111,6 +113,9 @@ fn arg(key: &'static Key) -> Option<Arg> {
         .value_name(key.value_name())
         .help(short.trim_end().to_owned())
         .long_help(format!("{}\n\n{notes}", key.help));
+    if let Some(short) = key.short {
+        arg = arg.short(short);
+    }
     arg = match key.form {
         Form::List => arg.action(ArgAction::Append),
         Form::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),

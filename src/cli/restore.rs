@@ -235,7 +235,7 @@ fn options_of(args: &Args, into: PathBuf, config: &Config) -> Result<Options> {
         owner: args.owner.as_deref().map(Owner::parse).transpose()?,
         engine: Engine::Postgres,
         wal_get_command: wal_get::command_words(config)?,
-        budget: Budget::restore(config.memory_bytes(RESTORE_BYTES)?, config.threads()?),
+        budget: Budget::restore(config.memory_bytes(RESTORE_BYTES)?, config.jobs()?),
         preplaced_bytes_max: PREPLACED_BYTES_MAX,
     })
 }

@@ -51,7 +51,9 @@ pub enum Group {
     /// Commands that read what is sealed in a repository.
     Opening,
     /// Commands that compress, encrypt, or the reverse, in bulk.
-    Work,
+    Jobs,
+    /// Commands that keep within a memory that can be set.
+    Memory,
     /// Commands that stream WAL.
     Stream,
     /// Commands that take base backups.
@@ -75,6 +77,8 @@ pub struct Key {
     pub default: Option<&'static str>,
     /// The flag without its two dashes, where a person would type it.
     pub flag: Option<&'static str>,
+    /// The letter that stands for the flag after one dash.
+    pub short: Option<char>,
     /// Which commands take the flag.
     pub group: Group,
     /// Help: the first sentence alone is shown by `-h`.
@@ -82,7 +86,7 @@ pub struct Key {
 }
 
 const fn key(name: &'static str, form: Form, group: Group, help: &'static str) -> Key {
-    Key { name, form, default: None, flag: None, group, help }
+    Key { name, form, default: None, flag: None, short: None, group, help }
 }
 
 impl Key {
@@ -93,6 +97,11 @@ impl Key {
 
     const fn flag(mut self, flag: &'static str) -> Self {
         self.flag = Some(flag);
+        self
+    }
+
+    const fn short(mut self, short: char) -> Self {
+        self.short = Some(short);
         self
     }
 
@@ -325,17 +334,18 @@ pub const KEYS: &[Key] = &[
     .default("1")
     .flag("compression-level"),
     key(
-        "pipeline.threads",
+        "pipeline.jobs",
         Form::Integer { min: 1, max: 64 },
-        Group::Work,
+        Group::Jobs,
         "Threads that compress, encrypt, and the reverse. Without it as many as the machine has \
          cores and the memory allows.",
     )
-    .flag("threads"),
+    .flag("jobs")
+    .short('j'),
     key(
         "pipeline.memory",
         Form::Size,
-        Group::Work,
+        Group::Memory,
         "Most memory the whole process may take. Without it backup keeps below 128 MiB, stream \
          below 48 MiB and restore below 96 MiB.",
     )
@@ -532,6 +542,8 @@ mod tests {
         assert!(distinct(KEYS.iter().map(|key| key.name.to_owned()).collect()));
         assert!(distinct(KEYS.iter().flat_map(Key::variables).collect()));
         assert!(distinct(KEYS.iter().filter_map(|key| key.flag.map(str::to_owned)).collect()));
+        let shorts = KEYS.iter().filter_map(|key| key.short.map(String::from));
+        assert!(distinct(shorts.collect()));
         let mut sections: Vec<&str> = KEYS.iter().map(Key::section).collect();
         sections.dedup();
         assert!(distinct(sections.into_iter().map(str::to_owned).collect()));

@@ -227,8 +227,8 @@ impl Config {
     ///
     /// # Errors
     /// `config` for a value that is not understood.
-    pub fn threads(&self) -> Result<usize> {
-        let set = self.settings.integer("pipeline.threads")?;
+    pub fn jobs(&self) -> Result<usize> {
+        let set = self.settings.integer("pipeline.jobs")?;
         let set = set.and_then(|count| usize::try_from(count).ok());
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(set.unwrap_or_else(cores))

@@ -59,7 +59,7 @@ fn base(
         rate_max_kib: config.rate_limit_kib()?.map(std::num::NonZero::get),
         page_checksums: config.page_checksums(),
         pack: PackOptions {
-            budget: Budget::backup(memory, config.threads()?, level),
+            budget: Budget::backup(memory, config.jobs()?, level),
             level,
             pack_bytes: PACK_BYTES_DEFAULT,
         },
