@@ -288,7 +288,9 @@ async fn readable(
         findings.add(what, State::Warning, found);
         return;
     }
-    let reader = repository.reader(identities);
+    let Some(reader) = findings.take(what, keys::reader(&invocation.config, repository)) else {
+        return;
+    };
     let opened = match (catalog.backups.last(), newest_extent(catalog)) {
         (Some(backup), _) => {
             reader.manifest(backup.id()).await.map(|_manifest| "the newest backup")

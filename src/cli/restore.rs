@@ -103,7 +103,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let into = into_of(&args)?;
     let request = request_of(&args, config, clock.now())?;
     let repository = opening::repository(config, clock).await?;
-    let reader = repository.reader(keys::identities(config)?);
+    let reader = keys::reader(config, &repository)?;
     let catalog = Catalog::load(&repository).await?;
     let plan = restore::plan(&repository, &reader, &catalog, &request).await?;
     let zone = config.time_zone()?.unwrap_or_else(TimeZone::system);

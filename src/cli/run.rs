@@ -13,7 +13,9 @@ use crate::error::Result;
 /// with status 0.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// When another process writes for this cluster, wait for its end instead of refusing.
+    /// When another process streams for this cluster, wait for its end instead of refusing.
+    ///
+    /// A base backup that streams its own WAL is always waited for.
     #[arg(long)]
     pub(super) wait: bool,
 }

@@ -26,7 +26,9 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(60);
 /// ends with status 0; killing it in any other way loses nothing either, it goes on where it was.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// When another process writes for this cluster, wait for its end instead of refusing.
+    /// When another process streams for this cluster, wait for its end instead of refusing.
+    ///
+    /// A base backup that streams its own WAL is always waited for.
     #[arg(long)]
     pub(super) wait: bool,
 }
@@ -45,7 +47,7 @@ pub(super) async fn supervise(
     let Invocation { config, clock, terminal, stop } = invocation;
     let slot_name = config.stream_options()?.slot_name;
     let postgres = config.connect_options()?;
-    let wait = if wait { Wait::Forever } else { Wait::Refuse };
+    let wait = if wait { Wait::Forever } else { Wait::ForPassing };
     let writing = Writing::begin(config, clock, description, wait, stop).await?;
     announce_identity(terminal, writing.identity_made.as_deref());
     terminal.remark(&format!(

@@ -36,7 +36,7 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let Invocation { config, clock, terminal, stop } = &invocation;
     let repository = opening::repository(config, clock).await?;
-    let reader = repository.reader(keys::identities(config)?);
+    let reader = keys::reader(config, &repository)?;
     let mut options = VerifyOptions::new(config.jobs()?);
     if args.sample < 100 {
         options.depth = Depth::SamplePercent(args.sample);

@@ -34,7 +34,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
     let request = WalGetRequest { name: args.name, path: args.path };
     let open = async || {
         let repository = opening::repository(config, clock).await?;
-        let reader = repository.reader(keys::identities(config)?);
+        let reader = keys::reader(config, &repository)?;
         Ok((repository, reader))
     };
     if args.prefetch {

@@ -48,7 +48,7 @@ pub enum Group {
     Repository,
     /// Commands that write to a repository.
     Sealing,
-    /// Commands that read what is sealed in a repository.
+    /// Commands that read what is sealed in a repository (all that write do as well).
     Opening,
     /// Commands that compress, encrypt, or the reverse, in bulk.
     Jobs,
@@ -166,10 +166,11 @@ pub const KEYS: &[Key] = &[
     key(
         "encryption",
         Form::Choice(&["age", "none"]),
-        Group::Sealing,
-        "How what is written is sealed. 'age' encrypts every object with a key that only the \
-         recipients' identities can unwrap; 'none' stores it compressed and readable by anybody who \
-         can read the repository.",
+        Group::Opening,
+        "How what is written is sealed, and what is accepted when it is read. 'age' encrypts every \
+         object with a key that only the recipients' identities can unwrap, and refuses to read \
+         what is not encrypted; 'none' stores it compressed and readable by anybody who can read \
+         the repository, and reads both.",
     )
     .default("age")
     .flag("encryption"),

@@ -8,6 +8,7 @@ use crate::capture::base::{Base, BaseOptions, Progress, WalStreaming};
 use crate::capture::stream::{SlotLife, Status};
 use crate::config::Config;
 use crate::error::Result;
+use crate::repo::lease::Tenure;
 use crate::repo::packing::PACK_BYTES_DEFAULT;
 use crate::repo::{Budget, PackOptions, Writer, budget};
 
@@ -27,6 +28,7 @@ pub fn alone(config: &Config, writer: Writer, progress: Arc<Progress>) -> Result
     // A slot that stays behind would fill the server's disk when nobody streams.
     stream.slot_life = SlotLife::Connection;
     let mut lease = writing::lease_options(config, "backup")?;
+    lease.tenure = Tenure::Passing;
     lease.key_id = Some(writer.key_id().to_string());
     let wal = WalStreaming::Elsewhere(Box::new((stream, lease)));
     base(config, writer, wal, progress)

@@ -10,7 +10,7 @@ use secrecy::ExposeSecret;
 use crate::clock::Clock;
 use crate::config::{Config, Sealing};
 use crate::error::{Context, Error, Kind, Result};
-use crate::repo::{DecryptionIdentity, Encryption, Recipient, Repository};
+use crate::repo::{DecryptionIdentity, Encryption, Reader, Recipient, Repository};
 
 /// An identity file longer than this is something else.
 const IDENTITY_FILE_BYTES_MAX: u64 = 1 << 20;
@@ -36,6 +36,19 @@ pub fn identities(config: &Config) -> Result<Vec<DecryptionIdentity>> {
     };
     identities.extend(config.passphrase()?.map(DecryptionIdentity::passphrase));
     Ok(identities)
+}
+
+/// What reads `repository` with everything that can open it; objects that are not encrypted only when
+/// the settings say so.
+///
+/// # Errors
+/// As [`identities`].
+pub fn reader(config: &Config, repository: &Repository) -> Result<Reader> {
+    let reader = repository.reader(identities(config)?);
+    match config.sealing() {
+        Sealing::None => reader.accept_unencrypted(),
+        Sealing::Age => Ok(reader),
+    }
 }
 
 /// For whom to seal what is written to `repository`: the recipients configured, else those of the

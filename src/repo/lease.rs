@@ -73,10 +73,23 @@ pub enum Wait {
     /// Refuse and say who holds it. A lease whose holder looks dead (not renewed for its time to
     /// live by the wall clock) is still observed and taken over, so that a restart needs nobody.
     Refuse,
+    /// As `Refuse`, but wait for the end of a holder that ends by itself ([`Tenure::Passing`]).
+    ForPassing,
     /// Wait for at most this long.
     AtMost(Duration),
     /// Wait until it can be taken.
     Forever,
+}
+
+/// How long a holder means to keep the lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tenure {
+    /// Until somebody stops it: a stream.
+    #[default]
+    Standing,
+    /// Until its work is done: a base backup, which stores all WAL of that time as a stream would.
+    Passing,
 }
 
 /// What to do on a store that does not enforce conditional writes.
@@ -96,6 +109,8 @@ pub struct LeaseOptions {
     pub description: String,
     /// How long the lease holds without a renewal; from 5 seconds to an hour.
     pub ttl: Duration,
+    /// How long it is wanted.
+    pub tenure: Tenure,
     /// What to do when somebody else holds it.
     pub wait: Wait,
     /// What to do on a store that does not enforce conditions.
@@ -114,6 +129,7 @@ impl LeaseOptions {
         Self {
             description: description.into(),
             ttl: TTL_DEFAULT,
+            tenure: Tenure::Standing,
             wait: Wait::Refuse,
             unconditional_store: UnconditionalStore::Refuse,
             process: ProcessIdentity::current(),
@@ -188,6 +204,8 @@ struct Contents {
     process: ProcessIdentity,
     acquired_time: Timestamp,
     renewed_time: Timestamp,
+    #[serde(default)]
+    tenure: Tenure,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     progress: Option<Progress>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -549,11 +567,14 @@ struct Look {
     observed: Option<(Bytes, Instant)>,
     /// When our first try that may have won was sent.
     sent: Option<Term>,
+    /// Whether it was said that somebody is waited for.
+    told: bool,
 }
 
 impl Candidate {
     async fn take(self) -> Result<Taken> {
-        let mut look = Look { begun: self.clock.instant(), observed: None, sent: None };
+        let mut look =
+            Look { begun: self.clock.instant(), observed: None, sent: None, told: false };
         loop {
             match self.step(&mut look).await {
                 Ok(Some(taken)) => return Ok(self.taken(taken)),
@@ -583,7 +604,7 @@ impl Candidate {
         let unchanged_since = match &look.observed {
             Some((seen, since)) if *seen == body => *since,
             // A change while we look is a sign of life.
-            Some(_) if self.options.wait == Wait::Refuse && !contents.is_free() => {
+            Some(_) if self.refuses(&contents) && !contents.is_free() => {
                 return Err(refused(&contents));
             }
             _ => {
@@ -612,6 +633,15 @@ impl Candidate {
         contents.is_free() || dead || self.clock.instant() >= unchanged_since + patience
     }
 
+    /// Whether a live holder is not waited for.
+    fn refuses(&self, contents: &Contents) -> bool {
+        match self.options.wait {
+            Wait::Refuse => true,
+            Wait::ForPassing => contents.tenure == Tenure::Standing,
+            Wait::AtMost(_) | Wait::Forever => false,
+        }
+    }
+
     fn look_interval(&self) -> Duration {
         self.options.ttl / 12
     }
@@ -619,7 +649,7 @@ impl Candidate {
     /// When the patience of the options ends.
     fn give_up_at(&self, look: &Look) -> Option<Instant> {
         match self.options.wait {
-            Wait::Forever => None,
+            Wait::Forever | Wait::ForPassing => None,
             Wait::AtMost(limit) => Some(look.begun + limit),
             // Long enough to observe a dead holder and to take over.
             Wait::Refuse => Some(look.begun + TTL_MAX.min(self.options.ttl * 3)),
@@ -627,17 +657,21 @@ impl Candidate {
     }
 
     fn may_wait_on(&self, look: &Look) -> bool {
-        let begun = self.options.wait != Wait::Refuse || look.observed.is_some();
+        let patient = matches!(self.options.wait, Wait::AtMost(_) | Wait::Forever);
+        let begun = patient || look.observed.is_some();
         begun && self.give_up_at(look).is_none_or(|end| self.clock.instant() < end)
     }
 
     /// Sleeps until the next look, or refuses.
-    async fn pause(&self, contents: &Contents, look: &Look) -> Result<()> {
+    async fn pause(&self, contents: &Contents, look: &mut Look) -> Result<()> {
         let age = self.clock.now().duration_since(contents.renewed_time).abs();
         let ttl = contents.ttl().max(self.options.ttl);
         let looks_alive = age < SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
-        if self.options.wait == Wait::Refuse && looks_alive {
+        if self.refuses(contents) && looks_alive {
             return Err(refused(contents));
+        }
+        if !std::mem::replace(&mut look.told, true) {
+            tracing::warn!("another writer is at work, waiting for its end: {}", contents.who());
         }
         let next = self.clock.instant() + self.look_interval();
         match (self.options.wait, self.give_up_at(look)) {
@@ -674,6 +708,7 @@ impl Candidate {
             process: self.options.process.clone(),
             acquired_time: term.sent_time,
             renewed_time: term.sent_time,
+            tenure: self.options.tenure,
             progress: None,
             key_id: self.options.key_id.clone(),
         };
@@ -872,6 +907,27 @@ mod tests {
     async fn take(memory: &Memory, clock: &Clock, options: LeaseOptions) -> Result<Lease> {
         let store: Arc<dyn Store> = Arc::new(memory.clone());
         Lease::acquire_at(&store, name(), clock, options).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_ends_by_itself_is_waited_for_and_one_that_stays_is_not() {
+        let clock = clock(11);
+        let memory = Memory::new(&clock);
+        let passing = LeaseOptions { tenure: Tenure::Passing, ..on_host("alpha", Wait::Refuse) };
+        let backup = take(&memory, &clock, passing).await.unwrap();
+        let error = take(&memory, &clock, on_host("beta", Wait::Refuse)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        let begun = clock.instant();
+        let (stream, ()) =
+            tokio::join!(take(&memory, &clock, on_host("beta", Wait::ForPassing)), async {
+                tokio::time::sleep(TTL * 20).await;
+                backup.release().await;
+            });
+        let stream = stream.unwrap();
+        assert!(clock.instant() >= begun + TTL * 20);
+        assert_eq!(stream.epoch(), 2);
+        let error = take(&memory, &clock, on_host("gamma", Wait::ForPassing)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,6 +6,11 @@
 //! # Invariants
 //! Whatever is wrong with an object is an error of kind `corrupt` that names it and the byte; a data
 //! key that no identity opens is `denied` and names the key.
+//!
+//! An object that says of itself that it is not encrypted proves nothing: anybody who can write to the
+//! store can put one in an encrypted one's place. So it is read only by who has no identity, in a
+//! cluster that has no data key, or by who asked for it in so many words
+//! ([`Reader::accept_unencrypted`]).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,6 +19,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures::lock::Mutex;
+use tokio::sync::OnceCell;
 
 use super::Repository;
 use super::extent::ExtentMember;
@@ -38,6 +44,8 @@ pub struct Reader(Arc<Inner>);
 struct Inner {
     repository: Repository,
     identities: Vec<DecryptionIdentity>,
+    /// Whether objects that are not encrypted are read; found out at the first of them.
+    accepts_unencrypted: OnceCell<bool>,
     /// Unwrapped data keys, so that a key object is fetched, and a passphrase tried, once.
     keys: Mutex<HashMap<KeyId, DataKey>>,
 }
@@ -243,7 +251,40 @@ impl FetchedExtent {
 
 impl Reader {
     pub(super) fn new(repository: Repository, identities: Vec<DecryptionIdentity>) -> Self {
-        Self(Arc::new(Inner { repository, identities, keys: Mutex::new(HashMap::new()) }))
+        let accepts_unencrypted = OnceCell::new();
+        let keys = Mutex::new(HashMap::new());
+        Self(Arc::new(Inner { repository, identities, accepts_unencrypted, keys }))
+    }
+
+    /// Reads objects that are not encrypted too, as the operator asked for.
+    ///
+    /// # Errors
+    /// `bug` when something was read already.
+    pub fn accept_unencrypted(self) -> Result<Self> {
+        match self.0.accepts_unencrypted.set(true) {
+            Ok(()) => Ok(self),
+            Err(_) => Err(Error::new(Kind::Bug, "a reader changed its mind about encryption")),
+        }
+    }
+
+    /// Refuses an object without encryption where encryption is expected.
+    async fn expect_unencrypted(&self) -> Result<()> {
+        let Inner { repository, identities, accepts_unencrypted, .. } = &*self.0;
+        let find_out =
+            async || -> Result<bool> { Ok(identities.is_empty() && !repository.has_keys().await?) };
+        if *accepts_unencrypted.get_or_try_init(find_out).await? {
+            return Ok(());
+        }
+        let expected = if identities.is_empty() {
+            "though the cluster has encrypted data"
+        } else {
+            "though there is an identity to open it with"
+        };
+        let message = format!("it is not encrypted, {expected}");
+        Err(Error::new(Kind::Corrupt, message).hint(
+            "If you have written this cluster without encryption, say so with --encryption none; \
+             if not, somebody has put this object in the place of yours.",
+        ))
     }
 
     /// The repository read from.
@@ -255,6 +296,7 @@ impl Reader {
     /// The data key an object's header asks for.
     async fn data_key(&self, cipher: Cipher, id: KeyId) -> Result<DataKey> {
         if cipher == Cipher::None {
+            self.expect_unencrypted().await?;
             return Ok(DataKey::public());
         }
         let mut keys = self.0.keys.lock().await;

@@ -23,7 +23,7 @@ const SMALL_BYTES_MAX: u64 = 64 << 10;
 pub(super) async fn inspect(name: &str, depth: Depth, invocation: &Invocation) -> Result<Value> {
     let repository = opening::repository(&invocation.config, &invocation.clock).await?;
     let object = parse(name, &repository)?;
-    let reader = repository.reader(keys::identities(&invocation.config)?);
+    let reader = keys::reader(&invocation.config, &repository)?;
     match object {
         Object::Pack(pack) => pack_of(&repository, &reader, pack, depth).await,
         Object::Manifest(backup) => manifest(&repository, &reader, backup).await,

@@ -52,6 +52,15 @@ impl Place {
 
     async fn begin(&self, pack_bytes: u64, inspect: Arc<dyn Inspect>) -> BackupWriter {
         let encryption = Encryption::Recipients(vec![self.identity.recipient()]);
+        self.begin_with(encryption, pack_bytes, inspect).await
+    }
+
+    async fn begin_with(
+        &self,
+        encryption: Encryption,
+        pack_bytes: u64,
+        inspect: Arc<dyn Inspect>,
+    ) -> BackupWriter {
         let writer = self.repository.writer(&encryption).await.unwrap();
         let options = PackOptions { budget: SMALL, level: Level::default(), pack_bytes };
         writer.backup(self.id(), options, inspect).unwrap()
@@ -356,6 +365,38 @@ async fn a_pack_that_went_missing_or_a_day_that_passed_forbids_the_manifest() {
     tokio::time::advance(std::time::Duration::from_secs(25 * 3600)).await;
     let error = third.commit(facts()).await.unwrap_err();
     assert!(error.to_string().contains("25 hours ago"), "{error}");
+}
+
+#[tokio::test]
+async fn an_object_without_encryption_is_refused_where_encryption_is_expected() {
+    let place = Place::new().await;
+    let inspect = Arc::new(NoInspection);
+    let mut backup = place.begin_with(Encryption::None, u64::MAX, inspect).await;
+    put_file(&mut backup, "base/1", &content(1, 300, true), 50).await.unwrap();
+    let manifest = backup.finish_packs().await.unwrap().commit(facts()).await.unwrap();
+    // A cluster without a key, and nobody who could open one: what there is is read.
+    let nobody = || place.repository.reader(Vec::new());
+    assert_eq!(nobody().manifest(place.id()).await.unwrap(), manifest);
+    assert!(read_pack(&nobody(), &manifest).await.is_ok());
+
+    let refused = async |reader: Reader, why: &str| {
+        for error in [
+            reader.manifest(place.id()).await.unwrap_err(),
+            read_pack(&reader, &manifest).await.unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+            let said = error.to_string();
+            assert!(said.contains("not encrypted") && said.contains(why), "{said}");
+        }
+    };
+    refused(place.reader(), "there is an identity").await;
+    let encryption = Encryption::Recipients(vec![place.identity.recipient()]);
+    place.repository.writer(&encryption).await.unwrap();
+    refused(nobody(), "the cluster has encrypted data").await;
+
+    let asked_for = place.reader().accept_unencrypted().unwrap();
+    assert_eq!(asked_for.manifest(place.id()).await.unwrap(), manifest);
+    assert!(read_pack(&asked_for, &manifest).await.is_ok());
 }
 
 #[tokio::test]
