@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Binaries, Postgres, Settings, Tidemark};
+use crate::harness::{Binaries, Postgres, S3, Settings, Tidemark};
 
 /// Runs a command to its end and returns the greatest resident size of the process in KiB.
 fn peak_kib(mut command: Command) -> u64 {
@@ -25,11 +25,21 @@ fn peak_kib(mut command: Command) -> u64 {
 }
 
 #[test]
-fn peak_memory_stays_within_the_stated_limits() {
-    let scale = std::env::var("TIDEMARK_TEST_MEMORY_SCALE").unwrap_or_else(|_| "20".into());
+fn peak_memory_stays_within_the_stated_limits_on_a_directory() {
+    peaks_are_within_limits(&Tidemark::with_directory(), "directory");
+}
+
+#[test]
+fn peak_memory_stays_within_the_stated_limits_on_s3() {
+    let s3 = S3::start();
+    peaks_are_within_limits(&s3.tidemark("memory"), "S3");
+}
+
+/// A backup and a restore of a database while its WAL is streamed.
+fn peaks_are_within_limits(tidemark: &Tidemark, repository: &str) {
+    let scale = std::env::var("TIDEMARK_TEST_MEMORY_SCALE").unwrap_or_else(|_| "10".into());
     let binaries = Binaries::of_this_run();
     let server = Postgres::start(&binaries, &Settings::default());
-    let tidemark = Tidemark::with_directory();
     let conninfo = server.conninfo();
     let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
     server.wait_for_stream();
@@ -60,7 +70,9 @@ fn peak_memory_stays_within_the_stated_limits() {
     assert_eq!(stream.terminate(), Some(0));
     let target = tidemark.new_target("restored");
     let restore = peak_kib(tidemark.command(&["restore", "--into", target.to_str().unwrap()]));
-    println!("{size}: peak backup {backup} KiB, stream {stream_peak} KiB, restore {restore} KiB");
+    println!(
+        "{size} to {repository}: peak backup {backup} KiB, stream {stream_peak} KiB, restore {restore} KiB"
+    );
     assert!(backup < 128 << 10, "backup: {backup} KiB");
     assert!(stream_peak < 48 << 10, "stream: {stream_peak} KiB");
     assert!(restore < 96 << 10, "restore: {restore} KiB");

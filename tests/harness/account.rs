@@ -3,6 +3,7 @@
 //! PostgreSQL refuses to run as root. Run as an ordinary user, the tests use that user; run as root
 //! they use `postgres`, or `nobody` where there is no such account.
 
+use std::hash::{Hash, Hasher};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -80,18 +81,22 @@ impl Account {
         }
     }
 
-    /// The `tidemark` binary of this build where the account can execute it: build folders are often
-    /// inside a home that others may not enter.
+    /// The `tidemark` binary of this build (or the one that `TIDEMARK_TEST_BINARY` names, to measure an
+    /// optimised one) where the account can execute it: build folders are often inside a home that
+    /// others may not enter.
     pub fn tidemark_binary(self) -> PathBuf {
-        let built = PathBuf::from(env!("CARGO_BIN_EXE_tidemark"));
+        let built = std::env::var_os("TIDEMARK_TEST_BINARY")
+            .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_tidemark")), PathBuf::from);
         if self.ids.is_none() {
             return built;
         }
         static COPY: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
         COPY.get_or_init(|| {
-            // One copy for each build, replaced by the next: statics are never dropped, so a folder of
-            // this run's own would be left behind.
-            let dir = std::env::temp_dir().join("tidemark-test-binary");
+            // One copy for each build folder, replaced by the next build: statics are never dropped,
+            // so a folder of this run's own would be left behind.
+            let mut hash = std::hash::DefaultHasher::new();
+            built.hash(&mut hash);
+            let dir = std::env::temp_dir().join(format!("tidemark-test-{:016x}", hash.finish()));
             std::fs::create_dir_all(&dir).unwrap();
             std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
             let fresh = dir.join(format!("tidemark.{}", std::process::id()));
