@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::invocation::Invocation;
+use super::render;
 use crate::config::key::{Form, Group};
 use crate::config::{Config, settings::Origin};
 use crate::daemon::{keys, opening};
@@ -14,7 +15,8 @@ use crate::restore::{self, WalGet, WalGetRequest};
 ///
 /// Used as restore_command = 'tidemark wal-get %f %p'. Ends with status 1 when the repository does
 /// not hold the file, which ends recovery in good order, and with a status above 125 when the
-/// repository cannot be reached, which stops PostgreSQL instead of letting it end recovery early.
+/// repository cannot be reached, which stops PostgreSQL instead of letting it end recovery early. A
+/// standby asks again and is told 1 in both cases.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Name of the file wanted, PostgreSQL's %f.
@@ -51,7 +53,14 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
     if let Some(command) = &mut fetcher {
         command.arg("--prefetch").arg(&request.name).arg(&request.path);
     }
-    restore::wal_get(&request, clock, fetcher, open).await
+    match restore::wal_get(&request, clock, fetcher, open).await {
+        // It goes to the server's log.
+        Err(error) if restore::asks_again(&request) => {
+            render::error(&error, &invocation.terminal);
+            Ok(WalGet::NotThere)
+        }
+        other => other,
+    }
 }
 
 /// The words that run `wal-get` on the repository of `config`, without secrets: those stay in the

@@ -16,7 +16,7 @@ use crate::pipeline::budget::{Budget, STREAM_BYTES};
 use crate::repo::retention::RetentionOptions;
 use crate::restore::time;
 use crate::store::{StaticCredentials, StoreOptions};
-use crate::wire::{CheckpointMode, ConnectOptions};
+use crate::wire::{CheckpointMode, ConnectOptions, PrimaryConninfo};
 
 /// Name we go by at the server unless the connection string names another.
 const APPLICATION_NAME: &str = "tidemark";
@@ -68,6 +68,27 @@ impl Config {
                 let origin = self.settings.origin("postgres.url");
                 format!("unable to read 'postgres.url' from {origin}")
             })
+    }
+
+    /// How a standby of the server that is configured connects to it; `None` when none is.
+    ///
+    /// # Errors
+    /// `config` for a connection string libpq would refuse.
+    pub fn primary_conninfo(&self) -> Result<Option<PrimaryConninfo>> {
+        let variable = |name: &str| self.environment.get(name).map(str::to_owned);
+        let read = |text| {
+            PrimaryConninfo::of_ours(text, &variable).context(|| {
+                let origin = self.settings.origin("postgres.url");
+                format!("unable to read 'postgres.url' from {origin}")
+            })
+        };
+        self.text("postgres.url").map(read).transpose()
+    }
+
+    /// Name of the slot through which WAL is streamed.
+    #[must_use]
+    pub fn slot_name(&self) -> &str {
+        self.text("postgres.slot").unwrap_or_default()
     }
 
     /// Where the repository is.
@@ -244,7 +265,7 @@ impl Config {
         let interval = |name| Self::set(name, settings.duration(name)?);
         let uploads = Self::set("wal.uploads_max", settings.integer("wal.uploads_max")?)?;
         Ok(StreamOptions {
-            slot_name: self.text("postgres.slot").unwrap_or_default().to_owned(),
+            slot_name: self.slot_name().to_owned(),
             slot_life: SlotLife::Permanent,
             flush_interval: interval("wal.flush_interval")?,
             idle_flush_interval: interval("wal.idle_flush_interval")?,

@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! See [`handover`](super::handover). In short: a segment that the restore needs is handed over whole, or
-//! PostgreSQL is told to abort; it never takes trouble with the store for the end of the WAL.
+//! PostgreSQL is told to abort; it never takes trouble with the store for the end of the WAL. Only a
+//! standby may be told that there is nothing yet, for it [asks again](asks_again).
 
 use std::fs;
 use std::future::Future;
@@ -21,6 +22,7 @@ use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 use super::chain::Chain;
 use super::directory::Owner;
 use super::handover::{Folder, Settings};
+use super::run::STANDBY_SIGNAL;
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
 
@@ -75,26 +77,33 @@ where
     O: FnOnce() -> F,
     F: Future<Output = Result<(Repository, Reader)>>,
 {
-    let attempted = || format!("unable to get WAL file '{}'", request.name);
-    let wal_directory = wal_directory_of(&request.path)?;
-    let folder = Folder::of(&wal_directory);
-    let outcome = match folder.settings()? {
-        Some(settings) => {
-            let planned = Planned { request, folder: &folder, settings: &settings };
-            match planned.wait(clock, fetcher).await? {
-                Some(outcome) => Ok(outcome),
-                None => {
-                    let (repository, reader) = open().await?;
-                    planned.fetch(&repository, &reader).await
-                }
+    let outcome = async {
+        let wal_directory = wal_directory_of(&request.path)?;
+        let folder = Folder::of(&wal_directory);
+        let Some(settings) = folder.settings()? else {
+            let (repository, reader) = open().await?;
+            return Feeder::without_plan(&repository, &reader).serve(request).await;
+        };
+        let planned = Planned { request, folder: &folder, settings: &settings };
+        match planned.wait(clock, fetcher).await? {
+            Some(outcome) => Ok(outcome),
+            None => {
+                let (repository, reader) = open().await?;
+                planned.fetch(&repository, &reader).await
             }
         }
-        None => {
-            let (repository, reader) = open().await?;
-            Feeder::without_plan(&repository, &reader).serve(request).await
-        }
     };
-    outcome.context(attempted)
+    outcome.await.context(|| format!("unable to get WAL file '{}'", request.name))
+}
+
+/// Whether PostgreSQL asks again for a file that it is not given: a standby does, which nothing but a
+/// promotion ends, and no restore has planned what it must be given. Aborting it would take down a server
+/// that could go on with what it has, or with what its primary sends.
+#[must_use]
+pub fn asks_again(request: &WalGetRequest) -> bool {
+    let Ok(wal_directory) = wal_directory_of(&request.path) else { return false };
+    let is_standby = wal_directory.join("..").join(STANDBY_SIGNAL).exists();
+    is_standby && matches!(Folder::of(&wal_directory).settings(), Ok(None))
 }
 
 fn wal_directory_of(path: &Path) -> Result<PathBuf> {

@@ -30,12 +30,12 @@ pub mod target;
 pub mod time;
 
 pub use directory::{Owner, TablespaceMapping};
-pub use feed::{WalGet, WalGetRequest, prefetch, wal_get};
+pub use feed::{WalGet, WalGetRequest, asks_again, prefetch, wal_get};
 pub use plan::{Moment, Plan, Request};
 pub use progress::{Phase, Progress, ProgressNow};
 pub use run::{Engine, Options, RestoreReport, Role, WalDelivery, run};
 pub use server_log::Outcome;
-pub use settings::{Action, Stop};
+pub use settings::{Action, Stop, Upstream};
 pub use start::{Isolation, StartOptions, StartReport, start};
 pub use target::{Edge, Target, TimelineChoice};
 
@@ -49,7 +49,7 @@ use plan::{PlannedBackup, PlannedWal};
 use resolve::{Base, CaughtUp, Holdings, Resolved};
 use source::RepositoryWal;
 
-/// Exit status of `wal-get` for every failure: above 125 PostgreSQL aborts recovery, where a lower one
+/// Exit status of `wal-get` for a failure: above 125 PostgreSQL aborts recovery, where a lower one
 /// means that the WAL ends here (`RestoreArchivedFile` in `xlogarchive.c`, 13 to 18).
 pub const WAL_GET_FATAL_EXIT: u8 = 200;
 

@@ -23,7 +23,7 @@ use super::limits;
 use super::plan::Plan;
 use super::progress::{Phase, Progress};
 use super::segments::{self, Identity};
-use super::settings::{Action, RecoverySettings, Stop, shell_word};
+use super::settings::{Action, RecoverySettings, Stop, Upstream, shell_word};
 use super::source::RepositoryWal;
 use super::target::Target;
 
@@ -33,7 +33,7 @@ pub const PREPLACED_BYTES_MAX: u64 = 512 << 20;
 
 const AUTO_CONF: &str = "postgresql.auto.conf";
 const RECOVERY_SIGNAL: &str = "recovery.signal";
-const STANDBY_SIGNAL: &str = "standby.signal";
+pub(crate) const STANDBY_SIGNAL: &str = "standby.signal";
 /// A `restore_command` is required even when all WAL is in place already.
 const NOTHING_TO_RESTORE: &str = "false";
 /// Removes what `wal-get` kept, when recovery has ended.
@@ -56,11 +56,8 @@ pub enum Role {
     /// A server of its own, on a new timeline once it is promoted.
     #[default]
     Primary,
-    /// A standby that goes on following the repository, and a primary if one is named.
-    Standby {
-        /// How to connect to the primary.
-        primary_conninfo: Option<String>,
-    },
+    /// A standby that goes on following the repository, and another server if one is named.
+    Standby(Upstream),
 }
 
 /// How to carry a plan out.
@@ -176,7 +173,7 @@ fn check_options(plan: &Plan, options: &Options) -> Result<()> {
         )
         .hint("Use engine 'postgres'."));
     }
-    let is_standby = matches!(options.role, Role::Standby { .. });
+    let is_standby = matches!(options.role, Role::Standby(_));
     if is_standby && !matches!(plan.target, Target::Latest | Target::Immediate) {
         return Err(Error::new(
             Kind::Usage,
@@ -312,7 +309,7 @@ impl Delivery<'_> {
     /// Places WAL, all of it when it is little, or prepares for handing it over.
     async fn place_wal(&self) -> Result<(WalDelivery, u64)> {
         let plan = self.plan;
-        let is_standby = matches!(self.options.role, Role::Standby { .. });
+        let is_standby = matches!(self.options.role, Role::Standby(_));
         let all = plan.wal_bytes() <= self.options.preplaced_bytes_max;
         // pg_verifybackup wants to see the WAL of the backup itself.
         let backup_end =
@@ -370,9 +367,9 @@ impl Delivery<'_> {
     /// Signal file and `postgresql.auto.conf`.
     fn write_settings(&self, wal: WalDelivery, control: &ControlFile) -> Result<()> {
         let root = self.directory.path();
-        let (signal, primary_conninfo) = match &self.options.role {
+        let (signal, upstream) = match &self.options.role {
             Role::Primary => (RECOVERY_SIGNAL, None),
-            Role::Standby { primary_conninfo } => (STANDBY_SIGNAL, primary_conninfo.clone()),
+            Role::Standby(upstream) => (STANDBY_SIGNAL, Some(upstream.clone())),
         };
         let is_standby = signal == STANDBY_SIGNAL;
         let settings = RecoverySettings {
@@ -384,7 +381,7 @@ impl Delivery<'_> {
             stop: if is_standby { Stop::EndOfWal } else { self.stop() },
             timeline: (!is_standby).then_some(self.plan.timeline),
             action: self.options.action,
-            primary_conninfo,
+            upstream,
         };
         let path = root.join(AUTO_CONF);
         let existing = match fs::read_to_string(&path) {

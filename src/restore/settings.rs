@@ -105,6 +105,28 @@ impl Stop {
     }
 }
 
+/// What a standby follows besides the repository.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Upstream {
+    /// How it connects to the server it streams from, without secrets; empty when it streams from none,
+    /// `None` when that is up to what the backup's own files say.
+    pub conninfo: Option<String>,
+    /// The replication slot it streams through. Without one a connection that is given uses none: the
+    /// one in the backup's files is another standby's.
+    pub slot: Option<String>,
+}
+
+impl Upstream {
+    fn lines(&self) -> Vec<(&'static str, String)> {
+        let conninfo = self.conninfo.clone().map(|text| ("primary_conninfo", text));
+        let slot = match (&self.slot, &self.conninfo) {
+            (None, None) => None,
+            (slot, _) => Some(("primary_slot_name", slot.clone().unwrap_or_default())),
+        };
+        conninfo.into_iter().chain(slot).collect()
+    }
+}
+
 /// Everything our block says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecoverySettings {
@@ -118,8 +140,8 @@ pub struct RecoverySettings {
     pub timeline: Option<TimelineId>,
     /// What to do at the stop.
     pub action: Action,
-    /// Connection to a primary, for a standby that is to stream.
-    pub primary_conninfo: Option<String>,
+    /// What a standby follows; `None` for a server of its own.
+    pub upstream: Option<Upstream>,
 }
 
 impl RecoverySettings {
@@ -132,7 +154,9 @@ impl RecoverySettings {
     /// As [`RecoverySettings::apply`], with `limits` that recovery needs besides.
     #[must_use]
     pub(crate) fn apply_with(&self, existing: &str, limits: &[(&'static str, u32)]) -> String {
-        let mut text = without_recovery_settings(existing, self.primary_conninfo.is_some());
+        let upstream = self.upstream.iter().flat_map(Upstream::lines);
+        let replaced: Vec<&str> = upstream.map(|(name, _)| name).collect();
+        let mut text = without_recovery_settings(existing, &replaced);
         text.push_str(BLOCK_HEAD);
         text.push('\n');
         let limits = limits.iter().map(|(name, value)| (*name, value.to_string()));
@@ -152,11 +176,10 @@ impl RecoverySettings {
         let timeline = self.timeline.map_or_else(|| "latest".to_owned(), |id| id.to_string());
         lines.push(("recovery_target_timeline", timeline));
         lines.push(("recovery_target_action", self.action.as_str().to_owned()));
-        if let Some(primary) = &self.primary_conninfo {
-            lines.push(("primary_conninfo", primary.clone()));
-        } else {
+        match &self.upstream {
+            Some(upstream) => lines.extend(upstream.lines()),
             // A delay meant for a standby would stall a restore for as long.
-            lines.push(("recovery_min_apply_delay", "0".to_owned()));
+            None => lines.push(("recovery_min_apply_delay", "0".to_owned())),
         }
         let stop = self.stop.setting();
         let chosen = stop.as_ref().map(|(name, ..)| *name);
@@ -170,8 +193,9 @@ impl RecoverySettings {
     }
 }
 
-/// The file without recovery settings and without a block of ours; ends with a newline unless empty.
-fn without_recovery_settings(existing: &str, replace_primary: bool) -> String {
+/// The file without recovery settings, without those that are `replaced` and without a block of ours; ends
+/// with a newline unless empty.
+fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
     let mut kept = String::with_capacity(existing.len());
     // A block without its end is taken for ordinary lines: nothing else is lost then.
     let has_whole_block = existing.contains(BLOCK_END);
@@ -184,9 +208,8 @@ fn without_recovery_settings(existing: &str, replace_primary: bool) -> String {
             _ => {
                 let name = setting_name(trimmed);
                 let dropped = name.is_some_and(|name| {
-                    inside_block
-                        || RECOVERY_SETTINGS.iter().any(|known| name.eq_ignore_ascii_case(known))
-                        || replace_primary && name.eq_ignore_ascii_case("primary_conninfo")
+                    let mut gone = RECOVERY_SETTINGS.iter().chain(replaced);
+                    inside_block || gone.any(|known| name.eq_ignore_ascii_case(known))
                 });
                 if !dropped {
                     kept.push_str(line);
@@ -258,7 +281,7 @@ mod tests {
             stop,
             timeline: TimelineId::new(3),
             action: Action::Pause,
-            primary_conninfo: None,
+            upstream: None,
         }
     }
 
@@ -304,6 +327,44 @@ mod tests {
                 None => assert!(last.ends_with("= ''"), "{last}"),
             }
         }
+    }
+
+    #[test]
+    fn a_standby_follows_whom_it_is_told_and_through_no_slot_of_another() {
+        let standby = |conninfo: Option<&str>, slot: Option<&str>| {
+            let (conninfo, slot) = (conninfo.map(str::to_owned), slot.map(str::to_owned));
+            RecoverySettings {
+                timeline: None,
+                upstream: Some(Upstream { conninfo, slot }),
+                ..settings(Stop::EndOfWal)
+            }
+        };
+        let before = "primary_conninfo = 'host=old password=x'\nPrimary_Slot_Name = 'old'\n\
+                      recovery_min_apply_delay = '5min'\n";
+        let after = standby(Some(r"host='a b' user=it\'s"), Some("mine")).apply(before);
+        insta::assert_snapshot!(after, @r"
+        recovery_min_apply_delay = '5min'
+        # tidemark restore: begin (recovery settings, of no effect after recovery)
+        restore_command = 'tidemark wal-get %f %p'
+        archive_cleanup_command = ''
+        recovery_target_timeline = 'latest'
+        recovery_target_action = 'pause'
+        primary_conninfo = 'host=''a b'' user=it\\''s'
+        primary_slot_name = 'mine'
+        recovery_target = ''
+        recovery_target_name = ''
+        recovery_target_time = ''
+        recovery_target_xid = ''
+        recovery_target_lsn = ''
+        # tidemark restore: end
+        ");
+        let none = standby(Some(""), None).apply(before);
+        assert!(none.contains("primary_conninfo = ''\nprimary_slot_name = ''\n"), "{none}");
+        assert!(!none.contains("old"), "{none}");
+        // Unless told, it follows whom the backup's own files name.
+        let own = standby(None, None).apply(before);
+        assert!(own.starts_with(before), "{own}");
+        assert!(!own.contains("'0'"), "{own}");
     }
 
     #[test]

@@ -367,7 +367,7 @@ impl Server {
             match (&options.role, state.as_deref()) {
                 // A hot standby that lets clients in is "ready" too; only pg_control tells them apart.
                 (_, Some("ready")) if self.is_in_production() => return Ok(Outcome::Promoted),
-                (Role::Standby { .. }, Some("ready" | "standby")) => return Ok(Outcome::Following),
+                (Role::Standby(_), Some("ready" | "standby")) => return Ok(Outcome::Following),
                 _ if self.log.paused => return Ok(Outcome::Paused),
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }

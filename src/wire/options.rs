@@ -20,7 +20,7 @@ use secrecy::SecretString;
 
 use super::auth::{ChannelBindingMode, RequiredAuth};
 use super::conninfo::{self, KEYS, Pairs};
-use super::os_user;
+use super::os_user::{self, OsUser};
 use super::passfile::{self, Wanted};
 use super::service::{self, ServiceFiles};
 use super::tls::{CertificateMode, RootSource, SslMode, SslNegotiation, TlsOptions, TlsVersions};
@@ -145,10 +145,7 @@ impl ConnectOptions {
     pub fn parse(conninfo: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let mut pairs = conninfo::parse(conninfo)?;
         let os_user = os_user::current();
-        let home = env("HOME")
-            .filter(|home| !home.is_empty())
-            .map(PathBuf::from)
-            .or_else(|| os_user.as_ref().map(|user| user.home.clone()));
+        let home = home(env, os_user.as_ref());
         fill(&mut pairs, env, home.as_ref())?;
         pairs.retain(|_, value| !value.is_empty());
         refuse_unsupported(&pairs)?;
@@ -262,8 +259,17 @@ fn refuse(why: impl fmt::Display) -> Error {
     Error::new(Kind::Config, format!("unable to use the connection string: {why}"))
 }
 
+/// Where our user's own files are.
+pub(super) fn home(
+    env: &dyn Fn(&str) -> Option<String>,
+    os_user: Option<&OsUser>,
+) -> Option<PathBuf> {
+    let named = env("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    named.or_else(|| os_user.map(|user| user.home.clone()))
+}
+
 /// Adds what the string leaves open: the service, then the environment.
-fn fill(
+pub(super) fn fill(
     pairs: &mut Pairs,
     env: &dyn Fn(&str) -> Option<String>,
     home: Option<&PathBuf>,

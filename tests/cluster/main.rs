@@ -16,6 +16,7 @@ mod memory;
 mod pitr;
 mod restore;
 mod server;
+mod standby;
 mod stream;
 mod stream_trouble;
 mod trickle;

@@ -12,7 +12,8 @@ use tidemark::pipeline::{Budget, Level};
 use tidemark::repo::{BackupId, ClusterName, Encryption, PackOptions, Repository};
 use tidemark::restore::{
     self, Action, Edge, Engine, Isolation, Options, Outcome, Owner, Plan, Progress, Request,
-    RestoreReport, Role, StartOptions, StartReport, Stop, Target, TimelineChoice, WalDelivery,
+    RestoreReport, Role, StartOptions, StartReport, Stop, Target, TimelineChoice, Upstream,
+    WalDelivery,
 };
 use tidemark::store::StoreOptions;
 use tidemark::wire::CheckpointMode;
@@ -537,7 +538,7 @@ async fn a_standby_follows_what_the_repository_gets() {
     let planned = plan(place, &request(Target::Latest)).await.unwrap();
     let folder = Folder::new();
     let options = Options {
-        role: Role::Standby { primary_conninfo: None },
+        role: Role::Standby(Upstream::default()),
         wal_get_command: Shared::wal_get(shared.folder.path()),
         ..options(&folder.data())
     };

@@ -1,5 +1,7 @@
 //! `tidemark restore`: plan, then files, then recovery.
 
+mod standby;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +10,7 @@ use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
+use self::standby::Standby;
 use super::invocation::Invocation;
 use super::terminal::Terminal;
 use super::{progress, wal_get, words};
@@ -55,8 +58,24 @@ pub(super) struct Args {
     #[arg(long, value_name = "ACTION", default_value = "promote", value_parser = ["promote", "pause", "shutdown"])]
     pub(super) action: String,
     /// Restore as a standby that goes on following, instead of a server of its own.
-    #[arg(long)]
+    ///
+    /// It streams from --primary and takes from the repository what that no longer has; with no
+    /// primary it follows the repository alone.
+    #[arg(long, help_heading = "Standby")]
     pub(super) as_standby: bool,
+    /// Server that the standby streams from: a libpq connection string, or 'none'. [default: the
+    /// configured PostgreSQL server]
+    ///
+    /// A password in it is left out: the standby finds it in the .pgpass of the user that runs
+    /// PostgreSQL, or in the file that passfile=FILE names.
+    #[arg(long, value_name = "CONNINFO", requires = "as_standby", help_heading = "Standby")]
+    pub(super) primary: Option<String>,
+    /// Replication slot that the standby streams through; make it on the primary first.
+    ///
+    /// On the primary: select pg_create_physical_replication_slot('NAME'). Without a slot the
+    /// standby takes from the repository what the primary has removed.
+    #[arg(long, value_name = "NAME", requires = "as_standby", help_heading = "Standby")]
+    pub(super) primary_slot: Option<String>,
     /// Start PostgreSQL, wait until the target is reached, and report.
     #[arg(long)]
     pub(super) start: bool,
@@ -102,23 +121,25 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let Invocation { config, clock, terminal, stop } = &invocation;
     let into = into_of(&args)?;
     let request = request_of(&args, config, clock.now())?;
+    let standby = args.as_standby.then(|| Standby::of(&args, config)).transpose()?;
     let repository = opening::repository(config, clock).await?;
     let reader = keys::reader(config, &repository)?;
     let catalog = Catalog::load(&repository).await?;
     let plan = restore::plan(&repository, &reader, &catalog, &request).await?;
     let zone = config.time_zone()?.unwrap_or_else(TimeZone::system);
+    let text = plan.render(&zone) + &standby.as_ref().map(Standby::render).unwrap_or_default();
     if args.dry_run {
         return match args.json {
-            true => terminal.json_line(&json!({ "plan": plan })),
-            false => terminal.data(&plan.render(&zone)),
+            true => terminal.json_line(&json!({ "plan": plan, "standby": standby })),
+            false => terminal.data(&text),
         };
     }
     let Some(into) = into else {
         return Err(Error::new(Kind::Usage, "unable to restore: no directory was named")
             .hint("Name one with --into DIR, or see the plan alone with --dry-run."));
     };
-    terminal.remark(plan.render(&zone).trim_end());
-    let options = options_of(&args, into, config)?;
+    terminal.remark(text.trim_end());
+    let options = options_of(&args, into, standby.as_ref(), config)?;
     let progress = Arc::new(Progress::default());
     let narrator =
         tokio::spawn(narrate(Arc::clone(&progress), terminal.clone(), invocation.clock.clone()));
@@ -139,7 +160,9 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     terminal.finish_progress();
     let (report, recovery) = outcome?;
     if args.json {
-        let all = json!({ "plan": plan, "result": report, "recovery": recovery });
+        let all = json!({
+            "plan": plan, "standby": standby, "result": report, "recovery": recovery,
+        });
         return terminal.json_line(&all);
     }
     let next = match recovery {
@@ -216,16 +239,18 @@ fn timeline_of(text: Option<&str>) -> Result<TimelineChoice> {
     }
 }
 
-fn options_of(args: &Args, into: PathBuf, config: &Config) -> Result<Options> {
+fn options_of(
+    args: &Args,
+    into: PathBuf,
+    standby: Option<&Standby>,
+    config: &Config,
+) -> Result<Options> {
     let action = match args.action.as_str() {
         "pause" => Action::Pause,
         "shutdown" => Action::Shutdown,
         _ => Action::Promote,
     };
-    let role = match args.as_standby {
-        true => Role::Standby { primary_conninfo: None },
-        false => Role::Primary,
-    };
+    let role = standby.map_or(Role::Primary, |standby| Role::Standby(standby.upstream()));
     let tablespaces = args.tablespaces.iter().map(|text| text.parse());
     Ok(Options {
         into,
