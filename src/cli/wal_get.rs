@@ -36,12 +36,10 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
     let request = WalGetRequest { name: args.name, path: args.path };
     let open = async || {
         let repository = opening::repository(config, clock).await?;
-        let reader = keys::reader(config, &repository)?;
-        Ok((repository, reader))
+        keys::reader(config, &repository)
     };
     if args.prefetch {
-        let (repository, reader) = open().await?;
-        restore::prefetch(&request, clock, &repository, &reader).await?;
+        restore::prefetch(&request, &open().await?).await?;
         return Ok(WalGet::Found);
     }
     let words = command_words(config)?;

@@ -75,22 +75,18 @@ pub async fn wal_get<O, F>(
 ) -> Result<WalGet>
 where
     O: FnOnce() -> F,
-    F: Future<Output = Result<(Repository, Reader)>>,
+    F: Future<Output = Result<Reader>>,
 {
     let outcome = async {
         let wal_directory = wal_directory_of(&request.path)?;
         let folder = Folder::of(&wal_directory);
         let Some(settings) = folder.settings()? else {
-            let (repository, reader) = open().await?;
-            return Feeder::without_plan(&repository, &reader).serve(request).await;
+            return Feeder::without_plan(&open().await?).serve(request).await;
         };
         let planned = Planned { request, folder: &folder, settings: &settings };
         match planned.wait(clock, fetcher).await? {
             Some(outcome) => Ok(outcome),
-            None => {
-                let (repository, reader) = open().await?;
-                planned.fetch(&repository, &reader).await
-            }
+            None => planned.fetch(&open().await?).await,
         }
     };
     outcome.await.context(|| format!("unable to get WAL file '{}'", request.name))
@@ -158,10 +154,10 @@ impl Planned<'_> {
     }
 
     /// Fetches the segment here and now.
-    async fn fetch(&self, repository: &Repository, reader: &Reader) -> Result<WalGet> {
+    async fn fetch(&self, reader: &Reader) -> Result<WalGet> {
         let Self { request, folder, settings } = *self;
         let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
-        let feeder = Feeder::of_plan(repository, reader, settings)?;
+        let feeder = Feeder::of_plan(reader, settings)?;
         let unfinished = folder.unfinished(&request.name, std::process::id());
         feeder.write_planned(settings, number, &unfinished).await?;
         fs::rename(&unfinished, &request.path)
@@ -206,12 +202,7 @@ fn start_detached(mut command: Command, folder: &Folder) -> Result<()> {
 ///
 /// # Errors
 /// Why it could not go on; who waits for a segment is told too.
-pub async fn prefetch(
-    request: &WalGetRequest,
-    clock: &Clock,
-    repository: &Repository,
-    reader: &Reader,
-) -> Result<()> {
+pub async fn prefetch(request: &WalGetRequest, reader: &Reader) -> Result<()> {
     let folder = Folder::of(&wal_directory_of(&request.path)?);
     let Some(settings) = folder.settings()? else { return Ok(()) };
     let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
@@ -221,8 +212,7 @@ pub async fn prefetch(
         folder: &folder,
         owner: None,
         settings: &settings,
-        clock,
-        from: (repository, reader),
+        reader,
         when_idle: WhenIdle::End,
     };
     ahead.run(first).await
@@ -243,8 +233,7 @@ pub(crate) struct FetchAhead<'a> {
     /// Who owns the segments, when it is not this process's user.
     pub(crate) owner: Option<Owner>,
     pub(crate) settings: &'a Settings,
-    pub(crate) clock: &'a Clock,
-    pub(crate) from: (&'a Repository, &'a Reader),
+    pub(crate) reader: &'a Reader,
     pub(crate) when_idle: WhenIdle,
 }
 
@@ -265,10 +254,9 @@ impl FetchAhead<'_> {
     }
 
     async fn fetch_from(&self, first: SegmentNumber) -> Result<()> {
-        let (repository, reader) = self.from;
-        let feeder = Feeder::of_plan(repository, reader, self.settings)?;
-        let feeder = Feeder { owner: self.owner, ..feeder };
-        let Self { folder, settings, clock, when_idle, .. } = *self;
+        let Self { folder, owner, settings, reader, when_idle } = *self;
+        let feeder = Feeder { owner, ..Feeder::of_plan(reader, settings)? };
+        let clock = reader.repository().clock();
         Ahead { folder, settings, feeder: &feeder, clock, when_idle }.run(first).await
     }
 }
@@ -348,7 +336,6 @@ impl Ahead<'_> {
 
 /// Rebuilds single files from what the repository holds now.
 pub(crate) struct Feeder {
-    repository: Repository,
     source: RepositoryWal,
     /// Who owns the files, when it is not this process's user.
     owner: Option<Owner>,
@@ -356,27 +343,26 @@ pub(crate) struct Feeder {
 
 impl Feeder {
     /// For a data directory that no restore has made: a standby, or a server set up by hand.
-    pub(crate) fn without_plan(repository: &Repository, reader: &Reader) -> Self {
-        let source = RepositoryWal::new(repository, reader);
-        Self { repository: repository.clone(), source, owner: None }
+    pub(crate) fn without_plan(reader: &Reader) -> Self {
+        Self { source: RepositoryWal::new(reader), owner: None }
+    }
+
+    fn repository(&self) -> &Repository {
+        self.source.repository()
     }
 
     /// For a planned restore.
     ///
     /// # Errors
     /// `conflict` when the repository holds another cluster than the one being restored.
-    pub(crate) fn of_plan(
-        repository: &Repository,
-        reader: &Reader,
-        settings: &Settings,
-    ) -> Result<Self> {
-        if repository.system_id() != settings.system_id {
-            let (found, expected) = (repository.system_id(), settings.system_id);
+    pub(crate) fn of_plan(reader: &Reader, settings: &Settings) -> Result<Self> {
+        let (found, expected) = (reader.repository().system_id(), settings.system_id);
+        if found != expected {
             let message = format!("the repository holds cluster {found}, restored is {expected}");
             return Err(Error::new(Kind::Conflict, message)
                 .hint("Use the repository that the cluster was restored from."));
         }
-        Ok(Self::without_plan(repository, reader))
+        Ok(Self::without_plan(reader))
     }
 
     /// Writes segment `number` of a plan to `path`.
@@ -436,13 +422,14 @@ impl Feeder {
         }
         let pieces = chain.pieces().to_vec();
         let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
-        let identity = Identity { system_id: self.repository.system_id(), size, owner: self.owner };
+        let identity =
+            Identity { system_id: self.repository().system_id(), size, owner: self.owner };
         segments::write(&self.source, &segment, &request.path, identity).await?;
         Ok(WalGet::Found)
     }
 
     async fn serve_history(&self, timeline: TimelineId, path: &Path) -> Result<WalGet> {
-        match self.repository.history_file(timeline).await {
+        match self.repository().history_file(timeline).await {
             Ok(content) => {
                 fs::write(path, &content)
                     .context(|| format!("unable to write '{}'", path.display()))?;
@@ -470,7 +457,7 @@ impl Feeder {
     }
 
     async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>> {
-        match self.repository.history(timeline).await {
+        match self.repository().history(timeline).await {
             Ok(history) => Ok(Some(history)),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -496,7 +483,7 @@ impl Feeder {
                 continue;
             }
             // None crosses the start of a segment, so all that hold a byte of it begin inside.
-            extents.extend(list_extents(&self.repository, part.timeline, wanted).await?);
+            extents.extend(list_extents(self.repository(), part.timeline, wanted).await?);
         }
         let wal = WalCatalog::new(extents);
         let page = first_needed.align_down(super::scan::WAL_PAGE_BYTES);

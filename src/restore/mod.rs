@@ -59,17 +59,12 @@ pub const WAL_GET_FATAL_EXIT: u8 = 200;
 /// # Errors
 /// `not found` when the target cannot be reached, with the nearest instants that can; `corrupt`,
 /// `denied`, and whatever the store reports.
-pub async fn plan(
-    repository: &Repository,
-    reader: &Reader,
-    catalog: &Catalog,
-    request: &Request,
-) -> Result<Plan> {
-    let source = RepositoryWal::new(repository, reader);
+pub async fn plan(reader: &Reader, catalog: &Catalog, request: &Request) -> Result<Plan> {
+    let source = RepositoryWal::new(reader);
     let holdings = holdings_of(catalog);
     let resolved = resolve::resolve(&holdings, &source, request).await?;
     let backup = catalog.backup(resolved.base.id)?;
-    Ok(plan_of(repository, catalog, backup, &request.target, resolved))
+    Ok(plan_of(reader.repository(), catalog, backup, &request.target, resolved))
 }
 
 fn holdings_of(catalog: &Catalog) -> Holdings {

@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SystemId};
-use crate::repo::{BackupId, Budget, Manifest, Reader, Repository};
+use crate::repo::{BackupId, Budget, Manifest, Reader};
 
 use super::chain::Piece;
 use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
@@ -125,11 +125,11 @@ pub struct RestoreReport {
 pub async fn run(
     plan: &Plan,
     options: &Options,
-    repository: &Repository,
     reader: &Reader,
     progress: &Arc<Progress>,
 ) -> Result<RestoreReport> {
-    let begun = repository.clock().instant();
+    let clock = reader.repository().clock();
+    let begun = clock.instant();
     check_options(plan, options)?;
     progress.begin(Phase::Preparing, 0);
     let manifest = reader.manifest(plan.backup.id).await?;
@@ -144,7 +144,7 @@ pub async fn run(
     let restored = files::restore(files).await?;
     let control = check_control(&restored.control, plan)?;
 
-    let delivery = Delivery { plan, options, repository, reader, directory, progress };
+    let delivery = Delivery { plan, options, reader, directory, progress };
     delivery.place_histories().await?;
     let (wal, segment_count) = delivery.place_wal().await?;
     delivery.write_settings(wal, &control)?;
@@ -153,7 +153,7 @@ pub async fn run(
     set_directory_mode(directory)?;
     claimed.finish(&restored.control, restored.control_mode)?;
     progress.begin(Phase::Done, 0);
-    let elapsed = repository.clock().instant().saturating_duration_since(begun);
+    let elapsed = clock.instant().saturating_duration_since(begun);
     Ok(RestoreReport {
         into: options.into.clone(),
         backup: plan.backup.id,
@@ -247,7 +247,6 @@ fn set_directory_mode(directory: &Directory) -> Result<()> {
 struct Delivery<'a> {
     plan: &'a Plan,
     options: &'a Options,
-    repository: &'a Repository,
     reader: &'a Reader,
     directory: &'a Directory,
     progress: &'a Progress,
@@ -298,7 +297,7 @@ impl Delivery<'_> {
         self.make_folder(&wal)?;
         self.make_folder(&wal.join("archive_status"))?;
         for timeline in &self.plan.histories {
-            let content = self.repository.history_file(*timeline).await?;
+            let content = self.reader.repository().history_file(*timeline).await?;
             let name = timeline.history_file_name();
             self.write(&wal.join(&name), &content)?;
             self.mark_archived(&name)?;
@@ -337,7 +336,7 @@ impl Delivery<'_> {
         let wanted = segments::of_pieces(pieces, self.plan.wal_segment_bytes);
         let size = self.plan.wal_segment_bytes;
         self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
-        let source = RepositoryWal::new(self.repository, self.reader);
+        let source = RepositoryWal::new(self.reader);
         let identity =
             Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
         for segment in &wanted {

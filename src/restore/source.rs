@@ -14,14 +14,17 @@ use super::scan::WalSource;
 /// Reads extents, also those that compaction has joined since they were listed.
 #[derive(Debug)]
 pub(crate) struct RepositoryWal {
-    repository: Repository,
     reader: Reader,
 }
 
 impl RepositoryWal {
     /// The WAL that `reader` can open.
-    pub(crate) fn new(repository: &Repository, reader: &Reader) -> Self {
-        Self { repository: repository.clone(), reader: reader.clone() }
+    pub(crate) fn new(reader: &Reader) -> Self {
+        Self { reader: reader.clone() }
+    }
+
+    pub(crate) fn repository(&self) -> &Repository {
+        self.reader.repository()
     }
 
     /// The bytes of an extent that is no longer there from those that took its place.
@@ -29,7 +32,7 @@ impl RepositoryWal {
         // The longest extent that may hold its first byte begins one extent earlier.
         let from = Lsn(name.range.start().0.saturating_sub(EXTENT_PLAIN_BYTES_MAX));
         let size = SegmentSize::DEFAULT;
-        let catalog = WalCatalog::load_tail(&self.repository, name.timeline, from, size).await?;
+        let catalog = WalCatalog::load_tail(self.repository(), name.timeline, from, size).await?;
         let Ok(cover) = catalog.cover(name.timeline, name.range) else { return Err(cause) };
         if cover.contains(name) {
             return Err(cause);

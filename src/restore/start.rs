@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::control::{ClusterState, ControlFile, XLOG_CONTROL_FILE};
 use crate::pg::{Lsn, Version};
-use crate::repo::{Reader, Repository};
+use crate::repo::Reader;
 
 use super::directory::Owner;
 use super::feed::{FetchAhead, WhenIdle};
@@ -104,10 +104,10 @@ pub async fn start(
     plan: &Plan,
     into: &Path,
     options: &StartOptions,
-    (repository, reader): (&Repository, &Reader),
+    reader: &Reader,
     progress: &Progress,
 ) -> Result<StartReport> {
-    let clock = repository.clock();
+    let clock = reader.repository().clock();
     let owner = Owner::of(into)?;
     let programs = Programs::find(into, options.postgres_bin.as_deref())?;
     let mut notes = complete_configuration(into, owner)?;
@@ -127,13 +127,13 @@ pub async fn start(
             folder: &folder,
             owner: Owner::process_is_root().then_some(owner),
             settings: &settings,
-            clock,
-            from: (repository, reader),
+            reader,
             when_idle: WhenIdle::Stay,
         };
         ahead.run(first).await
     };
-    let (watched, fetched) = watch(&mut server, (plan, options, progress), fetching).await;
+    let recovery = Recovery { plan, options, progress };
+    let (watched, fetched) = watch(&mut server, recovery, fetching).await;
     let outcome = match (watched, fetched) {
         (Err(error), Some(Err(cause))) => return Err(cause.context(error)),
         (watched, _) => watched?,
@@ -161,16 +161,24 @@ pub async fn start(
     Ok(StartReport { pid: server.leave(), ..report })
 }
 
+/// A recovery under way: what is to come of it, and who is told.
+#[derive(Clone, Copy)]
+struct Recovery<'a> {
+    plan: &'a Plan,
+    options: &'a StartOptions,
+    progress: &'a Progress,
+}
+
 /// Watches the server until the outcome is known; beside it WAL is fetched ahead, and what came of that is
 /// given if it ended first.
 async fn watch(
     server: &mut Server,
-    (plan, options, progress): (&Plan, &StartOptions, &Progress),
+    recovery: Recovery<'_>,
     fetching: impl Future<Output = Result<()>>,
 ) -> (Result<Outcome>, Option<Result<()>>) {
     let mut fetching = std::pin::pin!(fetching);
     let mut fetched = None;
-    let mut watching = std::pin::pin!(server.outcome(plan, options, progress));
+    let mut watching = std::pin::pin!(server.outcome(recovery));
     loop {
         tokio::select! {
             outcome = &mut watching => return (outcome, fetched),
@@ -349,12 +357,8 @@ impl Server {
     }
 
     /// Waits for the outcome.
-    async fn outcome(
-        &mut self,
-        plan: &Plan,
-        options: &StartOptions,
-        progress: &Progress,
-    ) -> Result<Outcome> {
+    async fn outcome(&mut self, recovery: Recovery<'_>) -> Result<Outcome> {
+        let Recovery { plan, options, progress } = recovery;
         loop {
             // Ended first, then the log: what it said last is not missed.
             let ended = self.ended()?;

@@ -78,7 +78,7 @@ fn options(into: &Path) -> Options {
 
 async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
     let reader = place.repository.reader(Vec::new());
-    restore::plan(&place.repository, &reader, &place.catalog().await, request).await
+    restore::plan(&reader, &place.catalog().await, request).await
 }
 
 async fn run(
@@ -88,7 +88,7 @@ async fn run(
 ) -> tidemark::error::Result<RestoreReport> {
     let reader = place.repository.reader(Vec::new());
     let progress = Arc::new(Progress::default());
-    restore::run(plan, options, &place.repository, &reader, &progress).await
+    restore::run(plan, options, &reader, &progress).await
 }
 
 fn request(target: Target) -> Request {
@@ -366,8 +366,7 @@ async fn start(
     };
     let reader = place.repository.reader(Vec::new());
     let progress = Progress::default();
-    let from = (&place.repository, &reader);
-    let report = restore::start(plan, &folder.data(), &options, from, &progress).await?;
+    let report = restore::start(plan, &folder.data(), &options, &reader, &progress).await?;
     Ok((report, left))
 }
 

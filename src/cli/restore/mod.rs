@@ -125,7 +125,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let repository = opening::repository(config, clock).await?;
     let reader = keys::reader(config, &repository)?;
     let catalog = Catalog::load(&repository).await?;
-    let plan = restore::plan(&repository, &reader, &catalog, &request).await?;
+    let plan = restore::plan(&reader, &catalog, &request).await?;
     let zone = config.time_zone()?.unwrap_or_else(TimeZone::system);
     let text = plan.render(&zone) + &standby.as_ref().map(Standby::render).unwrap_or_default();
     if args.dry_run {
@@ -144,10 +144,9 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let narrator =
         tokio::spawn(narrate(Arc::clone(&progress), terminal.clone(), invocation.clock.clone()));
     let work = async {
-        let report = restore::run(&plan, &options, &repository, &reader, &progress).await?;
+        let report = restore::run(&plan, &options, &reader, &progress).await?;
         let Some(start) = start_of(&args, &options) else { return Ok((report, None)) };
-        let from = (&repository, &reader);
-        let recovery = restore::start(&plan, &report.into, &start, from, &progress).await?;
+        let recovery = restore::start(&plan, &report.into, &start, &reader, &progress).await?;
         Ok((report, Some(recovery)))
     };
     let outcome = tokio::select! {

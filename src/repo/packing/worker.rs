@@ -39,6 +39,14 @@ pub(super) struct PartFrame {
     pub(super) spans: Vec<(u64, u64, u32)>,
 }
 
+/// What a frame is made of: the bytes of a block that are not all zero.
+#[derive(Default)]
+struct PlainBlock {
+    slices: Vec<Bytes>,
+    /// Item number, offset in the file, bytes.
+    spans: Vec<(u64, u64, u32)>,
+}
+
 /// Works on one block and tells the collector.
 pub(super) fn pack_block(
     shared: &Shared,
@@ -67,8 +75,7 @@ fn work(
     }
     let mut done = Vec::with_capacity(block.len());
     let mut failures = Vec::new();
-    let mut plain: Vec<Bytes> = Vec::new();
-    let mut spans = Vec::new();
+    let mut plain = PlainBlock::default();
     for piece in block {
         let Piece { item, file_offset, slices, bytes, ends } = piece;
         if bytes > 0 {
@@ -78,8 +85,8 @@ fn work(
         slices.iter().for_each(|slice| crc.update(slice));
         let zero = bytes > 0 && slices.iter().all(|slice| is_zero(slice));
         if bytes > 0 && !zero {
-            spans.push((item.number, file_offset, to_u32(bytes)?));
-            plain.extend(slices);
+            plain.spans.push((item.number, file_offset, to_u32(bytes)?));
+            plain.slices.extend(slices);
         }
         let bytes = bytes as u64;
         shared.counters.plain_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -87,39 +94,37 @@ fn work(
     }
     let found = failures.len() as u64;
     shared.counters.checksum_failure_count.fetch_add(found, Ordering::Relaxed);
-    if !plain.is_empty() {
-        seal_block(shared, pack, &plain, spans, worker, events)?;
+    if !plain.slices.is_empty() {
+        seal_block(shared, pack, plain, worker, events)?;
     }
     Ok(Event::Block { pack: pack.name.number, done, failures })
 }
 
 /// Compresses and seals a frame into a part buffer of the pack, and hands the buffer on when it is
 /// full.
-#[allow(clippy::too_many_arguments, reason = "the state of one worker, passed on once")]
 fn seal_block(
     shared: &Shared,
     pack: &OpenPack,
-    plain: &[Bytes],
-    spans: Vec<(u64, u64, u32)>,
+    PlainBlock { slices, spans }: PlainBlock,
     worker: &mut Worker,
     events: &mpsc::Sender<Event>,
 ) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
-    for slice in plain {
+    for slice in &slices {
         hasher.update(slice);
     }
     let mut hash = [0; 16];
     hasher.finalize_xof().fill(&mut hash);
 
     let mut part = take_part(shared, pack)?;
-    let place = frame::append_compressed(&mut worker.compressor, plain, &mut part.bytes)?;
+    let place = frame::append_compressed(&mut worker.compressor, &slices, &mut part.bytes)?;
     let frame_bytes = to_u32(place.len())?;
     let index = pack.next_index.fetch_add(1, Ordering::Relaxed);
     let start = place.start;
     let sealed = part.bytes.get_mut(place).unwrap_or_default();
     frame::seal(&pack.key, sealed, index, Last::No)?;
     pack.sealed_bytes.fetch_add(u64::from(frame_bytes), Ordering::Relaxed);
-    let plain_bytes = to_u32(plain.iter().map(Bytes::len).sum())?;
+    let plain_bytes = to_u32(slices.iter().map(Bytes::len).sum())?;
     part.frames.push(PartFrame { start, frame_bytes, plain_bytes, index, hash, spans });
 
     if part.bytes.len() < shared.options.budget.part_bytes {
