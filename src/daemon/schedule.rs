@@ -18,9 +18,14 @@ pub struct BackupHistory {
     pub needed_at_once: bool,
 }
 
-/// When the next base backup is due.
+/// Whether a base backup is due.
 #[must_use]
-pub fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Timestamp {
+pub fn is_backup_due(history: BackupHistory, interval: Duration, now: Timestamp) -> bool {
+    next_backup(history, interval, now) <= now
+}
+
+/// When the next base backup is due; `now` when it is at once.
+fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Timestamp {
     let due = match history.newest_start {
         Some(start) if !history.needed_at_once => later(start, interval),
         _ => now,
@@ -52,6 +57,7 @@ mod tests {
     fn the_first_backup_is_due_at_once_and_the_next_an_interval_later() {
         let mut history = BackupHistory::default();
         assert_eq!(next_backup(history, DAY, at(500)), at(500));
+        assert!(is_backup_due(history, DAY, at(500)));
         history.newest_start = Some(at(100));
         assert_eq!(next_backup(history, DAY, at(500)), at(100 + 86_400));
     }

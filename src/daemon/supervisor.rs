@@ -151,9 +151,9 @@ impl<'a> Chores<'a> {
                 Err(_) => return,
             },
         };
-        history.needed_at_once = self.supervisor.status.snapshot().base_backup_needed;
+        history.needed_at_once |= self.supervisor.status.snapshot().base_backup_needed;
         self.backups = Some(history);
-        if self.clock.now() < schedule::next_backup(history, interval, self.clock.now()) {
+        if !schedule::is_backup_due(history, interval, self.clock.now()) {
             return;
         }
         let outcome = self.take_backup(stop).await;
@@ -161,6 +161,8 @@ impl<'a> Chores<'a> {
             Ok(report) => {
                 history.newest_start = Some(report.manifest.public.start_time);
                 history.failed = None;
+                // The stream says so again when this one began before the gap ended.
+                history.needed_at_once = false;
             }
             Err(_) if stop.is_cancelled() => return,
             Err(_) => history.failed = Some(self.clock.now()),
@@ -182,7 +184,9 @@ impl<'a> Chores<'a> {
         let catalog = Catalog::load(&self.supervisor.writing.repository).await?;
         let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
         let newest_start = restorable.map(|backup| backup.manifest.start_time).max();
-        Ok(BackupHistory { newest_start, ..BackupHistory::default() })
+        // A gap that an earlier process left, and nobody took a backup after.
+        let needed_at_once = newest_start.is_some() && !catalog.reaches_its_end();
+        Ok(BackupHistory { newest_start, failed: None, needed_at_once })
     }
 
     async fn take_backup(&self, stop: &CancellationToken) -> Result<base::BackupReport> {

@@ -204,6 +204,14 @@ impl Catalog {
         backup.has_all_packs() && self.lineage().is_complete(&backup.span())
     }
 
+    /// Whether some backup leads to the newest WAL of the newest timeline; true while there is no WAL.
+    /// Where it is not, no commit from now on can be restored before another backup is taken.
+    #[must_use]
+    pub fn reaches_its_end(&self) -> bool {
+        let Some(newest) = self.wal.timelines().last() else { return true };
+        self.intervals().iter().any(|interval| interval.timeline == newest && interval.open)
+    }
+
     /// The holes in the WAL, each once.
     #[must_use]
     pub fn gaps(&self) -> Vec<WalGap> {

@@ -15,6 +15,7 @@ mod kill;
 mod memory;
 mod pitr;
 mod restore;
+mod run;
 mod server;
 mod standby;
 mod stream;
