@@ -170,6 +170,22 @@ impl Postgres {
         Self { binaries: binaries.clone(), data, home, port: free_port(), _dir: Some(dir) }
     }
 
+    /// A server whose data folder is a copy of that of the stopped `template`, not yet running.
+    pub fn copy_of(template: &Self, settings: &Settings) -> Self {
+        let server = Self::in_folder(&template.binaries, Account::current().temp_dir("pg"));
+        let mut copy = Account::current().command("/bin/cp");
+        copy.args(["-a", "--reflink=auto"]).arg(&template.data).arg(&server.data);
+        assert!(copy.status().unwrap().success(), "copying {}", template.data.display());
+        server.write_conf(&settings.conf);
+        server
+    }
+
+    /// The server that a restore of `original` started on `data`: it has the original's port.
+    pub fn restored(original: &Self, data: &Path) -> Self {
+        let (binaries, home) = (original.binaries.clone(), original.home.clone());
+        Self { binaries, data: data.into(), home, port: original.port, _dir: None }
+    }
+
     /// A server for the data folder `data` that something else made (a restore), not yet running.
     pub fn adopt(binaries: &Binaries, data: &Path) -> Self {
         let home = data.parent().unwrap().to_path_buf();
@@ -181,6 +197,11 @@ impl Postgres {
 
     /// A streaming standby of this server, running; it follows by `primary_conninfo`.
     pub fn standby(&self) -> Self {
+        self.standby_with(&[])
+    }
+
+    /// As [`Postgres::standby`], with more lines of `postgresql.conf`.
+    pub fn standby_with(&self, conf: &[String]) -> Self {
         let server = Self::in_folder(&self.binaries, Account::current().temp_dir("pg"));
         let made = self
             .binaries
@@ -191,7 +212,8 @@ impl Postgres {
             .unwrap();
         assert!(made.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&made.stderr));
         // Not by `-R`: a newer pg_basebackup writes options that an older server does not know.
-        server.write_conf(&[format!("primary_conninfo = '{}'", self.conninfo())]);
+        let follow = format!("primary_conninfo = '{}'", self.conninfo());
+        server.write_conf(&[conf, &[follow]].concat());
         let signal = server.data.join("standby.signal");
         std::fs::write(&signal, "").unwrap();
         Account::current().give(&signal);
@@ -246,6 +268,21 @@ impl Postgres {
         // Reaped by a thread: a server that ended must not look alive as a zombie.
         std::thread::spawn(move || child.wait());
         answered
+    }
+
+    /// kill -9 of one process of the server, by a word of its title; the postmaster then stops all
+    /// others and starts anew. `false` when there is none.
+    pub fn kill_child(&self, word: &str) -> bool {
+        let Some(postmaster) = self.pid() else { return false };
+        let children = format!("/proc/{postmaster}/task/{postmaster}/children");
+        let children = std::fs::read_to_string(children).unwrap_or_default();
+        let titled = children.split_whitespace().find(|pid| {
+            let title = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&title).contains(word)
+        });
+        let Some(pid) = titled.and_then(|pid| pid.parse().ok()) else { return false };
+        send_signal(pid, "KILL");
+        true
     }
 
     /// Stops the server and waits until it is gone.

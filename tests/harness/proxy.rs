@@ -1,7 +1,6 @@
 //! A TCP proxy that misbehaves on request: between the sidecar and Postgres, or between it and S3.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,13 +21,24 @@ pub enum Fault {
     Slow(u32),
     /// Each connection is reset after so many more bytes from the server.
     ResetAfter(u64),
+    /// Each connection is reset after so many more bytes from the client.
+    ResetAfterSent(u64),
+}
+
+/// Where connections go, and what becomes of them.
+#[derive(Clone, Copy, Debug)]
+struct Course {
+    upstream: SocketAddr,
+    fault: Fault,
+    /// Counts the changes of `upstream`; a connection made before the last one ends.
+    aim: u64,
 }
 
 /// A running proxy; stops when dropped.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
-    fault: watch::Sender<Fault>,
+    course: watch::Sender<Course>,
     task: JoinHandle<()>,
 }
 
@@ -37,14 +47,14 @@ impl Proxy {
     pub async fn start(upstream: SocketAddr) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (fault, seen) = watch::channel(Fault::None);
+        let (course, seen) = watch::channel(Course { upstream, fault: Fault::None, aim: 0 });
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
-                tokio::spawn(serve(client, upstream, seen.clone()));
+                tokio::spawn(serve(client, seen.clone()));
             }
         });
-        Self { address, fault, task }
+        Self { address, course, task }
     }
 
     /// Where to connect instead of the server.
@@ -54,42 +64,61 @@ impl Proxy {
 
     /// Changes what happens, from now on, to old and new connections.
     pub fn set(&self, fault: Fault) {
-        self.fault.send_replace(fault);
+        self.course.send_modify(|course| course.fault = fault);
+    }
+
+    /// Sends new connections to another server and resets the old ones, as when an address moves.
+    pub fn aim(&self, upstream: SocketAddr) {
+        self.course.send_modify(|course| {
+            course.upstream = upstream;
+            course.aim += 1;
+        });
     }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.task.abort();
-        // Connections end when they see that nobody can change the fault any more.
+        // Connections end when they see that nobody can change the course any more.
     }
 }
 
-async fn serve(client: TcpStream, upstream: SocketAddr, fault: watch::Receiver<Fault>) {
-    let Ok(server) = TcpStream::connect(upstream).await else { return };
-    let budget = Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let (client_read, client_write) = client.into_split();
-    let (server_read, server_write) = server.into_split();
-    let mut up = tokio::spawn(pump(client_read, server_write, fault.clone(), None));
-    let mut down = tokio::spawn(pump(server_read, client_write, fault, Some(budget)));
-    // Either direction's end ends both, as a reset does.
-    tokio::select! { _ = &mut up => down.abort(), _ = &mut down => up.abort() }
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Direction {
+    FromClient,
+    FromServer,
 }
 
-/// Copies one direction. With a `passed` counter, the direction to which `ResetAfter` applies.
+async fn serve(client: TcpStream, course: watch::Receiver<Course>) {
+    let upstream = course.borrow().upstream;
+    let Ok(server) = TcpStream::connect(upstream).await else { return };
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    let up = pump(client_read, server_write, course.clone(), Direction::FromClient);
+    let down = pump(server_read, client_write, course, Direction::FromServer);
+    // Either direction's end ends both, as a reset does.
+    tokio::select! { () = up => {}, () = down => {} }
+}
+
+/// Copies one direction until it ends or is ended.
 async fn pump(
     mut from: tokio::net::tcp::OwnedReadHalf,
     mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut fault: watch::Receiver<Fault>,
-    passed: Option<Arc<std::sync::atomic::AtomicU64>>,
+    mut course: watch::Receiver<Course>,
+    direction: Direction,
 ) {
     let mut buffer = vec![0; 64 * 1024];
+    let aim = course.borrow().aim;
+    let mut passed = 0;
     loop {
-        let now = *fault.borrow_and_update();
-        let limit = match now {
+        let now = *course.borrow_and_update();
+        if now.aim != aim {
+            return reset(&to);
+        }
+        let limit = match now.fault {
             Fault::Refuse => return reset(&to),
             Fault::Stall => {
-                if fault.changed().await.is_err() {
+                if course.changed().await.is_err() {
                     return;
                 }
                 continue;
@@ -98,17 +127,22 @@ async fn pump(
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 (bytes_per_second as usize / 50).clamp(1, buffer.len())
             }
-            Fault::None | Fault::ResetAfter(_) => buffer.len(),
+            Fault::None | Fault::ResetAfter(_) | Fault::ResetAfterSent(_) => buffer.len(),
         };
         let count = tokio::select! {
-            changed = fault.changed() => if changed.is_err() { return } else { continue },
+            changed = course.changed() => if changed.is_err() { return } else { continue },
             count = from.read(&mut buffer[..limit]) => count,
         };
         let Ok(count @ 1..) = count else { return };
+        let reset_after = match (now.fault, direction) {
+            (Fault::ResetAfter(after), Direction::FromServer)
+            | (Fault::ResetAfterSent(after), Direction::FromClient) => Some(after),
+            _ => None,
+        };
         let mut keep = count;
-        if let (Fault::ResetAfter(after), Some(passed)) = (now, &passed) {
-            let before = passed.fetch_add(count as u64, std::sync::atomic::Ordering::Relaxed);
-            keep = count.min(usize::try_from(after.saturating_sub(before)).unwrap());
+        if let Some(after) = reset_after {
+            keep = count.min(usize::try_from(after.saturating_sub(passed)).unwrap());
+            passed += count as u64;
         }
         if to.write_all(&buffer[..keep]).await.is_err() {
             return;

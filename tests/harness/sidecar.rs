@@ -109,7 +109,12 @@ impl Tidemark {
 
     /// Starts `tidemark ARGS` and leaves it running; its words go to a file.
     pub fn spawn(&self, args: &[&str]) -> Process {
-        let log = self.home.path().join(format!("{}.log", args.first().unwrap_or(&"tidemark")));
+        self.spawn_as(args.first().unwrap_or(&"tidemark"), args)
+    }
+
+    /// As [`Tidemark::spawn`]; the file is `NAME.log` in the home folder.
+    pub fn spawn_as(&self, name: &str, args: &[&str]) -> Process {
+        let log = self.home.path().join(format!("{name}.log"));
         let file = std::fs::File::options().create(true).append(true).open(&log).unwrap();
         Account::current().give(&log);
         let mut command = self.command(args);
@@ -139,6 +144,11 @@ impl Process {
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Sends a signal by name (`TERM`, `STOP`, `CONT`).
@@ -174,10 +184,24 @@ impl Process {
 
     /// Peak resident memory so far in KiB (`VmHWM`).
     pub fn peak_memory_kib(&self) -> u64 {
+        self.status_kib("VmHWM:")
+    }
+
+    /// Resident memory now in KiB (`VmRSS`).
+    pub fn memory_kib(&self) -> u64 {
+        self.status_kib("VmRSS:")
+    }
+
+    fn status_kib(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
         let status = status.unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
         line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+    }
+
+    /// Count of open file descriptors.
+    pub fn open_file_count(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 }
 

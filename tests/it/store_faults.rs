@@ -117,6 +117,29 @@ async fn an_error_in_the_body_of_a_200_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_part_that_the_store_confirmed_and_lost_makes_no_object() {
+    let server = memory();
+    let store = open(&server, "p");
+    server.faults().add(Fault::new(Effect::LosePart).on(Op::UploadPart).times(1));
+    let error = upload(&store, "holed").await.unwrap_err();
+    assert!(error.to_string().contains("InvalidPart"), "{error}");
+    assert_eq!(store.head(&name("holed")).await.unwrap(), None);
+    assert_eq!(server.upload_count("tidemark"), 0, "what failed for good is discarded");
+    assert_eq!(upload(&store, "holed").await.unwrap(), PutOutcome::Created);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_that_was_stored_and_never_answered_is_known_as_ours() {
+    let server = memory();
+    let mut options = s3_server::options(&server);
+    options.attempt_timeout = Duration::from_millis(700);
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    server.faults().add(Fault::new(Effect::HangAfter).on(Op::PutObject).times(1));
+    assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
+    assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::AlreadyThere);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn parts_that_break_off_are_sent_again() {
     let server = memory();
     let store = open(&server, "p");

@@ -208,6 +208,18 @@ impl Front {
                 self.serve(request).await
             }
             Effect::Hang => std::future::pending().await,
+            Effect::HangAfter => {
+                let _ = self.serve(request).await?;
+                std::future::pending().await
+            }
+            Effect::LosePart => {
+                let part = part_of(&request);
+                let response = self.serve(request).await?;
+                if let Some((bucket, id, number)) = part {
+                    self.shared.lose_part(&bucket, &id, number);
+                }
+                Ok(response)
+            }
         }
     }
 
@@ -279,6 +291,17 @@ fn op_of(request: &Request<Incoming>) -> Op {
         (&Method::DELETE, true) => Op::DeleteObject,
         _ => Op::Other,
     }
+}
+
+/// Bucket, upload and number of the part that a path-style request brings.
+fn part_of(request: &Request<Incoming>) -> Option<(String, String, u32)> {
+    let query = request.uri().query()?;
+    let value = |name: &str| {
+        let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.filter(|(key, _)| *key == name).map(|(_, value)| value.to_owned()).next()
+    };
+    let bucket = request.uri().path().trim_start_matches('/').split('/').next()?.to_owned();
+    Some((bucket, value("uploadId")?, value("partNumber")?.parse().ok()?))
 }
 
 /// A body that breaks off, or of which one bit is flipped.

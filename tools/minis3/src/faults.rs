@@ -102,6 +102,10 @@ pub enum Effect {
     },
     /// No answer, ever.
     Hang,
+    /// The work is done, and no answer comes, ever.
+    HangAfter,
+    /// A part of a multipart upload is taken, confirmed, and forgotten; other work is done as asked.
+    LosePart,
 }
 
 impl Effect {

@@ -122,6 +122,11 @@ impl Shared {
         !ids.is_empty()
     }
 
+    pub(crate) fn lose_part(&self, bucket: &str, id: &str, number: u32) {
+        let (bucket, id) = (bucket.to_owned(), id.to_owned());
+        let _ = self.commit(&mut self.state(), Event::PartGone { bucket, id, number });
+    }
+
     pub(crate) fn keys(&self, bucket: &str) -> Vec<String> {
         let state = self.state();
         let Some(bucket) = state.buckets.get(bucket) else { return Vec::new() };

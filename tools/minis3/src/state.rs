@@ -145,6 +145,11 @@ pub(crate) enum Event {
         number: u32,
         part: Part,
     },
+    PartGone {
+        bucket: String,
+        id: String,
+        number: u32,
+    },
     /// Aborted; the parts go.
     UploadGone {
         bucket: String,
@@ -193,6 +198,12 @@ impl State {
                     }
                     None => vec![part.piece],
                 }
+            }
+            Event::PartGone { bucket, id, number } => {
+                let bucket = self.buckets.get_mut(&bucket);
+                let upload = bucket.and_then(|bucket| bucket.uploads.get_mut(&id));
+                let part = upload.and_then(|upload| upload.parts.remove(&number));
+                part.map(|part| part.piece).into_iter().collect()
             }
             Event::UploadGone { bucket, id } => self
                 .take_upload(&bucket, &id)

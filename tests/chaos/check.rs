@@ -1,0 +1,481 @@
+//! The verdict on a round: what must be in the repository is restored and compared, what is listed is
+//! held against what the store has.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::Value;
+use tidemark::pg::Lsn;
+
+use crate::harness::postgres::Stop;
+use crate::harness::proxy::Fault as NetFault;
+use crate::harness::sidecar::Output;
+use crate::harness::{Binaries, Postgres};
+
+use super::complaints;
+use super::faults::stored_end;
+use super::plan::{Acknowledgement, Kind, Target};
+use super::round::Times;
+use super::stage::{Mount, Stage};
+use super::usage;
+use super::writer::Commit;
+
+/// Too little for the data of a round.
+const SMALL_DISK_MIB: u64 = 24;
+/// Enough.
+const LARGE_DISK_MIB: u64 = 4096;
+/// Exit status of what does not exist, and of what is not sound.
+const NOT_FOUND: i32 = 6;
+const CORRUPT: i32 = 8;
+
+/// What a round that passed has shown.
+#[derive(Clone, Debug, Default)]
+pub struct Verdict {
+    /// Commits that Postgres acknowledged to a writer.
+    pub commit_count: usize,
+    /// Of those, the ones that were durable in the repository and were all found again.
+    pub durable_count: usize,
+    /// Restores that were started and compared.
+    pub restore_count: u32,
+    /// Restores that had to fail and did.
+    pub refused_count: u32,
+    /// Gaps that had to show and did.
+    pub gap_count: usize,
+    /// Greatest age of an acknowledged commit that was not durable, at any time.
+    pub rpo_worst: Duration,
+    /// The same while no fault was made.
+    pub rpo_calm: Duration,
+    /// From the end of the last fault until all was durable and acknowledged again.
+    pub recovery: Duration,
+    /// Most memory a sidecar ever had.
+    pub peak_kib: u64,
+    /// Most file descriptors a sidecar ever had.
+    pub open_file_count: usize,
+    /// How often a sidecar was started.
+    pub start_count: u32,
+    /// Rivals refused or fenced.
+    pub fenced: Vec<Kind>,
+    /// Faults that this machine does not permit.
+    pub not_run: Vec<(Kind, String)>,
+}
+
+/// Judges a round that was performed. Restores go below the sidecar's home.
+pub fn judge(stage: &Stage, times: &Times) -> Result<Verdict, String> {
+    stage.s3.server().faults().clear();
+    stage.to_store.set(NetFault::None);
+    let mut judge = Judge {
+        stage,
+        expected: Expected::of(stage),
+        flaws: stage.complaints.lock().unwrap().clone(),
+        verdict: Verdict {
+            commit_count: stage.record.count(),
+            fenced: stage.fenced.lock().unwrap().clone(),
+            not_run: stage.not_run.lock().unwrap().clone(),
+            start_count: stage.sidecar.start_count(),
+            recovery: times.recovered - times.over,
+            ..Verdict::default()
+        },
+    };
+    judge.durable();
+    judge.listing();
+    judge.soundness("before");
+    judge.earlier_target();
+    judge.dead_branch();
+    if stage.plan.setup.expire {
+        judge.expire();
+    }
+    judge.newest_state();
+    judge.flaws.extend(complaints::unexpected(stage));
+    usage::measure(stage, times, &mut judge.verdict, &mut judge.flaws);
+    if judge.flaws.is_empty() { Ok(judge.verdict) } else { Err(judge.flaws.join("\n")) }
+}
+
+/// What must be found again, worked out from what the servers and writers saw.
+struct Expected {
+    /// Commits that must be in the newest state.
+    newest: Vec<Commit>,
+    /// Commits that must be on timeline 1 although the newest timeline does not have them.
+    branch: Vec<Commit>,
+    /// The newest timeline.
+    timeline: u32,
+}
+
+impl Expected {
+    fn of(stage: &Stage) -> Self {
+        let switch = switch_point(stage);
+        let synchronous = stage.plan.setup.acknowledgement == Acknowledgement::Synchronous;
+        let flushed = [stage.flushed(0), stage.flushed(1)];
+        let mut expected = Self {
+            newest: Vec::new(),
+            branch: Vec::new(),
+            timeline: if switch.is_some() { 2 } else { 1 },
+        };
+        for commit in stage.record.commits() {
+            let until = commit.until_lsn.unwrap_or(Lsn(u64::MAX));
+            let before_switch = commit.server == 0 && switch.is_some_and(|switch| until <= switch);
+            let durable = synchronous
+                || until <= flushed[commit.server]
+                || before_switch && flushed[1].is_valid();
+            if !durable {
+                continue;
+            }
+            match switch {
+                Some(_) if commit.server == 0 && !before_switch => expected.branch.push(commit),
+                _ => expected.newest.push(commit),
+            }
+        }
+        expected
+    }
+}
+
+/// Where timeline 2 begins, if there is one.
+fn switch_point(stage: &Stage) -> Option<Lsn> {
+    let servers = stage.servers();
+    let history = servers.get(1)?.data().join("pg_wal/00000002.history");
+    let text = fs::read_to_string(history).ok()?;
+    let line = text.lines().find(|line| line.starts_with("1\t"))?;
+    line.split('\t').nth(1)?.parse().ok()
+}
+
+/// Whether the store has a complete backup that began at `lsn` or later.
+pub fn has_backup_after(stage: &Stage, lsn: Lsn) -> bool {
+    stage.s3.names().iter().any(|name| {
+        let id = name.strip_suffix("/manifest").and_then(|rest| rest.rsplit('/').next());
+        let start = id.and_then(|id| id.rsplit('-').next());
+        start.is_some_and(|start| u64::from_str_radix(start, 16).is_ok_and(|start| start >= lsn.0))
+    })
+}
+
+/// A restore to be made, and what must and must not be in it.
+#[derive(Default)]
+struct Wanted {
+    name: &'static str,
+    arguments: Vec<String>,
+    must: Vec<Commit>,
+    must_not: BTreeSet<(i32, i64)>,
+    trouble: Option<Kind>,
+}
+
+struct Judge<'a> {
+    stage: &'a Stage,
+    expected: Expected,
+    flaws: Vec<String>,
+    verdict: Verdict,
+}
+
+impl Judge<'_> {
+    fn run(&self, args: &[&str]) -> Output {
+        let done = self.stage.tidemark.run(args);
+        self.stage.diary.note(format!("tidemark {}: {:?}", args.join(" "), done.code));
+        done
+    }
+
+    fn flaw(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        self.stage.diary.note(format!("FLAW: {text}"));
+        self.flaws.push(text);
+    }
+
+    fn durable(&mut self) {
+        self.verdict.durable_count = self.expected.newest.len() + self.expected.branch.len();
+        if self.verdict.durable_count == 0 {
+            self.flaw("no commit was durable, so nothing was shown");
+        }
+    }
+
+    fn list(&mut self, name: &str) -> Value {
+        let done = self.run(&["list", "--json"]);
+        let _ = fs::write(self.stage.tidemark.home().join(name), &done.stdout);
+        if done.code != Some(0) {
+            self.flaw(format!("list failed: {done:?}"));
+            return Value::Null;
+        }
+        done.json()
+    }
+
+    /// Intervals and gaps are those that the names of the objects and the faults made tell.
+    fn listing(&mut self) {
+        let list = self.list("list.json");
+        let gaps = real_gaps(&list);
+        let expected = self.stage.gaps.lock().unwrap().clone();
+        let expected: Vec<_> = expected.iter().filter(|gap| gap.kept_from > gap.from).collect();
+        self.verdict.gap_count = expected.len();
+        let agrees = match (expected.as_slice(), gaps.as_slice()) {
+            ([], []) => true,
+            ([expected], [first, .., last] | [first @ last]) => {
+                first.0 == expected.from && last.1 == expected.kept_from
+            }
+            _ => false,
+        };
+        if !agrees {
+            self.flaw(format!("gaps listed: {gaps:?}, expected: {expected:?}"));
+        }
+        if list["damaged"].as_array().is_none_or(|damaged| !damaged.is_empty()) {
+            self.flaw(format!("damaged objects are listed: {}", list["damaged"]));
+        }
+        let windows = windows(&list, self.expected.timeline);
+        let wanted = if expected.is_empty() { 1..=1 } else { 1..=2 };
+        if !wanted.contains(&windows.len()) {
+            self.flaw(format!("windows of the newest timeline: {windows:?}"));
+        }
+        let Some(last) = windows.last() else { return };
+        let flushed = self.stage.flushed(self.expected.timeline as usize - 1);
+        if last.until_lsn < flushed {
+            self.flaw(format!("listed until {}, flushed until {flushed}", last.until_lsn));
+        }
+        if self.expected.timeline == 1 && expected.is_empty() {
+            let stored = stored_end(self.stage);
+            if stored != last.until_lsn {
+                self.flaw(format!("listed until {}, stored until {stored}", last.until_lsn));
+            }
+        }
+        self.refuses(Lsn(last.until_lsn.0 + (64 << 20)));
+        for (from, until) in gaps {
+            self.refuses(Lsn((from.0 + until.0) / 2));
+        }
+    }
+
+    /// A target that is not there fails in the plan.
+    fn refuses(&mut self, target: Lsn) {
+        let target = target.to_string();
+        let done = self.run(&["restore", "--dry-run", "--to-lsn", &target]);
+        if done.code == Some(NOT_FOUND) {
+            self.verdict.refused_count += 1;
+        } else {
+            self.flaw(format!("a target that is not there, {target}, is not refused: {done:?}"));
+        }
+    }
+
+    fn soundness(&mut self, when: &str) {
+        let lost = real_gaps(&self.list(&format!("list-{when}.json"))).len();
+        let done = self.run(&["verify", "--json"]);
+        let report: Value = serde_json::from_str(done.stdout.lines().next().unwrap_or_default())
+            .unwrap_or_default();
+        let defects = report["defects"].as_array().map_or(usize::MAX, Vec::len);
+        let whole = |backup: &Value| backup["whole"] == true && backup["restorable"] == true;
+        let backups = report["backups"].as_array().is_some_and(|all| all.iter().all(whole));
+        let code = if lost == 0 { 0 } else { CORRUPT };
+        if done.code != Some(code) || defects != 0 || !backups {
+            self.flaw(format!("verify ({when}) with {lost} gaps: {done:?}"));
+        }
+    }
+
+    fn earlier_target(&mut self) {
+        let list = self.list("list-windows.json");
+        let windows = windows(&list, self.expected.timeline);
+        let inside = |commit: &&Commit| {
+            windows.iter().any(|window| {
+                let time = Timestamp::try_from(commit.acknowledged).unwrap();
+                let reached = commit.until_lsn.is_some_and(|until| until <= window.until_lsn);
+                commit.from_lsn >= window.from_lsn
+                    && reached
+                    && (window.from_time..window.until_time).contains(&time)
+            })
+        };
+        let candidates: Vec<Commit> = self.expected.newest.iter().filter(inside).copied().collect();
+        if candidates.is_empty() {
+            // A gap, or a promotion right after the first backup, can leave none.
+            self.stage.diary.note("no earlier moment can be told from the newest");
+            return;
+        }
+        let permille = self.stage.plan.setup.target_permille as usize;
+        let chosen = candidates[(candidates.len() - 1) * permille / 1000];
+        let wanted = self.moment(chosen);
+        self.restore(&wanted);
+    }
+
+    /// The moment at which this commit is the last.
+    fn moment(&self, chosen: Commit) -> Wanted {
+        let all = self.stage.record.commits();
+        let key = |commit: &Commit| (commit.writer, commit.number);
+        let known = self.expected.newest.iter();
+        let wanted = Wanted { name: "earlier", ..Wanted::default() };
+        match self.stage.plan.setup.target {
+            Target::Lsn => {
+                let at = chosen.until_lsn.unwrap();
+                let must = known.filter(|c| c.until_lsn.is_some_and(|until| until <= at));
+                let later = all.iter().filter(|c| c.from_lsn > at);
+                Wanted {
+                    arguments: vec!["--to-lsn".into(), at.to_string()],
+                    must: must.copied().collect(),
+                    must_not: later.map(key).collect(),
+                    ..wanted
+                }
+            }
+            Target::Time => {
+                let at = Timestamp::try_from(chosen.acknowledged).unwrap();
+                // Times are kept to the microsecond.
+                let micros = chosen.acknowledged + Duration::from_micros(1);
+                let must = known.filter(|c| c.acknowledged <= chosen.acknowledged);
+                let later = all.iter().filter(|c| c.sent > micros);
+                Wanted {
+                    arguments: vec!["--to-time".into(), at.to_string()],
+                    must: must.copied().collect(),
+                    must_not: later.map(key).collect(),
+                    ..wanted
+                }
+            }
+        }
+    }
+
+    /// What was acknowledged on a branch that the promotion left behind is still there.
+    fn dead_branch(&mut self) {
+        if self.expected.branch.is_empty() {
+            return;
+        }
+        let must = self.expected.branch.clone();
+        let arguments = vec!["--timeline".into(), "1".into()];
+        self.restore(&Wanted { name: "branch", arguments, must, ..Wanted::default() });
+    }
+
+    fn expire(&mut self) {
+        let done = self.run(&["expire", "--keep-count", "1", "--yes", "--json"]);
+        if done.code != Some(0) {
+            self.flaw(format!("expire failed: {done:?}"));
+        }
+        self.soundness("after");
+    }
+
+    fn newest_state(&mut self) {
+        let plan = &self.stage.plan;
+        let trouble = plan.faults.iter().map(|fault| fault.kind).find(|kind| kind.is_at_restore());
+        let must = self.expected.newest.clone();
+        self.restore(&Wanted { name: "newest", must, trouble, ..Wanted::default() });
+    }
+
+    fn restore(&mut self, wanted: &Wanted) {
+        let Wanted { name, arguments, .. } = wanted;
+        let target = self.stage.tidemark.new_target(name);
+        let disk = wanted.trouble.and_then(|kind| self.small_disk(kind, target.parent().unwrap()));
+        let programs = Binaries::of_this_run().dir().display().to_string();
+        let into = target.display().to_string();
+        let command =
+            ["restore", "--start", "--json", "--postgres-bin", &programs, "--into", &into];
+        let more: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let command = [&command[..], &more].concat();
+        if let Some((kind, disk)) = &disk {
+            let refused = self.run(&command);
+            self.judge_refusal(*kind, &refused, &target);
+            disk.enlarge(LARGE_DISK_MIB);
+        }
+        let done = self.run(&command);
+        if done.code != Some(0) {
+            self.flaw(format!("restore '{name}' {arguments:?} failed: {done:?}"));
+            return;
+        }
+        let conf = fs::read_to_string(target.join("postgresql.conf")).unwrap();
+        let servers = self.stage.servers();
+        let of = |server: &&std::sync::Arc<Postgres>| {
+            conf.contains(&format!("\nport = {}\n", server.port()))
+        };
+        let restored = Postgres::restored(servers.iter().find(of).unwrap(), &target);
+        self.compare(wanted, &restored);
+        restored.stop(Stop::Immediate);
+        self.verdict.restore_count += 1;
+        let _ = fs::remove_dir_all(&target);
+    }
+
+    fn small_disk(&mut self, kind: Kind, at: &Path) -> Option<(Kind, Mount)> {
+        match Mount::tmpfs(at, SMALL_DISK_MIB, kind == Kind::RestoreReadOnly) {
+            Ok(mount) => Some((kind, mount)),
+            Err(reason) => {
+                self.verdict.not_run.push((kind, reason));
+                None
+            }
+        }
+    }
+
+    /// A restore that cannot succeed says why and leaves nothing that starts by accident.
+    fn judge_refusal(&mut self, kind: Kind, done: &Output, target: &Path) {
+        let words = match kind {
+            Kind::RestoreDiskFull => "No space left",
+            _ => "Read-only file system",
+        };
+        let said = done.stderr.contains(words) || done.stdout.contains(words);
+        if matches!(done.code, None | Some(0 | 70 | 101)) || !said {
+            self.flaw(format!("{}: the restore ended so: {done:?}", kind.name()));
+        }
+        if target.join("global/pg_control").exists() {
+            self.flaw(format!("{}: a directory that starts was left behind", kind.name()));
+        }
+        self.verdict.refused_count += 1;
+    }
+
+    fn compare(&mut self, wanted: &Wanted, restored: &Postgres) {
+        let Wanted { name, must, must_not, .. } = wanted;
+        let rows = restored.psql("select writer, number from journal");
+        let rows: BTreeSet<(i32, i64)> = rows
+            .lines()
+            .map(|line| {
+                let (writer, number) = line.split_once('|').unwrap();
+                (writer.parse().unwrap(), number.parse().unwrap())
+            })
+            .collect();
+        let lost: Vec<&Commit> =
+            must.iter().filter(|c| !rows.contains(&(c.writer, c.number))).collect();
+        if let Some(first) = lost.first() {
+            self.flaw(format!(
+                "'{name}': LOST {} of {} durable commits, first {first:?}",
+                lost.len(),
+                must.len()
+            ));
+        }
+        let early: Vec<_> = rows.intersection(must_not).collect();
+        if !early.is_empty() {
+            self.flaw(format!("'{name}': {} rows from after the target: {early:?}", early.len()));
+        }
+        let attempts = self.stage.record.attempts();
+        let unknown = |row: &&(i32, i64)| attempts.get(&row.0).is_none_or(|last| row.1 > *last);
+        if let Some(row) = rows.iter().find(unknown) {
+            self.flaw(format!("'{name}': a row that nobody wrote: {row:?}"));
+        }
+        let bad = restored.psql(
+            "select count(*) from journal where filler <> \
+             repeat(md5(writer || '.' || number), length(filler) / 32) or length(filler) = 0",
+        );
+        let ballast = restored.psql("select count(*), sum(length(filler)) from ballast");
+        if bad != "0" || ballast != "2600|20800000" {
+            self.flaw(format!("'{name}': {bad} rows with other content; ballast {ballast}"));
+        }
+        self.stage.diary.note(format!(
+            "restored '{name}': {} rows, {} had to be there",
+            rows.len(),
+            must.len()
+        ));
+    }
+}
+
+/// What can be restored towards a timeline, as listed.
+#[derive(Clone, Debug)]
+struct Window {
+    from_lsn: Lsn,
+    until_lsn: Lsn,
+    from_time: Timestamp,
+    until_time: Timestamp,
+}
+
+fn windows(list: &Value, timeline: u32) -> Vec<Window> {
+    let all = list["windows"].as_array().cloned().unwrap_or_default();
+    let towards = all.iter().filter(|window| window["timeline"] == timeline);
+    let lsn = |value: &Value| value.as_str().unwrap().parse().unwrap();
+    let time = |value: &Value| value.as_str().unwrap().parse().unwrap();
+    towards
+        .map(|window| Window {
+            from_lsn: lsn(&window["from_lsn"]),
+            until_lsn: lsn(&window["until_lsn"]),
+            from_time: time(&window["from_time"]),
+            until_time: time(&window["until_time"]),
+        })
+        .collect()
+}
+
+/// Listed gaps that are a loss.
+fn real_gaps(list: &Value) -> Vec<(Lsn, Lsn)> {
+    let all = list["gaps"].as_array().cloned().unwrap_or_default();
+    let lost = all.iter().filter(|gap| gap["expired"] == false);
+    let lsn = |value: &Value| value.as_str().unwrap().parse().unwrap();
+    lost.map(|gap| (lsn(&gap["missing"]["start"]), lsn(&gap["missing"]["end"]))).collect()
+}

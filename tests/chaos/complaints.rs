@@ -1,0 +1,96 @@
+//! What the sidecars said and how they ended, held against what the faults of the round explain.
+
+use super::plan::{Kind, Plan};
+use super::sidecars::Exit;
+use super::stage::Stage;
+
+/// Everything that no fault explains.
+pub fn unexpected(stage: &Stage) -> Vec<String> {
+    let plan = &stage.plan;
+    let mut found = Vec::new();
+    for exit in stage.sidecar.exits() {
+        if !explains_exit(plan, &exit) {
+            found.push(format!("a sidecar ended in an unexpected way: {exit:?}"));
+        }
+    }
+    for name in ["run.log", "second.log"] {
+        let log = std::fs::read(stage.tidemark.home().join(name)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let odd = log.lines().filter(|line| is_complaint(line) && !explains(plan, line));
+        found.extend(odd.map(|line| format!("unexpected in {name}: {line}")));
+    }
+    found
+}
+
+/// Whether a line is a warning or an error.
+fn is_complaint(line: &str) -> bool {
+    [" WARN ", " ERROR ", "panicked at"].iter().any(|word| line.contains(word))
+        || line.starts_with("warning: ")
+        || line.starts_with("error: ")
+}
+
+/// One kind of complaint, by words that are in it, and whether the plan explains it.
+type Rule = (&'static str, fn(&Plan) -> bool);
+
+const RULES: &[Rule] = &[
+    // Made on the first start, in every round that encrypts.
+    ("no key was configured", |plan| plan.setup.encrypted),
+    ("connecting again in", |plan| server(plan) || store(plan) || sidecar(plan)),
+    ("trying again for", |plan| store(plan) || late(plan)),
+    ("could not be merged", store),
+    ("base backup failed", |plan| server(plan) || store(plan) || late(plan)),
+    ("expiring failed", store),
+    ("sweeping failed", store),
+    ("of the abandoned backup", store),
+    ("another writer is at work", sidecar),
+    ("is lost: it was removed on the server", |plan| plan.has(Kind::SlotDropGap)),
+    ("is this an old primary that was replaced", |plan| plan.has(Kind::Promote)),
+    ("unable to take the lease", |plan| store(plan) || sidecar(plan)),
+    ("the lease of the cluster was lost", |plan| store(plan) || late(plan)),
+    ("unable to open", store),
+    ("unable to read", store),
+    ("unable to list", store),
+    ("unable to put", store),
+    ("stopped before the repository took all WAL", store),
+    ("stopped before the right to write was taken", |plan| plan.has(Kind::SidecarTerm)),
+    ("the state of the replication slot cannot be watched", server),
+];
+
+fn explains(plan: &Plan, line: &str) -> bool {
+    !line.contains("panicked at")
+        && RULES.iter().any(|(words, explained)| line.contains(words) && explained(plan))
+}
+
+fn server(plan: &Plan) -> bool {
+    plan.any(Kind::hits_server)
+}
+
+fn store(plan: &Plan) -> bool {
+    plan.any(Kind::hits_store)
+}
+
+fn sidecar(plan: &Plan) -> bool {
+    plan.any(Kind::hits_sidecar)
+}
+
+/// The sidecar did not run for a while, so that its requests and its lease ran out of time.
+fn late(plan: &Plan) -> bool {
+    [Kind::SidecarStop, Kind::SidecarFreeze, Kind::Takeover].iter().any(|kind| plan.has(*kind))
+}
+
+fn explains_exit(plan: &Plan, exit: &Exit) -> bool {
+    match exit.code {
+        Some(0) => exit.asked,
+        // Unavailable: the store, while the sidecar starts or stores its last WAL.
+        Some(4) => store(plan),
+        // Denied.
+        Some(5) => plan.has(Kind::S3Expired) || plan.has(Kind::S3Skew),
+        // Not found.
+        Some(6) => plan.has(Kind::S3BucketGone),
+        // Conflict: the lease ran out, or somebody else has it.
+        Some(7) => store(plan) || late(plan) || plan.has(Kind::SecondSidecar),
+        // Cancelled before it began.
+        Some(10) => exit.asked,
+        _ => false,
+    }
+}

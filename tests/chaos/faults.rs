@@ -1,0 +1,375 @@
+//! Carrying out the faults of a plan, each in a thread of its own.
+
+use std::time::{Duration, Instant};
+
+use minis3::{Effect, Fault as StoreFault, Op};
+use tidemark::pg::Lsn;
+
+use crate::harness::Postgres;
+use crate::harness::postgres::Stop;
+use crate::harness::proxy::Fault as NetFault;
+
+use super::plan::{Fault, Kind};
+use super::stage::{GapExpected, Stage};
+
+/// Longest that a server may take to come back by itself after one of its processes was killed.
+const SELF_RESTART_MAX: Duration = Duration::from_secs(60);
+/// Longest that a refused or fenced sidecar may take to end.
+const REFUSAL_MAX: Duration = Duration::from_secs(30);
+/// Exit status of a conflict.
+const CONFLICT: i32 = 7;
+
+/// Makes all faults that happen before the restore, at their times; returns when all are over.
+pub fn make(stage: &Stage) {
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        for fault in stage.plan.faults.iter().filter(|fault| !fault.kind.is_at_restore()) {
+            scope.spawn(move || {
+                std::thread::sleep(fault.at.saturating_sub(began.elapsed()));
+                stage.diary.note(format!("begins: {fault}"));
+                make_one(stage, fault);
+                stage.diary.note(format!("over: {}", fault.kind.name()));
+            });
+        }
+    });
+}
+
+fn make_one(stage: &Stage, fault: &Fault) {
+    use Kind::*;
+    match fault.kind {
+        SidecarKill => {
+            stage.sidecar.kill();
+            stage.sidecar.resume_in(fault.lasts);
+            std::thread::sleep(fault.lasts);
+        }
+        SidecarTerm => {
+            stage.sidecar.terminate();
+            stage.sidecar.resume_in(fault.lasts);
+            std::thread::sleep(fault.lasts);
+        }
+        SidecarStop => freeze(stage, fault.lasts, false),
+        SidecarFreeze => freeze(stage, fault.lasts, true),
+        SecondSidecar => second_sidecar(stage, fault.lasts),
+        Takeover => takeover(stage, fault.lasts),
+        ServerImmediate => restart(stage, fault.lasts, |server| server.stop(Stop::Immediate)),
+        ServerCrash => restart(stage, fault.lasts, Postgres::crash),
+        ServerRestart => restart(stage, fault.lasts, |server| server.stop(Stop::Fast)),
+        ServerChildKill => kill_child(stage, fault.strength),
+        WalsenderKill => kill_walsenders(stage, fault),
+        Promote => promote(stage, fault),
+        SlotDrop => {
+            let _hand = stage.take_hand();
+            drop_slot(stage, &stage.primary().1);
+        }
+        SlotDropGap => drop_slot_and_wal(stage, fault),
+        SwitchStorm => switch_storm(stage, fault),
+        WalDiskFull => fill_wal_disk(stage, fault.lasts),
+        _ if fault.kind.name().starts_with("net-") => net(stage, fault),
+        _ => store(stage, fault),
+    }
+}
+
+fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
+    let Some(pid) = stage.sidecar.signal("STOP") else { return };
+    std::thread::sleep(lasts);
+    if !stage.sidecar.is_running(pid) {
+        return;
+    }
+    stage.sidecar.signal("CONT");
+    if !beyond_lease {
+        return;
+    }
+    // Nobody could have told it that it still has the lease: it must end, whether a rival came or not.
+    if stage.wait(REFUSAL_MAX, || !stage.sidecar.is_running(pid)) {
+        stage.fenced.lock().unwrap().push(Kind::SidecarFreeze);
+    } else {
+        stage.complain("a sidecar that was frozen for longer than its lease lives went on");
+    }
+}
+
+fn second_sidecar(stage: &Stage, lasts: Duration) {
+    let undisturbed = !stage
+        .plan
+        .any(|kind| kind != Kind::SecondSidecar && (kind.hits_sidecar() || kind.hits_store()));
+    let mut second = stage.sidecar.rival("second", &[]);
+    let began = Instant::now();
+    let mut status = None;
+    while status.is_none() && began.elapsed() < lasts.max(REFUSAL_MAX) {
+        status = second.ended();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let log = second.log();
+    match status.map(|status| status.code()) {
+        Some(Some(CONFLICT)) if log.contains("another writer is at work") => {
+            stage.fenced.lock().unwrap().push(Kind::SecondSidecar);
+        }
+        ended if undisturbed => {
+            stage.complain(format!("a second sidecar was not refused: {ended:?}:\n{log}"));
+        }
+        ended => stage.diary.note(format!("the second sidecar: {ended:?}")),
+    }
+    if status.is_none() {
+        second.terminate();
+    }
+}
+
+fn takeover(stage: &Stage, lease_ttl: Duration) {
+    let Some(pid) = stage.sidecar.signal("STOP") else { return };
+    let mut second = stage.sidecar.rival("second", &["--wait"]);
+    let taken = |second: &crate::harness::sidecar::Process| second.log().contains("streaming ");
+    let took_over = stage.wait(lease_ttl * 2 + Duration::from_secs(20), || {
+        taken(&second) || !stage.sidecar.is_running(pid) || second.ended().is_some()
+    }) && taken(&second);
+    let still_first = stage.sidecar.is_running(pid);
+    // Beside it, both believe for a moment that they are the one.
+    std::thread::sleep(Duration::from_secs(1));
+    stage.sidecar.signal("CONT");
+    if took_over && still_first {
+        if stage.wait(REFUSAL_MAX, || !stage.sidecar.is_running(pid)) {
+            stage.fenced.lock().unwrap().push(Kind::Takeover);
+        } else {
+            stage.complain("a sidecar whose lease was taken over went on");
+        }
+    } else if !stage.plan.any(|kind| kind.hits_store() || kind == Kind::SidecarKill) {
+        stage.complain(format!("the waiting sidecar did not take over:\n{}", second.log()));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    if second.ended().is_none() {
+        let code = second.terminate();
+        stage.diary.note(format!("the second sidecar was told to end: {code:?}"));
+    }
+}
+
+fn restart(stage: &Stage, down: Duration, stop: impl FnOnce(&Postgres)) {
+    let _hand = stage.take_hand();
+    let (_, server) = stage.primary();
+    stop(&server);
+    std::thread::sleep(down);
+    server.run();
+}
+
+fn kill_child(stage: &Stage, which: u64) {
+    let _hand = stage.take_hand();
+    let (_, server) = stage.primary();
+    let word = ["walwriter", "checkpointer", "INSERT"][which as usize % 3];
+    let killed = server.kill_child(word) || server.kill_child("walwriter");
+    stage.diary.note(format!("killed a child ({word}): {killed}"));
+    // It may still answer for a moment, so the answer counts once it came twice.
+    std::thread::sleep(Duration::from_millis(300));
+    let back = stage.wait(SELF_RESTART_MAX, || server.try_psql("select 1").is_ok());
+    assert!(back, "the server did not restart by itself:\n{}", server.log_tail());
+}
+
+fn kill_walsenders(stage: &Stage, fault: &Fault) {
+    for _ in 0..fault.strength {
+        let (_, server) = stage.primary();
+        let _ = server.try_psql("select pg_terminate_backend(pid) from pg_stat_replication");
+        std::thread::sleep(fault.lasts / fault.strength as u32);
+    }
+}
+
+fn promote(stage: &Stage, fault: &Fault) {
+    let _hand = stage.take_hand();
+    let servers = stage.servers();
+    let (old, new) = (&servers[0], &servers[1]);
+    if fault.strength > 0 {
+        // What the old primary writes from here on is on a branch of its own.
+        new.stop(Stop::Fast);
+        std::thread::sleep(Duration::from_millis(fault.strength));
+    }
+    old.crash();
+    if fault.strength > 0 {
+        new.run();
+    }
+    new.promote();
+    stage.diary.note("the standby is promoted");
+    stage.move_to(1);
+    if !fault.lasts.is_zero() {
+        std::thread::sleep(fault.lasts / 2);
+        old.run();
+        stage.diary.note("the old primary is back, and the sidecar is led to it");
+        stage.aim(0);
+        std::thread::sleep(fault.lasts);
+        stage.aim(1);
+        stage.diary.note("the sidecar is led to the new primary again");
+        old.stop(Stop::Immediate);
+    }
+}
+
+fn drop_slot(stage: &Stage, server: &Postgres) -> bool {
+    stage.wait(Duration::from_secs(15), || {
+        let _ = server.try_psql(
+            "select pg_terminate_backend(active_pid) from pg_replication_slots \
+             where slot_name = 'tidemark' and active",
+        );
+        let dropped = server.try_psql("select pg_drop_replication_slot('tidemark')");
+        dropped.is_ok() || dropped.is_err_and(|error| error.contains("does not exist"))
+    })
+}
+
+fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
+    let _hand = stage.take_hand();
+    stage.sidecar.kill();
+    // A request that is still on its way may be served.
+    std::thread::sleep(Duration::from_millis(400));
+    let (_, server) = stage.primary();
+    assert!(drop_slot(stage, &server), "the slot cannot be dropped:\n{}", server.log_tail());
+    let from = stored_end(stage);
+    for _ in 0..4 {
+        let _ = server.try_psql(
+            "select pg_logical_emit_message(false, 'chaos', repeat('x', 1200000)); \
+             select pg_switch_wal(); checkpoint",
+        );
+    }
+    let kept_from = oldest_wal(&server, stage.plan.setup.segment_mib);
+    stage.diary.note(format!("the repository ends at {from}, the server begins at {kept_from}"));
+    stage.gaps.lock().unwrap().push(GapExpected { from, kept_from });
+    std::thread::sleep(fault.lasts);
+    stage.sidecar.resume_in(Duration::ZERO);
+    if fault.strength % 2 == 1 {
+        let log = || std::fs::read_to_string(stage.tidemark.home().join("run.log"));
+        stage.wait(Duration::from_secs(30), || log().is_ok_and(|log| log.contains("is lost")));
+        stage.diary.note("the gap was found: the sidecar is killed before the backup is there");
+        stage.sidecar.kill();
+        stage.sidecar.resume_in(Duration::from_millis(300));
+    }
+}
+
+/// End of the contiguous WAL on timeline 1 in the store, read from the names of its objects.
+pub fn stored_end(stage: &Stage) -> Lsn {
+    let mut ranges: Vec<(u64, u64)> = stage
+        .s3
+        .wal_names()
+        .iter()
+        .filter_map(|name| {
+            let (folder, extent) = name.rsplit_once('/')?;
+            if !folder.ends_with("/00000001") {
+                return None;
+            }
+            let mut parts = extent.split('-').map(|part| u64::from_str_radix(part, 16));
+            Some((parts.next()?.ok()?, parts.next()?.ok()?))
+        })
+        .collect();
+    ranges.sort_unstable();
+    let mut end = ranges.first().map_or(0, |range| range.0);
+    for (from, until) in ranges {
+        if from <= end {
+            end = end.max(until);
+        }
+    }
+    Lsn(end)
+}
+
+/// Start of the oldest WAL segment of timeline 1 on the server.
+fn oldest_wal(server: &Postgres, segment_mib: u32) -> Lsn {
+    let files = std::fs::read_dir(server.data().join("pg_wal")).unwrap();
+    let names = files.map(|file| file.unwrap().file_name().to_string_lossy().into_owned());
+    let numbers = names.filter(|name| name.len() == 24 && name.starts_with("00000001"));
+    let bytes = u64::from(segment_mib) << 20;
+    let numbers = numbers.map(|name| {
+        let part = |range| u64::from_str_radix(&name[range], 16).unwrap();
+        part(8..16) * ((1 << 32) / bytes) + part(16..24)
+    });
+    Lsn(numbers.min().unwrap() * bytes)
+}
+
+fn switch_storm(stage: &Stage, fault: &Fault) {
+    // 64 MiB a time would be more than the machine can store in the time.
+    let count = if stage.plan.setup.segment_mib > 16 { 3 } else { fault.strength };
+    for _ in 0..count {
+        let (_, server) = stage.primary();
+        let _ = server.try_psql(
+            "select pg_logical_emit_message(false, 'chaos', 'x'); select pg_switch_wal()",
+        );
+        std::thread::sleep(fault.lasts / count as u32);
+    }
+}
+
+/// Fills the file system of `pg_wal`, so that the server panics, and makes room again.
+fn fill_wal_disk(stage: &Stage, lasts: Duration) {
+    if !stage.has_wal_disk() {
+        return;
+    }
+    let _hand = stage.take_hand();
+    let (_, server) = stage.primary();
+    let balloon = server.home().join("wal-disk/balloon");
+    let mut file = std::fs::File::create(&balloon).unwrap();
+    let block = vec![0; 1 << 20];
+    while std::io::Write::write_all(&mut file, &block).is_ok() {}
+    drop(file);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    let mut full = false;
+    while !full && Instant::now() < deadline {
+        // Recycled segments are used up first.
+        let _ = server.try_psql(
+            "select pg_logical_emit_message(false, 'chaos', repeat('x', 4000000)) \
+             from generate_series(1, 8)",
+        );
+        full = server.log().contains("No space left on device");
+    }
+    if !full {
+        stage.complain("the server did not notice that its WAL disk is full");
+    }
+    std::thread::sleep(lasts);
+    std::fs::remove_file(&balloon).unwrap();
+    // It may be gone, be about to go, or be restarting by itself.
+    let answers = |server: &Postgres| server.try_psql("select 1").is_ok();
+    if !stage.wait(Duration::from_secs(10), || answers(&server)) {
+        server.stop(Stop::Immediate);
+        server.run();
+    }
+}
+
+fn net(stage: &Stage, fault: &Fault) {
+    use Kind::*;
+    let way = if fault.kind.hits_store() { &stage.to_store } else { &stage.to_server };
+    let slow = || NetFault::Slow(u32::try_from(fault.strength).unwrap());
+    way.set(match fault.kind {
+        NetServerCut | NetStoreCut => NetFault::Refuse,
+        NetServerHole | NetStoreHole => NetFault::Stall,
+        NetServerSlow | NetStoreSlow => slow(),
+        NetServerReset => NetFault::ResetAfter(fault.strength),
+        _ => NetFault::ResetAfterSent(fault.strength),
+    });
+    std::thread::sleep(fault.lasts);
+    way.set(NetFault::None);
+}
+
+fn store(stage: &Stage, fault: &Fault) {
+    let faults = stage.s3.server().faults();
+    faults.seed(stage.plan.seed ^ u64::from(stage.plan.round));
+    let chance = u32::try_from(fault.strength).unwrap().min(1_000_000);
+    let error = |status, code: &str| StoreFault::new(Effect::error(status, code));
+    let half = |effect| StoreFault::new(effect).chance_ppm(chance / 2);
+    let added = match fault.kind {
+        Kind::S3Errors => {
+            vec![half(Effect::slow_down()), half(Effect::error(500, "InternalError"))]
+        }
+        Kind::S3LostReply => vec![
+            half(Effect::LostReply),
+            half(Effect::ErrorAfter { status: 500, code: "InternalError".into() }),
+        ],
+        Kind::S3HangAfter => [Op::PutObject, Op::UploadPart, Op::CompleteMultipartUpload]
+            .map(|op| StoreFault::new(Effect::HangAfter).chance_ppm(chance).on(op))
+            .to_vec(),
+        Kind::S3CompleteError => {
+            let effect = Effect::ErrorIn200 { code: "InternalError".into() };
+            vec![StoreFault::new(effect).chance_ppm(chance).on(Op::CompleteMultipartUpload)]
+        }
+        Kind::S3LosePart => {
+            vec![StoreFault::new(Effect::LosePart).chance_ppm(chance).on(Op::UploadPart)]
+        }
+        Kind::S3SlowList => {
+            vec![StoreFault::new(Effect::Delay { ms: fault.strength }).on(Op::ListObjects)]
+        }
+        Kind::S3Skew => vec![error(403, "RequestTimeTooSkewed")],
+        Kind::S3Expired => vec![error(400, "ExpiredToken")],
+        Kind::S3BucketGone => vec![error(404, "NoSuchBucket")],
+        other => panic!("{} is no fault of the store", other.name()),
+    };
+    let ids: Vec<u64> = added.into_iter().map(|fault| faults.add(fault)).collect();
+    std::thread::sleep(fault.lasts);
+    let hits: u64 = ids.iter().map(|id| faults.hits(*id)).sum();
+    stage.diary.note(format!("{} hit {hits} requests", fault.kind.name()));
+    ids.into_iter().for_each(|id| faults.remove(id));
+}

@@ -1,0 +1,168 @@
+//! The summary of all rounds.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::plan::{Acknowledgement, Kind};
+use super::round::Round;
+
+/// What all rounds came to.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Rounds that were played.
+    pub round_count: usize,
+    /// Rounds that failed: the command that repeats each, and why.
+    pub failures: Vec<(String, String)>,
+    faults: BTreeMap<Kind, usize>,
+    not_run: BTreeMap<Kind, (usize, String)>,
+    together: usize,
+    synchronous: usize,
+    segments: BTreeMap<u32, usize>,
+    commits: usize,
+    durable: usize,
+    restores: u32,
+    refused: u32,
+    gaps: usize,
+    fenced: BTreeMap<Kind, usize>,
+    starts: u32,
+    rpo_worst: Duration,
+    rpo_calm: Duration,
+    recovery: Duration,
+    peak_kib: u64,
+    open_files: usize,
+    played: Duration,
+}
+
+impl Report {
+    /// Adds a round.
+    pub fn add(&mut self, round: &Round, only: &[Kind]) {
+        self.round_count += 1;
+        self.played += round.elapsed;
+        let plan = &round.plan;
+        let verdict = match &round.verdict {
+            Ok(verdict) => verdict,
+            Err(failure) => {
+                self.failures.push((plan.replay(only), failure.clone()));
+                return;
+            }
+        };
+        for (kind, reason) in &verdict.not_run {
+            let entry = self.not_run.entry(*kind).or_default();
+            *entry = (entry.0 + 1, reason.clone());
+        }
+        let ran = |kind: Kind| verdict.not_run.iter().all(|(missing, _)| *missing != kind);
+        for fault in plan.faults.iter().filter(|fault| ran(fault.kind)) {
+            *self.faults.entry(fault.kind).or_default() += 1;
+        }
+        for kind in &verdict.fenced {
+            *self.fenced.entry(*kind).or_default() += 1;
+        }
+        self.together += usize::from(plan.faults.len() > 1);
+        let synchronous = plan.setup.acknowledgement == Acknowledgement::Synchronous;
+        self.synchronous += usize::from(synchronous);
+        *self.segments.entry(plan.setup.segment_mib).or_default() += 1;
+        self.commits += verdict.commit_count;
+        self.durable += verdict.durable_count;
+        self.restores += verdict.restore_count;
+        self.refused += verdict.refused_count;
+        self.gaps += verdict.gap_count;
+        self.starts += verdict.start_count;
+        self.rpo_worst = self.rpo_worst.max(verdict.rpo_worst);
+        self.rpo_calm = self.rpo_calm.max(verdict.rpo_calm);
+        self.recovery = self.recovery.max(verdict.recovery);
+        self.peak_kib = self.peak_kib.max(verdict.peak_kib);
+        self.open_files = self.open_files.max(verdict.open_file_count);
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let seconds = Duration::as_secs_f64;
+        let passed = self.round_count - self.failures.len();
+        let mut text = format!(
+            "{} rounds, {passed} passed, {} failed\n",
+            self.round_count,
+            self.failures.len()
+        );
+        let mut line = |label: &str, value: String| writeln!(text, "{label:<44}{value}").unwrap();
+        line("commits acknowledged by PostgreSQL", self.commits.to_string());
+        line("  of which durable in the repository", self.durable.to_string());
+        // A round that lost any has failed and says which; the others compared all of them.
+        line("  of those lost, in rounds that passed", "0".to_owned());
+        line("restores started and compared", self.restores.to_string());
+        line("restores that had to be refused, and were", self.refused.to_string());
+        line("gaps that had to be listed, and were", self.gaps.to_string());
+        line("starts of the sidecar", self.starts.to_string());
+        line(
+            "worst age of a commit not durable, calm",
+            format!("{:.1} s", seconds(&self.rpo_calm)),
+        );
+        line(
+            "worst age of a commit not durable, at all",
+            format!("{:.1} s", seconds(&self.rpo_worst)),
+        );
+        line("longest recovery after the last fault", format!("{:.1} s", seconds(&self.recovery)));
+        line("peak memory of a sidecar", format!("{} MiB", self.peak_kib >> 10));
+        line("most file descriptors of a sidecar", self.open_files.to_string());
+        line("rounds with several faults", self.together.to_string());
+        line("rounds in which COMMIT waits for the sidecar", self.synchronous.to_string());
+        for (mib, count) in &self.segments {
+            line(&format!("rounds with WAL segments of {mib} MiB"), count.to_string());
+        }
+        for (kind, count) in &self.faults {
+            let fenced = self.fenced.get(kind);
+            let fenced = fenced.map_or(String::new(), |count| format!(" ({count} fenced)"));
+            line(&format!("fault {}", kind.name()), format!("{count}{fenced}"));
+        }
+        for (kind, (count, reason)) in &self.not_run {
+            line(
+                &format!("NOT RUN {}", kind.name()),
+                format!("{count}: {reason} (root may mount file systems)"),
+            );
+        }
+        for (replay, failure) in &self.failures {
+            writeln!(text, "FAILED: {replay}\n{failure}").unwrap();
+        }
+        text
+    }
+
+    /// For machines.
+    pub fn json(&self) -> serde_json::Value {
+        let named = |counts: &BTreeMap<Kind, usize>| -> BTreeMap<&'static str, usize> {
+            counts.iter().map(|(kind, count)| (kind.name(), *count)).collect()
+        };
+        let not_run: BTreeMap<&str, &str> =
+            self.not_run.iter().map(|(kind, (_, why))| (kind.name(), why.as_str())).collect();
+        let failures: Vec<_> = self
+            .failures
+            .iter()
+            .map(|(replay, failure)| json!({ "replay": replay, "failure": failure }))
+            .collect();
+        json!({
+            "rounds": self.round_count,
+            "passed": self.round_count - self.failures.len(),
+            "failures": failures,
+            "commits_acknowledged": self.commits,
+            "commits_durable": self.durable,
+            "commits_lost_in_passed_rounds": 0,
+            "restores": self.restores,
+            "refusals": self.refused,
+            "gaps": self.gaps,
+            "sidecar_starts": self.starts,
+            "rpo_calm_seconds": self.rpo_calm.as_secs_f64(),
+            "rpo_worst_seconds": self.rpo_worst.as_secs_f64(),
+            "recovery_worst_seconds": self.recovery.as_secs_f64(),
+            "peak_memory_kib": self.peak_kib,
+            "open_files_max": self.open_files,
+            "rounds_with_several_faults": self.together,
+            "rounds_synchronous": self.synchronous,
+            "rounds_by_segment_mib": self.segments,
+            "faults": named(&self.faults),
+            "fenced": named(&self.fenced),
+            "not_run": not_run,
+            "round_seconds": self.played.as_secs_f64(),
+        })
+    }
+}

@@ -1,0 +1,174 @@
+//! One round from the first server to the verdict.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::check::{self, Verdict};
+use super::faults;
+use super::plan::{End, Kind, Plan};
+use super::stage::Stage;
+
+/// Longest that everything may take to work again once the last fault is over.
+const RECOVERY_MAX: Duration = Duration::from_secs(120);
+/// How long is written, undisturbed, after that.
+const QUIET: Duration = Duration::from_millis(2500);
+/// Longest that the first backup may take.
+const FIRST_BACKUP_MAX: Duration = Duration::from_secs(90);
+
+/// When the parts of a round began.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// The first backup is there and the stream runs.
+    pub calm: Instant,
+    /// The first fault may begin.
+    pub chaos: Instant,
+    /// The last fault is over.
+    pub over: Instant,
+    /// What was written until `over` is durable.
+    pub recovered: Instant,
+    /// The writers were stopped.
+    pub stopped: Instant,
+}
+
+/// What a round came to.
+#[derive(Debug)]
+pub struct Round {
+    /// What happened in it.
+    pub plan: Plan,
+    /// How it took.
+    pub elapsed: Duration,
+    /// The verdict, or why there is none.
+    pub verdict: Result<Verdict, String>,
+    /// Where the evidence of a failure is.
+    pub evidence: Option<PathBuf>,
+}
+
+/// Plays a round. Whatever goes wrong in it is in the result.
+pub fn play(plan: &Plan, evidence: &Path) -> Round {
+    let began = Instant::now();
+    let folder = evidence.join(format!("seed-{}-round-{}", plan.seed, plan.round));
+    let _ = std::fs::remove_dir_all(&folder);
+    let played = std::panic::catch_unwind(|| {
+        let stage = Stage::set(plan.clone());
+        let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let times = perform(&stage);
+            check::judge(&stage, &times)
+        }));
+        let verdict = verdict.unwrap_or_else(|panic| Err(words(&*panic)));
+        let failed = verdict.as_ref().err().cloned();
+        if let Some(failure) = &failed {
+            keep_evidence(&stage, failure, &folder);
+        }
+        verdict
+    });
+    let verdict = played.unwrap_or_else(|panic| Err(words(&*panic)));
+    let evidence = verdict.is_err().then_some(folder);
+    Round { plan: plan.clone(), elapsed: began.elapsed(), verdict, evidence }
+}
+
+fn words(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
+}
+
+fn perform(stage: &Stage) -> Times {
+    let first = || stage.s3.names().iter().any(|name| name.ends_with("/manifest"));
+    let ready = stage.wait(FIRST_BACKUP_MAX, first);
+    assert!(ready, "no first backup within {FIRST_BACKUP_MAX:?}");
+    if stage.plan.has(Kind::Promote) {
+        stage.add_standby();
+    }
+    stage.write();
+    let (_, server) = stage.primary();
+    assert!(
+        stage.wait(Duration::from_secs(30), || stage.flushed(0).is_valid()),
+        "no stream:\n{}",
+        server.log_tail()
+    );
+    stage.diary.note("calm: the first backup is there and the stream runs");
+    let calm = Instant::now();
+    std::thread::sleep(Duration::from_millis(1200));
+    let chaos = Instant::now();
+    faults::make(stage);
+    let over = Instant::now();
+    stage.diary.note("all faults are over");
+    wait_until_recovered(stage);
+    let recovered = Instant::now();
+    stage.diary.note("recovered");
+    std::thread::sleep(QUIET);
+    if stage.plan.setup.end == End::Term {
+        stage.stop.store(true, Ordering::Relaxed);
+    }
+    let stopped = Instant::now();
+    finish(stage);
+    Times { calm, chaos, over, recovered, stopped }
+}
+
+/// Waits until what was written up to now is durable, commits are acknowledged, and a gap is followed
+/// by a backup.
+fn wait_until_recovered(stage: &Stage) {
+    let (index, server) = stage.primary();
+    let target = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    let before = stage.record.count();
+    let durable = stage.wait(RECOVERY_MAX, || stage.flushed(index) >= target);
+    assert!(
+        durable,
+        "{RECOVERY_MAX:?} after the last fault the flush position is {}, not {target}",
+        stage.flushed(index)
+    );
+    let writing = stage.wait(Duration::from_secs(30), || stage.record.count() > before + 5);
+    assert!(writing, "no commit is acknowledged after the last fault");
+    let gaps = stage.gaps.lock().unwrap().clone();
+    for gap in gaps.iter().filter(|gap| gap.kept_from > gap.from) {
+        let followed = stage.wait(RECOVERY_MAX, || check::has_backup_after(stage, gap.kept_from));
+        assert!(
+            followed,
+            "no backup was taken within {RECOVERY_MAX:?} after the gap at {}",
+            gap.from
+        );
+    }
+}
+
+/// Ends the sidecar and the servers as the plan says: only the repository is left.
+fn finish(stage: &Stage) {
+    match stage.plan.setup.end {
+        End::Term => {
+            // The writers' last commits return or are given up.
+            std::thread::sleep(Duration::from_millis(400));
+            let exit = stage.sidecar.terminate();
+            let code = exit.as_ref().and_then(|exit| exit.code);
+            if code != Some(0) {
+                stage.complain(format!("told to end while all was well, the sidecar: {exit:?}"));
+            }
+        }
+        End::Kill => stage.sidecar.kill(),
+    }
+    stage.strike();
+    stage.stop.store(true, Ordering::Relaxed);
+    stage.diary.note("only the repository is left");
+}
+
+fn keep_evidence(stage: &Stage, failure: &str, folder: &Path) {
+    let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+    std::fs::create_dir_all(folder).unwrap();
+    write("failure.txt", failure);
+    write("plan.txt", &format!("{}\n{:#?}\n", stage.plan, stage.plan));
+    write("diary.txt", &stage.diary.text());
+    write("objects.txt", &stage.s3.names().join("\n"));
+    for (index, server) in stage.servers().iter().enumerate() {
+        write(&format!("postgres-{index}.log"), &server.log());
+    }
+    for entry in std::fs::read_dir(stage.tidemark.home()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "log" || extension == "json") {
+            std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let commits: Vec<String> =
+        stage.record.commits().iter().map(|commit| format!("{commit:?}")).collect();
+    write("commits.txt", &commits.join("\n"));
+    let samples = stage.samples.lock().unwrap();
+    let samples: Vec<String> = samples.iter().map(|sample| format!("{sample:?}")).collect();
+    write("flush-positions.txt", &samples.join("\n"));
+}

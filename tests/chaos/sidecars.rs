@@ -1,0 +1,199 @@
+//! The sidecar under a supervisor, as systemd would run it: whenever it ends it is started again.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::harness::Tidemark;
+use crate::harness::sidecar::Process;
+
+use super::diary::Diary;
+
+/// First and longest pause before a sidecar that ended is started again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(2));
+/// A sidecar that ran so long was a good one: the next pause is short.
+const GOOD_RUN: Duration = Duration::from_secs(5);
+
+/// The end of a sidecar.
+#[derive(Clone, Debug)]
+pub struct Exit {
+    /// Exit status; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// Whether we told it to end (SIGTERM).
+    pub asked: bool,
+    /// The last of what it said.
+    pub last_words: String,
+}
+
+/// What a sidecar used at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// When.
+    pub at: Instant,
+    /// Resident memory.
+    pub memory_kib: u64,
+    /// The most it ever had.
+    pub peak_kib: u64,
+    /// Open file descriptors.
+    pub open_file_count: usize,
+}
+
+/// A sidecar that is always started again.
+#[derive(Debug)]
+pub struct Supervised {
+    tidemark: Arc<Tidemark>,
+    conninfo: String,
+    diary: Arc<Diary>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    process: Option<Process>,
+    started: Instant,
+    start_at: Option<Instant>,
+    backoff: Duration,
+    exits: Vec<Exit>,
+    usage: Vec<Usage>,
+    start_count: u32,
+}
+
+impl Supervised {
+    /// Starts it.
+    pub fn start(tidemark: Arc<Tidemark>, conninfo: String, diary: Arc<Diary>) -> Arc<Self> {
+        let now = Instant::now();
+        let inner = Inner {
+            process: None,
+            started: now,
+            start_at: Some(now),
+            backoff: BACKOFF.0,
+            exits: Vec::new(),
+            usage: Vec::new(),
+            start_count: 0,
+        };
+        let supervised = Arc::new(Self { tidemark, conninfo, diary, inner: Mutex::new(inner) });
+        let watched = Arc::downgrade(&supervised);
+        std::thread::spawn(move || {
+            while let Some(supervised) = watched.upgrade() {
+                supervised.look();
+                drop(supervised);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        supervised
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Another sidecar with the same settings, beside this one.
+    pub fn rival(&self, name: &str, more: &[&str]) -> Process {
+        let args = [&["run", "--postgres", &self.conninfo], more].concat();
+        self.tidemark.spawn_as(name, &args)
+    }
+
+    fn look(&self) {
+        let mut inner = self.inner();
+        let now = Instant::now();
+        let ran = now - inner.started;
+        if let Some(process) = &mut inner.process
+            && let Some(status) = process.ended()
+        {
+            let last_words = last_words(&process.log());
+            self.diary.note(format!("the sidecar ended: {status}: {last_words}"));
+            let exit = Exit { code: status.code(), asked: false, last_words };
+            inner.exits.push(exit);
+            inner.process = None;
+            inner.backoff =
+                if ran > GOOD_RUN { BACKOFF.0 } else { (inner.backoff * 2).min(BACKOFF.1) };
+            inner.start_at = Some(now + inner.backoff);
+        }
+        if inner.process.is_none() && inner.start_at.is_some_and(|at| at <= now) {
+            inner.start_at = None;
+            inner.started = now;
+            inner.start_count += 1;
+            inner.process = Some(self.rival("run", &[]));
+        }
+        let due = inner.usage.last().is_none_or(|last| now - last.at > Duration::from_millis(400));
+        if let (true, Some(process)) = (due, &inner.process) {
+            let usage = Usage {
+                at: now,
+                memory_kib: process.memory_kib(),
+                peak_kib: process.peak_memory_kib(),
+                open_file_count: process.open_file_count(),
+            };
+            // Between fork and exec it is still us.
+            if ran > Duration::from_millis(500) && usage.memory_kib > 0 {
+                inner.usage.push(usage);
+            }
+        }
+    }
+
+    /// Takes the process away from the supervisor, who starts no other until told to.
+    fn take(&self) -> Option<Process> {
+        let mut inner = self.inner();
+        inner.start_at = None;
+        inner.process.take()
+    }
+
+    /// Lets the supervisor start another one after `delay`.
+    pub fn resume_in(&self, delay: Duration) {
+        self.inner().start_at = Some(Instant::now() + delay);
+    }
+
+    /// kill -9; none is started until [`Supervised::resume_in`].
+    pub fn kill(&self) {
+        if let Some(process) = self.take() {
+            process.kill();
+        }
+    }
+
+    /// SIGTERM; none is started until [`Supervised::resume_in`]. The exit status, when there was one
+    /// to end.
+    pub fn terminate(&self) -> Option<Exit> {
+        let mut process = self.take()?;
+        process.signal("TERM");
+        // One that was frozen by another fault cannot end.
+        process.signal("CONT");
+        let code = process.wait(Duration::from_secs(90));
+        let exit = Exit { code, asked: true, last_words: last_words(&process.log()) };
+        self.diary.note(format!("the sidecar was told to end: {code:?}: {}", exit.last_words));
+        self.inner().exits.push(exit.clone());
+        Some(exit)
+    }
+
+    /// Sends a signal by name to the running process: its id.
+    pub fn signal(&self, name: &str) -> Option<u32> {
+        let inner = self.inner();
+        let process = inner.process.as_ref()?;
+        process.signal(name);
+        Some(process.pid())
+    }
+
+    /// Whether a process of this id is the one that runs.
+    pub fn is_running(&self, pid: u32) -> bool {
+        self.inner().process.as_ref().is_some_and(|process| process.pid() == pid)
+    }
+
+    /// All ends so far.
+    pub fn exits(&self) -> Vec<Exit> {
+        self.inner().exits.clone()
+    }
+
+    /// What it used, over time.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.inner().usage.clone()
+    }
+
+    /// How often it was started.
+    pub fn start_count(&self) -> u32 {
+        self.inner().start_count
+    }
+}
+
+/// The last thing that was said before a process ended.
+fn last_words(log: &str) -> String {
+    let mut lines: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(3).collect();
+    lines.reverse();
+    lines.join(" | ")
+}

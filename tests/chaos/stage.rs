@@ -1,0 +1,355 @@
+//! Everything a round plays on: servers, store, the ways between them, and the sidecar.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::{Duration, Instant};
+
+use tidemark::pg::Lsn;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+use crate::harness::postgres::Stop;
+use crate::harness::proxy::Proxy;
+use crate::harness::{Account, Binaries, Postgres, S3, Settings, Tidemark};
+
+use super::diary::Diary;
+use super::plan::{Acknowledgement, Kind, Plan, Setup};
+use super::sidecars::Supervised;
+use super::writer::{Goal, Record, Sample, TABLE, Writer, WriterContext, observe};
+
+/// Hardly compressible rows, so that a backup's pack is uploaded in several parts.
+const BALLAST: &str = "create table ballast (filler text); \
+     alter table ballast alter filler set storage external; \
+     insert into ballast select (select string_agg(md5(random()::text), '') \
+     from generate_series(1, 250) where outer_row = outer_row) \
+     from generate_series(1, 2600) outer_row; checkpoint";
+/// Room for `pg_wal` in the rounds in which it runs out.
+const WAL_DISK_MIB: u64 = 320;
+
+/// What must be true at the end besides what always must.
+#[derive(Clone, Debug)]
+pub struct GapExpected {
+    /// End of the WAL in the repository when the server forgot what followed.
+    pub from: Lsn,
+    /// The oldest WAL that the server still had.
+    pub kept_from: Lsn,
+}
+
+/// A file system in memory, unmounted when dropped.
+#[derive(Debug)]
+pub struct Mount(PathBuf);
+
+impl Mount {
+    /// Mounts one; the reason when this machine does not let us.
+    pub fn tmpfs(at: &Path, mib: u64, read_only: bool) -> Result<Self, String> {
+        std::fs::create_dir_all(at).map_err(|error| error.to_string())?;
+        let owner = Account::current()
+            .ids()
+            .map_or(String::new(), |(uid, gid)| format!(",uid={uid},gid={gid}"));
+        let mode = if read_only { ",ro" } else { "" };
+        let options = format!("size={mib}m,mode=0700{owner}{mode}");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "tidemark-chaos"]).arg(at);
+        match mount.output() {
+            Ok(done) if done.status.success() => Ok(Self(at.to_path_buf())),
+            Ok(done) => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Gives it more room and lets it be written.
+    pub fn enlarge(&self, mib: u64) {
+        let options = format!("remount,rw,size={mib}m");
+        let done = Command::new("mount").args(["-o", &options]).arg(&self.0).status();
+        assert!(done.unwrap().success(), "remounting {}", self.0.display());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// The stage of one round.
+pub struct Stage {
+    /// What is to happen.
+    pub plan: Plan,
+    /// What happened.
+    pub diary: Arc<Diary>,
+    /// The store.
+    pub s3: S3,
+    /// How the binary is called; through the proxy.
+    pub tidemark: Arc<Tidemark>,
+    /// The way to Postgres.
+    pub to_server: Proxy,
+    /// The way to S3.
+    pub to_store: Proxy,
+    /// The sidecar.
+    pub sidecar: Arc<Supervised>,
+    /// What the writers did.
+    pub record: Arc<Record>,
+    /// What the servers saw.
+    pub samples: Arc<Mutex<Vec<Sample>>>,
+    /// Why the machine did not let a fault happen.
+    pub not_run: Mutex<Vec<(Kind, String)>>,
+    /// What the faults leave to be checked.
+    pub gaps: Mutex<Vec<GapExpected>>,
+    /// Faults that did not do what they must, found while they were made.
+    pub complaints: Mutex<Vec<String>>,
+    /// How often a writer was seen refused or fenced.
+    pub fenced: Mutex<Vec<Kind>>,
+    /// Says when the writers stop.
+    pub stop: Arc<AtomicBool>,
+    /// One at a time may start and stop servers.
+    pub hand: Mutex<()>,
+    servers: RwLock<Vec<Arc<Postgres>>>,
+    goal: watch::Sender<Goal>,
+    wal_disk: Option<Mount>,
+    runtime: Runtime,
+}
+
+impl Stage {
+    /// Sets up servers, store and sidecar; nothing is written yet.
+    pub fn set(plan: Plan) -> Self {
+        let diary = Arc::new(Diary::begin());
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let setup = &plan.setup;
+        let s3 = S3::start();
+        let upstream = s3.server().endpoint.trim_start_matches("http://").parse().unwrap();
+        let server = Arc::new(Postgres::copy_of(
+            &template(setup.segment_mib),
+            &Settings { conf: server_conf(&plan), ..Settings::default() },
+        ));
+        let mut not_run = Vec::new();
+        let mut wal_disk = None;
+        if plan.has(Kind::WalDiskFull) {
+            match put_wal_on_its_own_disk(&server) {
+                Ok(mount) => wal_disk = Some(mount),
+                Err(reason) => not_run.push((Kind::WalDiskFull, reason)),
+            }
+        }
+        server.run();
+        let address = SocketAddr::from(([127, 0, 0, 1], server.port()));
+        let (to_server, to_store) =
+            runtime.block_on(async { (Proxy::start(address).await, Proxy::start(upstream).await) });
+        let tidemark = Arc::new(configured(&s3, &to_store, setup));
+        let through_proxy =
+            format!("host=127.0.0.1 port={} user=postgres", to_server.address().port());
+        let sidecar = Supervised::start(Arc::clone(&tidemark), through_proxy, Arc::clone(&diary));
+        let (goal, _) = watch::channel(Goal { server: 0, conninfo: server.conninfo() });
+        diary.note(format!("{plan}"));
+        Self {
+            plan,
+            diary,
+            s3,
+            tidemark,
+            to_server,
+            to_store,
+            sidecar,
+            record: Arc::default(),
+            samples: Arc::default(),
+            not_run: Mutex::new(not_run),
+            gaps: Mutex::default(),
+            complaints: Mutex::default(),
+            fenced: Mutex::default(),
+            stop: Arc::default(),
+            hand: Mutex::new(()),
+            servers: RwLock::new(vec![server]),
+            goal,
+            wal_disk,
+            runtime,
+        }
+    }
+
+    /// The servers there are; the first is the original primary.
+    pub fn servers(&self) -> Vec<Arc<Postgres>> {
+        self.servers.read().unwrap().clone()
+    }
+
+    /// The server that is written to, and its index.
+    pub fn primary(&self) -> (usize, Arc<Postgres>) {
+        let index = self.goal.borrow().server;
+        (index, self.servers()[index].clone())
+    }
+
+    /// Adds a server that the plan will need.
+    pub fn add_standby(&self) {
+        let standby = self.servers()[0].standby_with(&server_conf(&self.plan));
+        self.watch_server(1, &standby);
+        self.servers.write().unwrap().push(Arc::new(standby));
+    }
+
+    /// Moves writers and sidecar to another server.
+    pub fn move_to(&self, index: usize) {
+        let conninfo = self.servers()[index].conninfo();
+        self.goal.send_replace(Goal { server: index, conninfo });
+        self.aim(index);
+    }
+
+    /// Moves the sidecar alone.
+    pub fn aim(&self, index: usize) {
+        let port = self.servers()[index].port();
+        self.to_server.aim(SocketAddr::from(([127, 0, 0, 1], port)));
+    }
+
+    /// Starts the writers.
+    pub fn write(&self) {
+        let context = WriterContext {
+            goal: self.goal.subscribe(),
+            record: Arc::clone(&self.record),
+            stop: Arc::clone(&self.stop),
+        };
+        for id in 0..self.plan.setup.writer_count as i32 {
+            let seed = self.plan.seed ^ u64::from(self.plan.round) << 20;
+            self.runtime.spawn(Writer::new(id, &self.plan.setup, seed, &context).run());
+        }
+        self.watch_server(0, &self.servers()[0]);
+    }
+
+    fn watch_server(&self, index: usize, server: &Postgres) {
+        self.runtime.spawn(observe(index, server.conninfo(), Arc::clone(&self.samples)));
+    }
+
+    /// Whether `pg_wal` has a file system of its own.
+    pub fn has_wal_disk(&self) -> bool {
+        self.wal_disk.is_some()
+    }
+
+    /// Serialises what starts and stops servers.
+    pub fn take_hand(&self) -> MutexGuard<'_, ()> {
+        self.hand.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Adds a complaint.
+    pub fn complain(&self, text: impl Into<String>) {
+        let text = text.into();
+        self.diary.note(format!("COMPLAINT: {text}"));
+        self.complaints.lock().unwrap().push(text);
+    }
+
+    /// The greatest flush position that a server saw.
+    pub fn flushed(&self, server: usize) -> Lsn {
+        let samples = self.samples.lock().unwrap();
+        let seen = samples.iter().filter(|sample| sample.server == server);
+        seen.map(|sample| sample.flush_lsn).max().unwrap_or_default()
+    }
+
+    /// Waits until `test` holds; `false` when it did not in time.
+    pub fn wait(&self, at_most: Duration, mut test: impl FnMut() -> bool) -> bool {
+        let deadline = Instant::now() + at_most;
+        while !test() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        true
+    }
+
+    /// Stops the sidecar for good and all servers, at once.
+    pub fn strike(&self) {
+        self.sidecar.kill();
+        for server in self.servers() {
+            server.stop(Stop::Immediate);
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.strike();
+    }
+}
+
+/// Stopped servers with empty tables, for copying, by size of their segments.
+static TEMPLATES: Mutex<BTreeMap<u32, Arc<Postgres>>> = Mutex::new(BTreeMap::new());
+
+fn template(segment_mib: u32) -> Arc<Postgres> {
+    let mut templates = TEMPLATES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let made = templates.entry(segment_mib).or_insert_with(|| {
+        let settings = Settings::default()
+            .segment_mib(segment_mib)
+            .conf("fsync = off")
+            .conf("min_wal_size = 128MB");
+        let server = Postgres::start(&Binaries::of_this_run(), &settings);
+        server.psql(TABLE);
+        server.psql(BALLAST);
+        server.stop(Stop::Fast);
+        Arc::new(server)
+    });
+    Arc::clone(made)
+}
+
+/// Deletes the templates: what is static is never dropped.
+pub fn delete_templates() {
+    TEMPLATES.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+}
+
+fn server_conf(plan: &Plan) -> Vec<String> {
+    let mut conf = vec![
+        // Only the machine can lose what is not synced, and it does not crash here.
+        "fsync = off".to_owned(),
+        "wal_sender_timeout = 5s".to_owned(),
+        "checkpoint_timeout = 30s".to_owned(),
+        "log_replication_commands = on".to_owned(),
+    ];
+    let (min, max) = match plan.setup.segment_mib {
+        1 => (4, 48),
+        16 => (64, 192),
+        _ => (128, 512),
+    };
+    conf.push(format!("min_wal_size = {min}MB"));
+    conf.push(format!("max_wal_size = {max}MB"));
+    if plan.has(Kind::SlotDrop) || plan.has(Kind::Promote) {
+        conf.push("wal_keep_size = 4GB".to_owned());
+    }
+    if plan.setup.acknowledgement == Acknowledgement::Synchronous {
+        conf.push("synchronous_standby_names = 'tidemark'".to_owned());
+    }
+    conf
+}
+
+fn configured(s3: &S3, to_store: &Proxy, setup: &Setup) -> Tidemark {
+    let endpoint = format!("http://{}", to_store.address());
+    let ms = |time: Duration| format!("{}ms", time.as_millis());
+    let mut env: Vec<(&str, String)> =
+        s3.environment().into_iter().map(|(name, value)| (name, value.to_owned())).collect();
+    env.extend([
+        ("TIDEMARK_REPOSITORY_ENDPOINT", endpoint),
+        ("TIDEMARK_REPOSITORY_ATTEMPT_TIMEOUT", "3s".to_owned()),
+        ("TIDEMARK_REPOSITORY_OVERALL_TIMEOUT", "20s".to_owned()),
+        ("TIDEMARK_ENCRYPTION", if setup.encrypted { "age" } else { "none" }.to_owned()),
+        ("TIDEMARK_LEASE_TTL", ms(setup.lease_ttl)),
+        ("TIDEMARK_WAL_FLUSH_INTERVAL", ms(setup.flush_interval)),
+        ("TIDEMARK_WAL_IDLE_FLUSH_INTERVAL", "5s".to_owned()),
+        ("TIDEMARK_RUN_BACKUP_INTERVAL", ms(setup.backup_interval)),
+        ("TIDEMARK_LOG_LEVEL", "info".to_owned()),
+    ]);
+    if setup.upkeep {
+        env.push(("TIDEMARK_RUN_UPKEEP_INTERVAL", "3s".to_owned()));
+        env.push(("TIDEMARK_RETENTION_KEEP_COUNT", "2".to_owned()));
+    }
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    Tidemark::with_url("s3://tidemark/chaos", &env)
+}
+
+/// Moves `pg_wal` of a stopped server to a small file system.
+fn put_wal_on_its_own_disk(server: &Postgres) -> Result<Mount, String> {
+    let disk = server.home().join("wal-disk");
+    let mount = Mount::tmpfs(&disk, WAL_DISK_MIB, false)?;
+    let (old, new) = (server.data().join("pg_wal"), disk.join("pg_wal"));
+    let moved = Account::current().command("/bin/mv").arg(&old).arg(&new).status().unwrap();
+    assert!(moved.success());
+    std::os::unix::fs::symlink(&new, &old).unwrap();
+    Ok(mount)
+}
