@@ -115,6 +115,16 @@ impl Error {
         self
     }
 
+    /// Adds one more sentence after the hint: for the place that knows what was left behind.
+    #[must_use]
+    pub fn further_hint(mut self, sentence: &str) -> Self {
+        self.0.hint = Some(match self.0.hint.take() {
+            Some(hint) => format!("{hint} {sentence}"),
+            None => sentence.to_owned(),
+        });
+        self
+    }
+
     /// Puts what was being attempted in front of the message.
     #[must_use]
     pub fn context(mut self, attempted: impl fmt::Display) -> Self {
@@ -229,5 +239,8 @@ mod tests {
         assert_eq!(error.hint_text(), Some("Check it."));
         let error = error.context("unable to connect to 'db'");
         assert_eq!(error.to_string(), "unable to connect to 'db': password refused");
+        assert_eq!(error.further_hint("Or ask.").hint_text(), Some("Check it. Or ask."));
+        let error = Error::new(Kind::Denied, "no").further_hint("Ask.");
+        assert_eq!(error.hint_text(), Some("Ask."));
     }
 }

@@ -130,6 +130,10 @@ pub fn read_identity_file(path: &Path) -> Result<Vec<DecryptionIdentity>> {
             std::io::ErrorKind::PermissionDenied => Kind::Denied,
             _ => Kind::Config,
         })
+        .hint(
+            "Name the identity file with --identity or TIDEMARK_KEYS_IDENTITY_FILE; this user must \
+             be able to read it.",
+        )
     };
     let length = std::fs::metadata(path).map_err(|error| refused(&error))?.len();
     if length > IDENTITY_FILE_BYTES_MAX {

@@ -83,5 +83,8 @@ pub fn same_system(repository: &Repository, server: SystemId) -> Result<()> {
             repository.cluster(),
             repository.system_id()
         ),
+    )
+    .hint(
+        "Check the connection string, or give this server a cluster name of its own (--cluster).",
     ))
 }

@@ -151,13 +151,13 @@ impl Catalog {
     pub fn backup(&self, id: BackupId) -> Result<&BackupSummary> {
         self.backups.iter().find(|backup| backup.id() == id).ok_or_else(|| {
             let why = if self.incomplete.iter().any(|backup| backup.id == id) {
-                "it has no manifest: it is being taken, or was aborted"
+                "it has no manifest, so it is being taken, was aborted or is being deleted"
             } else if self.damaged.iter().any(|object| object.backup == Some(id)) {
                 "its manifest is damaged"
             } else {
                 "there is no such backup"
             };
-            Error::new(Kind::NotFound, format!("unable to use backup '{id}': {why}"))
+            Error::new(Kind::NotFound, format!("unable to find backup '{id}': {why}"))
                 .hint("Run 'tidemark list' to see the backups.")
         })
     }

@@ -119,7 +119,15 @@ pub(super) async fn read(store: &dyn Store, cluster: &ClusterName) -> Result<Clu
             ),
             _ => error,
         })?;
-    ClusterIdentity::decode(&bytes).context(|| format!("{}: object '{name}'", attempted()))
+    ClusterIdentity::decode(&bytes).context(|| format!("{}: object '{name}'", attempted())).map_err(
+        |error| match error.kind() {
+            Kind::Corrupt => error.hint(
+                "Bring this object back from an older version or another copy of the repository; \
+                 nothing else needs to be damaged.",
+            ),
+            _ => error,
+        },
+    )
 }
 
 #[cfg(test)]

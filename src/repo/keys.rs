@@ -227,7 +227,14 @@ fn encryptor(recipients: &[Recipient]) -> Result<age::Encryptor> {
         }
     }
     age::Encryptor::with_recipients(keys.iter().map(|key| &**key)).map_err(|error| {
-        Error::new(Kind::Config, format!("unable to encrypt for these recipients: {error}"))
+        let flaw = match error {
+            age::EncryptError::MissingRecipients => "there is none",
+            age::EncryptError::MixedRecipientAndPassphrase => {
+                "a passphrase cannot be mixed with public keys or other passphrases"
+            }
+            _ => "they do not go together",
+        };
+        Error::new(Kind::Config, format!("unable to encrypt for these recipients: {flaw}"))
             .hint("Give at least one recipient; 'tidemark keygen' makes one.")
     })
 }
@@ -239,10 +246,8 @@ pub(super) fn unwrap(
     system_id: SystemId,
     identities: &[DecryptionIdentity],
 ) -> Result<DataKey> {
-    let corrupt = |found: &dyn fmt::Display| {
-        Error::new(Kind::Corrupt, format!("the wrapped key is damaged: {found}"))
-    };
-    let decryptor = age::Decryptor::new_buffered(wrapped).map_err(|error| corrupt(&error))?;
+    let decryptor =
+        age::Decryptor::new_buffered(wrapped).map_err(|error| damaged(flaw_of(&error)))?;
     let is_passphrase = decryptor.is_scrypt();
     let keys: Vec<Box<dyn age::Identity>> = identities
         .iter()
@@ -264,45 +269,65 @@ pub(super) fn unwrap(
             | age::DecryptError::DecryptionFailed
             | age::DecryptError::KeyDecryptionFailed,
         ) => {
-            return Err(denied(id, identities, is_passphrase));
+            return Err(denied(identities, is_passphrase));
         }
-        Err(error) => return Err(corrupt(&error)),
+        Err(error) => return Err(damaged(flaw_of(&error))),
     };
     let mut payload = zeroize::Zeroizing::new(Vec::with_capacity(PAYLOAD_BYTES + 1));
     (&mut reader)
         .take(PAYLOAD_BYTES as u64 + 1)
         .read_to_end(&mut payload)
-        .map_err(|error| corrupt(&error))?;
+        .map_err(|error| damaged(flaw_of(&age::DecryptError::Io(error))))?;
     let parts = || {
         let magic: [u8; 8] = array(&payload, 0)?;
         let whole = payload.len() == PAYLOAD_BYTES && magic == PAYLOAD_MAGIC;
         whole.then_some((array(&payload, 8)?, array(&payload, 16)?, array(&payload, 32)?))
     };
-    let (system, found, key) = parts().ok_or_else(|| corrupt(&"it holds something else"))?;
+    let (system, found, key) = parts().ok_or_else(|| damaged("it holds something else"))?;
     if SystemId(u64::from_le_bytes(system)) != system_id || KeyId(found) != id {
-        return Err(corrupt(&"it is another key under this name"));
+        return Err(damaged("it is another key under this name"));
     }
     Ok(DataKey::new(key))
 }
 
-fn denied(id: KeyId, identities: &[DecryptionIdentity], is_passphrase: bool) -> Error {
+fn damaged(found: &str) -> Error {
+    Error::new(Kind::Corrupt, format!("the key object is damaged: {found}")).hint(
+        "Nothing sealed with this key can be read without it: bring the object back from an older \
+         version or another copy of the repository.",
+    )
+}
+
+/// What is wrong with an age file. Never by its own `Display`: that looks for translations, and ends
+/// the thread where it finds none.
+fn flaw_of(error: &age::DecryptError) -> &'static str {
+    match error {
+        age::DecryptError::InvalidHeader => "its header makes no sense",
+        age::DecryptError::InvalidMac => "its header is not authentic",
+        age::DecryptError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            "it is cut off"
+        }
+        age::DecryptError::ExcessiveWork { .. } => "it asks for far more work than we put into one",
+        age::DecryptError::UnknownFormat => "it is in a format that this build does not know",
+        _ => "it is not authentic",
+    }
+}
+
+fn denied(identities: &[DecryptionIdentity], is_passphrase: bool) -> Error {
     let wanted = if is_passphrase { "a passphrase" } else { "one or more public keys" };
     let given = match identities {
-        [] => "no identity was given".to_owned(),
+        [] => "no identity (secret key or passphrase) was given".to_owned(),
         some => {
             let names: Vec<String> =
                 some.iter().map(|identity| identity.recipient().to_string()).collect();
             format!("given were the identities of {}", names.join(", "))
         }
     };
-    Error::new(Kind::Denied, format!("key {id} is wrapped for {wanted}, {given}")).hint(
-        if is_passphrase {
-            "Give the passphrase that was used when this was written."
-        } else {
-            "Give the identity file of a recipient that was configured when this was written \
-             (--identity)."
-        },
-    )
+    Error::new(Kind::Denied, format!("it is sealed for {wanted}, {given}")).hint(if is_passphrase {
+        "Give the passphrase that was used when this was written."
+    } else {
+        "Give the identity file of a recipient that was configured when this was written \
+             (--identity); 'tidemark list' shows for whom the backups were sealed."
+    })
 }
 
 /// The secret as text, for tests and for the file `keygen` writes.
@@ -370,6 +395,7 @@ mod tests {
             assert!(matches!(error.kind(), Kind::Corrupt | Kind::Denied), "{index}: {error}");
             let error = unwrap(&body[..index], ID, SYSTEM, &identity).unwrap_err();
             assert_eq!(error.kind(), Kind::Corrupt);
+            assert!(error.message().starts_with("the key object is damaged: it"), "{error}");
         }
         for (id, system_id) in [(KeyId([4; 16]), SYSTEM), (ID, SystemId(43))] {
             let error = unwrap(&body, id, system_id, &identity).unwrap_err();

@@ -305,13 +305,13 @@ impl Reader {
         }
         let repository = self.repository();
         let name = repository.name(&Object::Key(id))?;
-        let attempted = || format!("unable to open data key '{name}'");
+        let attempted = || format!("unable to open key '{name}'");
         let wrapped =
             repository.store().get(&name, None).await.context(attempted).map_err(|error| {
                 match error.kind() {
                 Kind::NotFound => error.hint(
-                    "The wrapped key was deleted; nothing sealed with it can be read unless it is \
-                     brought back from an older version or another repository.",
+                    "The key was deleted: nothing sealed with it can be read unless it is brought \
+                     back from an older version or another copy of the repository.",
                 ),
                 _ => error,
             }

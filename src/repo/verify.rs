@@ -231,9 +231,10 @@ impl fmt::Display for VerifyReport {
             };
             let BackupReport { id, pack_count, file_count, frame_count, plain_bytes, .. } = backup;
             let size = ByteSize::b(*plain_bytes);
+            let packs = if *pack_count == 1 { "pack" } else { "packs" };
             writeln!(
                 f,
-                "backup {id}: {verdict} ({pack_count} packs, {file_count} files, {frame_count} \
+                "backup {id}: {verdict} ({pack_count} {packs}, {file_count} files, {frame_count} \
                  frames read, {size})"
             )?;
         }

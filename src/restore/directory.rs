@@ -386,10 +386,22 @@ fn make_directory(path: &Path, owner: Option<Owner>) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).context(attempted)?;
+    if path.symlink_metadata().is_ok() {
+        let message = format!("unable to restore into '{}': it is not a directory", path.display());
+        return Err(
+            Error::new(Kind::Conflict, message).hint("Name a new or empty directory with --into.")
+        );
     }
-    DirBuilder::new().mode(0o700).create(path).context(attempted)?;
+    let refused = |error: std::io::Error| {
+        Error::io(attempted(), &error).hint(
+            "Make it as root and give it to the user that will run PostgreSQL, or name another \
+             place with --into.",
+        )
+    };
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(refused)?;
+    }
+    DirBuilder::new().mode(0o700).create(path).map_err(refused)?;
     owner.map_or(Ok(()), |owner| owner.give(path))?;
     let parent = path.parent().map(open_directory).transpose()?;
     parent.map_or(Ok(()), |parent| parent.sync_all()).context(attempted)

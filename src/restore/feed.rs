@@ -19,6 +19,7 @@ use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
+use super::advised;
 use super::chain::Chain;
 use super::directory::Owner;
 use super::handover::{Folder, Settings};
@@ -89,7 +90,7 @@ where
             None => planned.fetch(&open().await?).await,
         }
     };
-    outcome.await.context(|| format!("unable to get WAL file '{}'", request.name))
+    outcome.await.context(|| format!("unable to get WAL file '{}'", request.name)).map_err(advised)
 }
 
 /// Whether PostgreSQL asks again for a file that it is not given: a standby does, which nothing but a
@@ -424,15 +425,22 @@ impl Feeder {
         let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
         let identity =
             Identity { system_id: self.repository().system_id(), size, owner: self.owner };
-        segments::write(&self.source, &segment, &request.path, identity).await?;
-        Ok(WalGet::Found)
+        let written = segments::write(&self.source, &segment, &request.path, identity).await;
+        if written.is_err() {
+            // PostgreSQL must not find half a segment, and does not look once it is told to stop.
+            drop(fs::remove_file(&request.path));
+        }
+        written.map(|()| WalGet::Found)
     }
 
     async fn serve_history(&self, timeline: TimelineId, path: &Path) -> Result<WalGet> {
         match self.repository().history_file(timeline).await {
             Ok(content) => {
-                fs::write(path, &content)
-                    .context(|| format!("unable to write '{}'", path.display()))?;
+                let written = fs::write(path, &content);
+                if written.is_err() {
+                    drop(fs::remove_file(path));
+                }
+                written.context(|| format!("unable to write '{}'", path.display()))?;
                 Ok(WalGet::Found)
             }
             Err(error) if error.kind() == Kind::NotFound => Ok(WalGet::NotThere),

@@ -39,10 +39,10 @@ pub use settings::{Action, Stop, Upstream};
 pub use start::{Isolation, StartOptions, StartReport, start};
 pub use target::{Edge, Target, TimelineChoice};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::pg::timeline::PathPart;
 use crate::pg::{LsnRange, TimelineHistory, TimelineId};
-use crate::repo::{BackupSummary, Catalog, Reader, Repository};
+use crate::repo::{BackupId, BackupSummary, Catalog, Object, PackName, Reader, Repository};
 
 use chain::Piece;
 use plan::{PlannedBackup, PlannedWal};
@@ -61,10 +61,74 @@ pub const WAL_GET_FATAL_EXIT: u8 = 200;
 /// `denied`, and whatever the store reports.
 pub async fn plan(reader: &Reader, catalog: &Catalog, request: &Request) -> Result<Plan> {
     let source = RepositoryWal::new(reader);
+    if let Some(id) = request.backup {
+        whole_backup(reader.repository(), catalog, id)?;
+    }
     let holdings = holdings_of(catalog);
-    let resolved = resolve::resolve(&holdings, &source, request).await?;
+    let resolved = resolve::resolve(&holdings, &source, request).await.map_err(advised);
+    let mut resolved = resolved.map_err(|error| match damaged_backups(catalog).as_slice() {
+        [] => error,
+        damaged => error.further_hint(&format!(
+            "Left out because they are damaged: {} (see 'tidemark verify').",
+            damaged.iter().map(BackupId::to_string).collect::<Vec<_>>().join(", ")
+        )),
+    })?;
+    let base = &resolved.base;
+    let better = |id: &BackupId| *id > base.id && id.start_lsn() < resolved.applied_end;
+    if request.backup.is_none()
+        && let Some(id) = damaged_backups(catalog).into_iter().rev().find(better)
+    {
+        resolved.notes.push(format!("backup {id} is passed over: it is damaged"));
+    }
     let backup = catalog.backup(resolved.base.id)?;
     Ok(plan_of(reader.repository(), catalog, backup, &request.target, resolved))
+}
+
+/// An error about damage in the repository, with what can be done.
+fn advised(error: Error) -> Error {
+    match error.kind() {
+        Kind::Corrupt => error.hint(
+            "Run 'tidemark verify': it names all that is damaged and what can still be restored, \
+             by another backup (--backup) or to an earlier target.",
+        ),
+        _ => error,
+    }
+}
+
+/// The backup that was asked for, as far as its manifest and the listing can tell.
+fn whole_backup(repository: &Repository, catalog: &Catalog, id: BackupId) -> Result<()> {
+    let attempted = || format!("unable to restore backup '{id}'");
+    let hint = "Leave out --backup to use the newest one that is whole; 'tidemark verify' says what \
+                is lost.";
+    if let Some(object) = catalog.damaged.iter().find(|object| object.backup == Some(id)) {
+        let found = format!("{}: '{}' is damaged: {}", attempted(), object.object, object.problem);
+        return Err(Error::new(Kind::Corrupt, found).hint(hint));
+    }
+    let backup = catalog.backup(id)?;
+    match backup.objects.bad_packs.as_slice() {
+        [] => Ok(()),
+        [first, ..] => {
+            let name = repository.name(&Object::Pack(PackName { backup: id, number: *first }))?;
+            let more = match backup.objects.bad_packs.len() - 1 {
+                0 => String::new(),
+                more => format!(", and so are {more} others"),
+            };
+            let found = format!(
+                "{}: '{name}' is missing or not of the size that its manifest says{more}",
+                attempted()
+            );
+            Err(Error::new(Kind::Corrupt, found).hint(hint))
+        }
+    }
+}
+
+/// Backups that cannot be used, oldest first.
+fn damaged_backups(catalog: &Catalog) -> Vec<BackupId> {
+    let no_manifest = catalog.damaged.iter().filter_map(|object| object.backup);
+    let bad = catalog.backups.iter().filter(|backup| !backup.has_all_packs());
+    let mut all: Vec<BackupId> = no_manifest.chain(bad.map(BackupSummary::id)).collect();
+    all.sort_unstable();
+    all
 }
 
 fn holdings_of(catalog: &Catalog) -> Holdings {
@@ -74,6 +138,7 @@ fn holdings_of(catalog: &Catalog) -> Holdings {
         timeline: backup.manifest.end_timeline,
         start_lsn: backup.manifest.start_lsn,
         end_lsn: backup.manifest.end_lsn,
+        start_time: backup.manifest.start_time,
         end_time: backup.manifest.end_time,
         segment_size: backup.manifest.wal_segment_size_bytes,
     };

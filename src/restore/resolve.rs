@@ -5,7 +5,8 @@
 //!
 //! # Invariants
 //! - The base backup is consistent before the stop: its end lies at or before the end of the last record
-//!   that is replayed. Which one is chosen is settled by positions; times of different clocks (server,
+//!   that is replayed. For a time it also began before the stop: a commit that the target excludes and
+//!   that is older than the backup would be in its files, where replay cannot leave it out. Which one is chosen is settled by positions; times of different clocks (server,
 //!   this host) only decide which is tried first.
 //! - WAL from the backup's start to the stop is there without a hole, and the record at which Postgres
 //!   stops is complete in it, so "recovery ended before configured recovery target was reached" cannot
@@ -42,6 +43,7 @@ pub(crate) struct Base {
     pub(crate) timeline: TimelineId,
     pub(crate) start_lsn: Lsn,
     pub(crate) end_lsn: Lsn,
+    pub(crate) start_time: Timestamp,
     pub(crate) end_time: Timestamp,
     pub(crate) segment_size: SegmentSize,
 }
@@ -235,6 +237,11 @@ impl<S: WalSource> Search<'_, S> {
                 ));
                 continue;
             }
+            if let Target::Time { at, .. } = self.request.target
+                && self.holds_later_commits(base, at).await?
+            {
+                continue;
+            }
             let place = self.place(base, &chain, searched_from).await?;
             match place {
                 // It is there, but this backup is not consistent yet: an earlier one is needed.
@@ -248,6 +255,50 @@ impl<S: WalSource> Search<'_, S> {
             }
         }
         Err(self.unreachable(bases, beyond.as_ref(), &notes))
+    }
+
+    /// Whether a commit that a stop at `at` excludes came before `base`, and so is in its files. The WAL
+    /// from before the backup tells; where there is none, the time at which the backup began.
+    async fn holds_later_commits(&self, base: &Base, at: Timestamp) -> Result<bool> {
+        let target = &self.request.target;
+        let mut position = base.start_lsn;
+        for part in self.path.iter().rev().filter(|part| part.start < base.start_lsn) {
+            let until = part.end.map_or(position, |end| end.min(position));
+            let runs = self.holdings.wal.coverage(part.timeline).iter().rev();
+            let mut reaching = runs.filter(|run| run.start() < until && until <= run.end());
+            let Some(run) = reaching.next() else { break };
+            let from = run.start().max(part.start);
+            let extents: Vec<_> =
+                self.holdings.wal.extents_in(part.timeline, span(from, until)).collect();
+            for extent in extents.iter().rev() {
+                let Some(time) = extent.name.time else { continue };
+                if !target.stops_before_time(time) {
+                    return Ok(false);
+                }
+                if extent.name.range.end() <= until {
+                    return Ok(true);
+                }
+                // Its greatest time may be that of a commit in the backup or after it.
+                let start = base.segment_size.start_of(extent.name.range.start()).max(from);
+                let chain = Chain::follow(&self.holdings.wal, self.path, start).cut(until);
+                let mut is_later: Option<bool> = None;
+                self.landmarks(base, &chain, span(start, until), &mut |landmark| {
+                    if let Some(time) = landmark.transaction_time() {
+                        is_later = Some(target.stops_before_time(time));
+                    }
+                    ControlFlow::Continue(())
+                })
+                .await?;
+                if let Some(is_later) = is_later {
+                    return Ok(is_later);
+                }
+            }
+            if from > part.start {
+                break;
+            }
+            position = part.start;
+        }
+        Ok(at < base.start_time)
     }
 
     /// The backups worth trying, best first.
@@ -617,7 +668,7 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
     let why = match (before, after, beyond.map(Chain::stopped_by)) {
         (None, Some(_), _) => "it is before the end of the first backup".to_owned(),
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
-            format!("it is in a gap: WAL {missing} of timeline {timeline} is missing")
+            format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
         (Some(_), Some(_), _) => {
             "it is between the WAL of one backup and the end of the next".to_owned()
@@ -644,7 +695,7 @@ fn why_not_lsn(at: Lsn, intervals: &[Interval], beyond: Option<&Chain>) -> (Stri
     let why = match (before, after, beyond.map(Chain::stopped_by)) {
         (None, Some(_), _) => "it is before the end of the first backup".to_owned(),
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
-            format!("it is in a gap: WAL {missing} of timeline {timeline} is missing")
+            format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
         _ => "it is after the end of the durable WAL".to_owned(),
     };

@@ -29,6 +29,7 @@ fn base(craft: &Craft, start: Lsn, end: Lsn, end_time: &str) -> Base {
         timeline: craft.timeline,
         start_lsn: start,
         end_lsn: end,
+        start_time: end_time - jiff::SignedDuration::from_secs(6),
         end_time,
         segment_size: craft.segment_size,
     }
@@ -150,6 +151,37 @@ async fn a_time_before_the_first_backup_names_the_first_reachable_one() {
     skewed.holdings.bases[0].end_time = ts("10:00:22");
     let resolved = skewed.to_time("10:00:21", Edge::Inclusive).await.unwrap();
     assert_eq!(around(&resolved), (101, 102));
+}
+
+#[tokio::test]
+async fn a_backup_that_holds_a_later_commit_is_never_taken() {
+    let mut world = World::new();
+    // Nothing was committed while this one ran, so that only what came before it can tell.
+    let (start, end) = (world.commits[1].end(), world.point.end());
+    let quiet = Base { start_time: ts("10:00:31"), ..base(&world.craft, start, end, "10:00:34") };
+    world.holdings.bases = vec![quiet];
+    for time in ["09:00:00", "10:00:15", "10:00:20", "10:00:29.999999"] {
+        let error = world.to_time(time, Edge::Inclusive).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound, "{time}");
+        assert!(error.hint_text().unwrap().contains("after it 2026-11-22T10:00:34Z"), "{error:?}");
+    }
+    // The last commit before it is wanted: the files are what was asked for.
+    for time in ["10:00:30", "10:00:32"] {
+        let resolved = world.to_time(time, Edge::Inclusive).await.unwrap();
+        assert_eq!(resolved.stop, Stop::Before { lsn: world.abort.start() }, "{time}");
+    }
+    assert!(world.to_time("10:00:30", Edge::Exclusive).await.is_err());
+
+    // No WAL tells what came before it: the time at which it began decides.
+    let from = world.holdings.bases[0].segment_size.start_of(start);
+    while let Some(early) = world.extents.catalog().extents(world.craft.timeline).next()
+        && early.name.range.end() <= start
+    {
+        world.extents.remove(early.name.range.start());
+    }
+    assert!(from < start);
+    world.holdings.wal = world.extents.catalog();
+    assert!(world.to_time("10:00:20", Edge::Inclusive).await.is_err());
 }
 
 #[tokio::test]

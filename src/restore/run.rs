@@ -15,6 +15,7 @@ use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SystemId};
 use crate::repo::{BackupId, Budget, Manifest, Reader};
 
+use super::advised;
 use super::chain::Piece;
 use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
 use super::files::{self, Files};
@@ -132,36 +133,47 @@ pub async fn run(
     let begun = clock.instant();
     check_options(plan, options)?;
     progress.begin(Phase::Preparing, 0);
-    let manifest = reader.manifest(plan.backup.id).await?;
+    let manifest = reader.manifest(plan.backup.id).await.map_err(advised)?;
     let places = places_of(&manifest, options)?;
     let owner = owner_of(options)?;
     let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places);
     let claimed = Directory::claim(&options.into, &marker, owner)?;
+    let fill = async {
+        progress.begin(Phase::Files, manifest.public.plain_bytes);
+        let (directory, places, budget) = (&claimed, &places, &options.budget);
+        let files = Files { reader, manifest: &manifest, directory, places, budget, progress };
+        let restored = files::restore(files).await?;
+        let control = check_control(&restored.control, plan)?;
 
-    progress.begin(Phase::Files, manifest.public.plain_bytes);
-    let (directory, places, budget) = (&claimed, &places, &options.budget);
-    let files = Files { reader, manifest: &manifest, directory, places, budget, progress };
-    let restored = files::restore(files).await?;
-    let control = check_control(&restored.control, plan)?;
+        let delivery = Delivery { plan, options, reader, directory, progress };
+        delivery.place_histories().await?;
+        let (wal, segment_count) = delivery.place_wal().await?;
+        delivery.write_settings(wal, &control)?;
 
-    let delivery = Delivery { plan, options, reader, directory, progress };
-    delivery.place_histories().await?;
-    let (wal, segment_count) = delivery.place_wal().await?;
-    delivery.write_settings(wal, &control)?;
-
-    progress.begin(Phase::Syncing, 0);
-    set_directory_mode(directory)?;
-    claimed.finish(&restored.control, restored.control_mode)?;
-    progress.begin(Phase::Done, 0);
-    let elapsed = clock.instant().saturating_duration_since(begun);
-    Ok(RestoreReport {
-        into: options.into.clone(),
-        backup: plan.backup.id,
-        file_count: restored.file_count,
-        plain_bytes: restored.plain_bytes,
-        segment_count,
-        wal,
-        elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+        progress.begin(Phase::Syncing, 0);
+        set_directory_mode(directory)?;
+        claimed.finish(&restored.control, restored.control_mode)?;
+        progress.begin(Phase::Done, 0);
+        let elapsed = clock.instant().saturating_duration_since(begun);
+        Ok(RestoreReport {
+            into: options.into.clone(),
+            backup: plan.backup.id,
+            file_count: restored.file_count,
+            plain_bytes: restored.plain_bytes,
+            segment_count,
+            wal,
+            elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+        })
+    };
+    fill.await.map_err(advised).map_err(|error: Error| {
+        match options.into.join(directory::MARKER).exists() {
+            true => error.further_hint(&format!(
+                "'{}' is incomplete and PostgreSQL does not start on it; the next restore into it \
+             clears it and begins anew.",
+                options.into.display()
+            )),
+            false => error,
+        }
     })
 }
 

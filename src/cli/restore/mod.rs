@@ -139,6 +139,10 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
             .hint("Name one with --into DIR, or see the plan alone with --dry-run."));
     };
     terminal.remark(text.trim_end());
+    if terminal.quiet() {
+        // Not progress: what of the data asked for will not be there.
+        plan.notes.iter().for_each(|note| terminal.warn(note));
+    }
     let options = options_of(&args, into, standby.as_ref(), config)?;
     let progress = Arc::new(Progress::default());
     let narrator =

@@ -271,6 +271,12 @@ impl Inner {
         let file = match File::open(self.path(name)) {
             Ok(file) => file,
             Err(error) if is_missing(&error) => {
+                if self.root.is_file() {
+                    let found = format!("'{}' is a file, expected a folder", self.root.display());
+                    return Err(Error::new(Kind::Config, found)
+                        .context(attempted())
+                        .hint("Name the folder of the repository with --repository."));
+                }
                 return Err(Error::new(Kind::NotFound, "it does not exist").context(attempted()));
             }
             Err(error) => return Err(Error::io(attempted(), &error)),

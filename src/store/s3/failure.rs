@@ -223,17 +223,21 @@ impl Failure {
         match self.code.as_str() {
             "NoSuchBucket" | "InvalidBucketName" => (
                 Kind::Config,
-                Some("Check the bucket's name and the endpoint, or make the bucket."),
+                Some(
+                    "Check the bucket's name in --repository and the endpoint, or make the bucket.",
+                ),
             ),
             "InvalidAccessKeyId" | "NotSignedUp" => (
                 Kind::Denied,
                 Some(
-                    "The server does not know this access key id: check it, and that it belongs to this endpoint.",
+                    "The server does not know this access key id: check it (AWS_ACCESS_KEY_ID, or that of the profile), and that it belongs to this endpoint.",
                 ),
             ),
             "SignatureDoesNotMatch" => (
                 Kind::Denied,
-                Some("Most often the secret access key is wrong, else the region or the clock."),
+                Some(
+                    "Most often the secret access key is wrong (AWS_SECRET_ACCESS_KEY, or that of the profile), else the region or this machine's clock.",
+                ),
             ),
             "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired" => {
                 (Kind::Denied, Some("The session token is no longer valid: renew the credentials."))
