@@ -10,6 +10,7 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod bad_input;
 mod base;
 mod kill;
 mod memory;

@@ -7,11 +7,14 @@
 pub mod account;
 pub mod postgres;
 pub mod proxy;
+pub mod room;
 pub mod s3;
 pub mod sidecar;
+pub mod transcript;
 pub mod wal_lines;
 
 pub use account::Account;
 pub use postgres::{Binaries, Postgres, Settings};
+pub use room::Room;
 pub use s3::S3;
 pub use sidecar::Tidemark;

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::Account;
 use super::postgres::send_signal;
+use super::transcript::transcript;
 
 /// What a finished command printed.
 #[derive(Debug)]
@@ -21,6 +23,16 @@ pub struct Output {
 }
 
 impl Output {
+    /// Runs `command` to its end.
+    pub fn of(command: &mut Command) -> Self {
+        let done = command.output().unwrap();
+        Self {
+            code: done.status.code(),
+            stdout: String::from_utf8_lossy(&done.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&done.stderr).into_owned(),
+        }
+    }
+
     /// The output, when the command succeeded.
     #[track_caller]
     pub fn ok(self) -> Self {
@@ -35,6 +47,12 @@ impl Output {
         self
     }
 
+    /// All of it, as a golden file shows it; `args` are those of the command.
+    #[track_caller]
+    pub fn transcript(&self, args: &[&str]) -> String {
+        transcript(args, self.code.expect("not ended by a signal"), &self.stdout, &self.stderr)
+    }
+
     /// The data as JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
@@ -46,7 +64,7 @@ impl Output {
 /// How to call `tidemark`: its home (identity, configuration) and its repository.
 #[derive(Debug)]
 pub struct Tidemark {
-    home: TempDir,
+    home: Arc<TempDir>,
     url: String,
     env: Vec<(String, String)>,
 }
@@ -56,14 +74,26 @@ impl Tidemark {
     pub fn with_directory() -> Self {
         let home = Account::current().temp_dir("home");
         let repository = Account::current().make_dir(home.path(), "repository");
-        Self { url: repository.display().to_string(), home, env: Vec::new() }
+        Self { url: repository.display().to_string(), home: Arc::new(home), env: Vec::new() }
     }
 
     /// With a repository at `url`, whose credentials and endpoint are in `env`.
     pub fn with_url(url: &str, env: &[(&str, &str)]) -> Self {
-        let home = Account::current().temp_dir("home");
+        let home = Arc::new(Account::current().temp_dir("home"));
         let env = env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
         Self { url: url.into(), home, env }
+    }
+
+    /// The same home with another repository.
+    pub fn at(&self, url: &str) -> Self {
+        Self { home: Arc::clone(&self.home), url: url.into(), env: self.env.clone() }
+    }
+
+    /// With one more variable in the environment, or another value of it.
+    pub fn with_env(mut self, name: &str, value: &str) -> Self {
+        self.env.retain(|(had, _)| had != name);
+        self.env.push((name.into(), value.into()));
+        self
     }
 
     /// The home folder: `$HOME` of the binary.
@@ -99,12 +129,7 @@ impl Tidemark {
 
     /// Runs `tidemark ARGS` to its end.
     pub fn run(&self, args: &[&str]) -> Output {
-        let done = self.command(args).output().unwrap();
-        Output {
-            code: done.status.code(),
-            stdout: String::from_utf8_lossy(&done.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&done.stderr).into_owned(),
-        }
+        Output::of(&mut self.command(args))
     }
 
     /// Starts `tidemark ARGS` and leaves it running; its words go to a file.

@@ -1,10 +1,11 @@
 //! The command line against golden files: help texts, and what a person is told when something is
 //! wrong. `INSTA_UPDATE=always cargo test --test it cli` writes them anew; read the difference.
 
-use std::path::Path;
 use std::process::Command;
 
 use tempfile::TempDir;
+
+use crate::transcript::{golden as compare, transcript};
 
 /// One person's machine: a home, no settings, no server.
 struct Machine {
@@ -36,12 +37,7 @@ impl Machine {
     /// Runs `tidemark ARGS`: its exit status and all it wrote, as a golden file shows them.
     fn run(&self, args: &[&str]) -> String {
         let (status, stdout, stderr) = self.outcome(args);
-        let mut text = format!("$ tidemark {}\n[exit status {status}]\n", args.join(" "));
-        for (name, content) in [("stdout", stdout), ("stderr", stderr)] {
-            if !content.is_empty() {
-                text.push_str(&format!("--- {name}\n{content}"));
-            }
-        }
+        let text = transcript(args, status, &stdout, &stderr);
         text.replace(&self.home.path().display().to_string(), "[HOME]")
     }
 
@@ -65,15 +61,7 @@ impl Machine {
 /// Compares with `tests/golden/<folder>/<name>.snap`.
 #[track_caller]
 fn golden(folder: &str, name: &str, text: &str) {
-    let mut settings = insta::Settings::clone_current();
-    settings
-        .set_snapshot_path(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder));
-    settings.set_prepend_module_to_snapshot(false);
-    settings.set_omit_expression(true);
-    settings.add_filter(r"age1[0-9a-z]{58}", "[PUBLIC KEY]");
-    settings.add_filter(r"AGE-SECRET-KEY-1[0-9A-Z]{58}", "[SECRET KEY]");
-    settings.add_filter(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", "[TIME]");
-    settings.bind(|| insta::assert_snapshot!(name, text));
+    compare(folder, name, text, &[]);
 }
 
 const COMMANDS: &[&str] = &[

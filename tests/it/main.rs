@@ -12,6 +12,8 @@ mod s3_server;
 mod store_contract;
 mod store_faults;
 mod stranger;
+#[path = "../harness/transcript.rs"]
+mod transcript;
 mod wal;
 #[path = "../harness/wal_lines.rs"]
 mod wal_lines;
