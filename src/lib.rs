@@ -29,3 +29,6 @@ pub mod config;
 pub mod daemon;
 
 pub mod cli;
+
+#[doc(hidden)]
+pub mod fuzz;

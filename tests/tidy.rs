@@ -33,6 +33,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "daemon",
         ],
     ),
+    ("fuzz", &["pg", "pipeline", "wire", "wal", "store", "repo", "capture", "restore", "config"]),
 ];
 
 /// Modules that know nothing of an asynchronous runtime.

@@ -274,19 +274,27 @@ fn mask(form: Form, value: &Value) -> Vec<String> {
     }
 }
 
-/// A connection string without its password: as it was written where that is easy to tell, else as
-/// the parser understood it.
+/// A connection string without its secrets: as it was written where none is left then, else as the
+/// parser understood it.
 fn mask_password(text: &str) -> String {
-    if text.contains("password") {
+    // Only the secrets that the parser sees count: it knows percent-encoded names of keys as well.
+    let is_clean = |text: &str| {
+        let secrets = ConnectOptions::secrets_in(text);
+        secrets.is_ok_and(|secrets| secrets.iter().all(|secret| secret == MASK))
+    };
+    let in_usual_place = || {
+        let (scheme, rest) = text.split_once("://")?;
+        let (who, place) = rest.rsplit_once('@')?;
+        Some(format!("{scheme}://{}:{MASK}@{place}", who.split_once(':')?.0))
+    };
+    if is_clean(text) {
+        return text.to_owned();
+    }
+    in_usual_place().filter(|masked| is_clean(masked)).unwrap_or_else(|| {
         // An empty environment: only what the text itself says is shown.
         let parsed = ConnectOptions::parse(text, &|_| None);
-        return parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string());
-    }
-    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
-    match rest.rsplit_once('@').and_then(|(who, place)| Some((who.split_once(':')?.0, place))) {
-        Some((user, place)) => format!("{scheme}://{user}:{MASK}@{place}"),
-        None => text.to_owned(),
-    }
+        parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string())
+    })
 }
 
 /// Hides what stands between `://` and `@` of a URL's host part.
@@ -382,7 +390,15 @@ mod tests {
         let shown = format!("{:?} {settings:?}", settings.shown());
         assert!(!shown.contains("hunter2") && !shown.contains("u:p"), "{shown}");
         assert_eq!(settings.warnings.len(), 1);
-        for text in ["postgres://u:hunter2@h/d", "host=h password = hunter2", "host=h password='"] {
+        for text in [
+            "postgres://u:hunter2@h/d",
+            "postgres://u:hunter2@h/d?sslpassword=hunter2",
+            "postgres://h/d?passw%6Frd=hunter2",
+            "host=h password = hunter2",
+            "host=h password='",
+            "host=h pasword=hunter2",
+            "host=h scram_client_key=hunter2 oauth_client_secret=hunter2",
+        ] {
             let given = vec![flag("postgres.url", text)];
             let settings = Settings::resolve(given, &Environment::default(), None).unwrap();
             assert!(!format!("{:?}", settings.shown()).contains("hunter2"), "{text}");

@@ -69,7 +69,7 @@ impl FromStr for Recipient {
     /// An X25519 public key as `age-keygen` prints it.
     fn from_str(text: &str) -> Result<Self> {
         let text = text.trim();
-        if text.to_ascii_uppercase().starts_with("AGE-SECRET-KEY-") {
+        if text.to_ascii_uppercase().contains("AGE-SECRET-KEY-") {
             // Not repeated in the message: it is a secret.
             return Err(Error::new(
                 Kind::Config,
@@ -411,6 +411,11 @@ mod tests {
         let error = expose(&line).parse::<Recipient>().unwrap_err();
         assert!(!format!("{error:?}").contains(expose(&line)));
         let file = format!("# made today\n\n{}\n", expose(&line));
+        let quoted = format!("'{}'", expose(&line));
+        for text in [&file, &quoted] {
+            let error = text.parse::<Recipient>().unwrap_err();
+            assert!(!format!("{error:?}").contains(expose(&line)), "{error:?}");
+        }
         let read = DecryptionIdentity::parse_file(&file).unwrap();
         assert_eq!(read[0].recipient().to_string(), identity.recipient().to_string());
         let error = DecryptionIdentity::parse_file("AGE-SECRET-KEY-1QQ").unwrap_err();

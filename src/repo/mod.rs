@@ -14,6 +14,7 @@ pub mod catalog;
 pub mod compaction;
 pub mod coverage;
 pub mod extent;
+pub(crate) mod fuzz;
 pub mod header;
 pub mod identity;
 pub mod interval;

@@ -22,7 +22,7 @@ mod resolve_tests;
 pub mod run;
 mod scan;
 mod segments;
-mod server_log;
+pub(crate) mod server_log;
 pub mod settings;
 mod source;
 pub mod start;

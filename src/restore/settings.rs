@@ -197,13 +197,16 @@ impl RecoverySettings {
 /// with a newline unless empty.
 fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
     let mut kept = String::with_capacity(existing.len());
-    // A block without its end is taken for ordinary lines: nothing else is lost then.
-    let has_whole_block = existing.contains(BLOCK_END);
     let mut inside_block = false;
-    for line in existing.lines() {
+    for (index, line) in existing.lines().enumerate() {
         let trimmed = line.trim();
         match trimmed {
-            BLOCK_HEAD => inside_block = has_whole_block,
+            // A block without its end is taken for ordinary lines: nothing else is lost then.
+            BLOCK_HEAD => {
+                let mut later = existing.lines().skip(index + 1).map(str::trim);
+                let next = later.find(|line| matches!(*line, BLOCK_HEAD | BLOCK_END));
+                inside_block = next == Some(BLOCK_END);
+            }
             BLOCK_END => inside_block = false,
             _ => {
                 let name = setting_name(trimmed);
@@ -311,6 +314,15 @@ mod tests {
         recovery_target_lsn = '1/28'
         # tidemark restore: end
         ");
+    }
+
+    #[test]
+    fn a_block_without_its_end_takes_nothing_else_with_it() {
+        let existing = format!(
+            "{BLOCK_HEAD}\nwork_mem = 1\n{BLOCK_END}\na = 1\n{BLOCK_HEAD}\nb = 1\n\
+             {BLOCK_HEAD}\nc = 1\n{BLOCK_END}\nd = 1\n{BLOCK_HEAD}\ne = 1\n"
+        );
+        assert_eq!(without_recovery_settings(&existing, &[]), "a = 1\nb = 1\nd = 1\ne = 1\n");
     }
 
     #[test]

@@ -43,6 +43,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 
 pub mod directory;
+pub(crate) mod fuzz;
 pub mod memory;
 mod name;
 mod options;

@@ -492,10 +492,14 @@ impl Assembler {
             Some(last) => header.previous_lsn == last,
             None => header.previous_lsn < start,
         };
-        if !chained || !header.rmgr.is_valid() {
-            return Err(bad_header(header, start, self.last_start_lsn));
+        let major = self.major().ok_or_else(|| damaged_record(start, "it is on no page"))?;
+        if !header.rmgr.is_valid(major) {
+            return Err(unknown_rmgr(header, start));
         }
-        self.major().ok_or_else(|| damaged_record(start, "it is on no page"))
+        if !chained {
+            return Err(bad_chain(header, start, self.last_start_lsn));
+        }
+        Ok(major)
     }
 
     #[inline]
@@ -542,11 +546,13 @@ fn check_length(length_bytes: u32, start: Lsn) -> Result<()> {
 }
 
 #[cold]
-fn bad_header(header: &RecordHeader, start: Lsn, expected: Option<Lsn>) -> crate::error::Error {
-    if !header.rmgr.is_valid() {
-        let number = header.rmgr.0;
-        return damaged_record(start, &format!("there is no resource manager {number}"));
-    }
+fn unknown_rmgr(header: &RecordHeader, start: Lsn) -> crate::error::Error {
+    let number = header.rmgr.0;
+    damaged_record(start, &format!("there is no resource manager {number}"))
+}
+
+#[cold]
+fn bad_chain(header: &RecordHeader, start: Lsn, expected: Option<Lsn>) -> crate::error::Error {
     let found = header.previous_lsn;
     let expected = expected.map_or("an earlier one".to_owned(), |expected| expected.to_string());
     damaged_record(start, &format!("it follows record {found}, expected {expected}"))

@@ -107,7 +107,7 @@ impl Craft {
         while !self.position().0.is_multiple_of(8) {
             self.bytes.push(0);
         }
-        LsnRange::new(start, self.position()).unwrap()
+        LsnRange::new(start, self.position()).expect("WAL grows")
     }
 
     /// Appends a record with this main data.
@@ -136,7 +136,7 @@ impl Craft {
     pub(crate) fn switch(&mut self) -> LsnRange {
         let record = self.body((0, 0x40), 0, &[]);
         self.zeros_to_segment_end();
-        LsnRange::new(record.start(), self.position()).unwrap()
+        LsnRange::new(record.start(), self.position()).expect("WAL grows")
     }
 
     /// Appends zeros up to the end of the segment.

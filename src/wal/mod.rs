@@ -6,7 +6,6 @@
 //! headers, the chain of records and their CRCs, so that damaged WAL is never taken for good.
 
 mod assembler;
-#[cfg(test)]
 pub(crate) mod craft;
 mod landmark;
 mod page;

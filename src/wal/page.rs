@@ -90,6 +90,9 @@ impl PageHeader {
             None
         };
         let start = if info & XLP_FIRST_IS_OVERWRITE_CONTRECORD != 0 {
+            if info & XLP_FIRST_IS_CONTRECORD != 0 {
+                return Err(damaged("it both continues and replaces the record before".into()));
+            }
             PageStart::Overwritten
         } else if info & XLP_FIRST_IS_CONTRECORD != 0 {
             PageStart::Continued { rest_bytes }
@@ -232,8 +235,11 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_another_place_or_with_unknown_flags_is_corrupt() {
-        for bytes in [header(0xD110, 0, 0x4000), header(0xD110, 0x10, 0x2000)] {
+    fn a_page_of_another_place_or_with_impossible_flags_is_corrupt() {
+        let both = XLP_FIRST_IS_CONTRECORD | XLP_FIRST_IS_OVERWRITE_CONTRECORD;
+        for bytes in
+            [header(0xD110, 0, 0x4000), header(0xD110, 0x10, 0x2000), header(0xD110, both, 0x2000)]
+        {
             let error = PageHeader::decode(&bytes, Lsn(0x2000), SegmentSize::DEFAULT).unwrap_err();
             assert_eq!(error.kind(), Kind::Corrupt);
         }

@@ -34,16 +34,20 @@ const NAMES: [&str; 22] = [
     "LogicalMessage",
 ];
 
+/// The first major version with custom resource managers.
+const CUSTOM_SINCE_MAJOR: u32 = 15;
+
 impl RmgrId {
     /// `RM_XLOG_ID`
     pub const XLOG: RmgrId = RmgrId(0);
     /// `RM_XACT_ID`
     pub const XACT: RmgrId = RmgrId(1);
 
-    /// Whether a server may have written it (`RmgrIdIsValid`).
+    /// Whether a server of this major version may have written it (`RmgrIdIsValid`; `RM_MAX_ID`
+    /// before 15).
     #[must_use]
-    pub fn is_valid(self) -> bool {
-        usize::from(self.0) < NAMES.len() || self.0 >= 128
+    pub fn is_valid(self, major: u32) -> bool {
+        usize::from(self.0) < NAMES.len() || self.0 >= 128 && major >= CUSTOM_SINCE_MAJOR
     }
 }
 
@@ -66,6 +70,7 @@ mod tests {
         assert_eq!(RmgrId::XACT.to_string(), "Transaction");
         assert_eq!(RmgrId(21).to_string(), "LogicalMessage");
         assert_eq!(RmgrId(128).to_string(), "custom128");
-        assert!(RmgrId(21).is_valid() && !RmgrId(22).is_valid() && RmgrId(255).is_valid());
+        assert!(RmgrId(21).is_valid(13) && !RmgrId(22).is_valid(18));
+        assert!(!RmgrId(128).is_valid(14) && RmgrId(128).is_valid(15) && RmgrId(255).is_valid(18));
     }
 }

@@ -120,14 +120,14 @@ enum State {
 }
 
 /// What to do after a message.
-enum Step {
+pub(super) enum Step {
     Emit(BaseBackupEvent),
     Continue,
 }
 
 /// The answer of either form, sans I/O.
 #[derive(Debug)]
-struct Reader {
+pub(super) struct Reader {
     state: State,
     /// One COPY for all archives (PostgreSQL 15 and later).
     typed: bool,
@@ -150,10 +150,7 @@ impl Connection {
         let command = command(options, self.version())?;
         let typed = self.version().major() >= 15;
         self.begin_command(&command).await?;
-        Ok(BaseBackup {
-            connection: self,
-            reader: Reader { state: State::StartPosition(None), typed },
-        })
+        Ok(BaseBackup { connection: self, reader: Reader::new(typed) })
     }
 }
 
@@ -237,8 +234,13 @@ impl BaseBackup {
 }
 
 impl Reader {
+    /// `typed`: one COPY for all archives.
+    pub(super) fn new(typed: bool) -> Self {
+        Self { state: State::StartPosition(None), typed }
+    }
+
     /// Takes a message in: no I/O and no waiting, so that a message is read wholly or not at all.
-    fn read(&mut self, message: Message) -> Result<Step> {
+    pub(super) fn read(&mut self, message: Message) -> Result<Step> {
         // A broken answer leaves a reader that reads nothing more.
         let state = std::mem::replace(&mut self.state, State::Over);
         let (state, step) = match state {

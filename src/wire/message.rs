@@ -167,12 +167,17 @@ fn length_max(tag: u8, phase: Phase) -> usize {
 }
 
 /// Before PostgreSQL 14 a postmaster that cannot even fork reports that as the protocol of the last
-/// century did: `E`, the text, a zero byte.
+/// century did: `E`, the text with a newline at its end, a zero byte. It may come in pieces.
 fn decode_old_error(buffer: &mut BytesMut, tag: u8, phase: Phase) -> Option<Result<Decoded>> {
     if tag != b'E' || phase != Phase::Startup {
         return None;
     }
-    let text = buffer.get(1..)?.split(|byte| *byte == 0).next()?;
+    let text = buffer.get(1..)?;
+    let Some(end) = text.iter().position(|byte| matches!(byte, 0 | b'\n')) else {
+        let more = buffer.len() < STARTUP_BYTES_MAX;
+        return more.then_some(Ok(Decoded::Missing(1)));
+    };
+    let text = text.get(..end)?;
     let error = ServerError::from_text(String::from_utf8_lossy(text).trim());
     buffer.clear();
     Some(Ok(Decoded::Message(Message::ErrorResponse(error))))
@@ -362,6 +367,25 @@ mod tests {
             panic!("no error");
         };
         assert_eq!(error.message, "could not fork new process for connection: no memory");
+    }
+
+    #[test]
+    fn an_error_in_the_old_protocol_that_comes_in_pieces_is_not_cut_short() {
+        let mut buffer = BytesMut::from("Ecould not");
+        for piece in [" fork", ": no memory"] {
+            let decoded = decode(&mut buffer, Phase::Startup).unwrap();
+            assert!(matches!(decoded, Decoded::Missing(1)), "{decoded:?}");
+            buffer.extend_from_slice(piece.as_bytes());
+        }
+        buffer.extend_from_slice(b"\n");
+        let Decoded::Message(Message::ErrorResponse(error)) =
+            decode(&mut buffer, Phase::Startup).unwrap()
+        else {
+            panic!("no error");
+        };
+        assert_eq!(error.message, "could not fork: no memory");
+        let mut endless = BytesMut::from(vec![b'E'; STARTUP_BYTES_MAX].as_slice());
+        assert_eq!(decode(&mut endless, Phase::Startup).unwrap_err().kind(), Kind::Corrupt);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod channel;
 mod connect;
 mod connection;
 mod conninfo;
+pub(crate) mod fuzz;
 mod message;
 mod options;
 mod os_user;

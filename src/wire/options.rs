@@ -43,6 +43,10 @@ const CONNECT_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 /// Silence of the server that counts as a lost connection; `wal_receiver_timeout`'s default.
 const READ_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 
+/// Keys whose values are never shown.
+const SECRET_KEYS: [&str; 5] =
+    ["password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"];
+
 /// Where one server may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -199,6 +203,15 @@ impl ConnectOptions {
                 &[("disable", HostOrder::AsGiven), ("random", HostOrder::Random)],
             )?,
         })
+    }
+
+    /// The secrets that a connection string holds, for who must not show them.
+    ///
+    /// # Errors
+    /// `config` for a string libpq would refuse.
+    pub fn secrets_in(conninfo: &str) -> Result<Vec<String>> {
+        let pairs = conninfo::parse(conninfo)?.into_iter();
+        Ok(pairs.filter(|(name, _)| SECRET_KEYS.contains(name)).map(|(_, value)| value).collect())
     }
 
     /// Sets `application_name` unless the connection string or the environment names one.

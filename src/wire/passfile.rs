@@ -49,7 +49,7 @@ fn read(path: &Path) -> Option<SecretString> {
     Some(SecretString::from(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
-fn find(text: &str, wanted: Wanted<'_>) -> Option<SecretString> {
+pub(super) fn find(text: &str, wanted: Wanted<'_>) -> Option<SecretString> {
     let port = wanted.port.to_string();
     let lines = text.split('\n').map(|line| line.trim_end_matches('\r'));
     for line in lines.filter(|line| !line.is_empty() && !line.starts_with('#')) {

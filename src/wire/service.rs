@@ -60,7 +60,7 @@ pub(super) fn apply(pairs: &mut Pairs, service: &str, files: &ServiceFiles) -> R
 }
 
 /// The pairs of a service, or `None` when the text does not define it.
-fn parse(text: &str, service: &str) -> Result<Option<Pairs>> {
+pub(super) fn parse(text: &str, service: &str) -> Result<Option<Pairs>> {
     let mut found: Option<Pairs> = None;
     for (number, line) in text.lines().enumerate().map(|(index, line)| (index + 1, line.trim())) {
         if line.is_empty() || line.starts_with('#') {

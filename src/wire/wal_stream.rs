@@ -328,7 +328,7 @@ fn encode_status(status: StandbyStatus, now: PgTime) -> BytesMut {
 }
 
 /// What is inside a CopyData message of a walsender.
-fn decode(mut data: Bytes) -> Result<WalEvent> {
+pub(super) fn decode(mut data: Bytes) -> Result<WalEvent> {
     let cut_short = |_short| Error::new(Kind::Corrupt, "a message of the WAL stream is cut short");
     match data.try_get_u8().map_err(cut_short)? {
         b'w' => {

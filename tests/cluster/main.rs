@@ -22,5 +22,6 @@ mod standby;
 mod stream;
 mod stream_trouble;
 mod trickle;
+mod wal_differential;
 mod wal_oracle;
 mod wire;

@@ -18,7 +18,7 @@ use tidemark::pg::{
 use tidemark::wal::{Landmark, Record, RecordReader, Scanner};
 
 use crate::harness::postgres::Stop;
-use crate::harness::wal_lines::{in_pieces, landmark_line, our_line};
+use crate::harness::wal_lines::{cut_down, in_pieces, landmark_line, our_line, waldump_records};
 use crate::harness::{Binaries, Postgres, Settings};
 
 /// Where the client programs are when the server's folder has none.
@@ -218,31 +218,9 @@ fn waldump(server: &Postgres, end: Lsn) -> Option<Vec<String>> {
         .args([first.as_os_str(), last])
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&answer.stdout).into_owned();
-    let mut records: Vec<String> = Vec::new();
-    for line in text.lines() {
-        if line.starts_with("rmgr: ") {
-            records.push(line.to_owned());
-        } else if let Some(last) = records.last_mut() {
-            last.push('\n');
-            last.push_str(line);
-        }
-    }
+    let records = waldump_records(&String::from_utf8_lossy(&answer.stdout));
     assert!(!records.is_empty(), "pg_waldump: {}", String::from_utf8_lossy(&answer.stderr));
     Some(records)
-}
-
-/// A line of pg_waldump cut down to what [`our_line`] makes.
-fn cut_down(record: &str) -> String {
-    let (head, rest) = record.split_once(", desc: ").unwrap();
-    let mut text = head.split_whitespace().collect::<Vec<_>>().join(" ").replace("/ ", "/");
-    for line in rest.lines().skip(1) {
-        if let Some(block) = line.strip_prefix("\tblkref ") {
-            text.push('\n');
-            text.push_str(block.split(", method").next().unwrap());
-        }
-    }
-    text
 }
 
 /// Stops the server and gives its last position: that behind the shutdown checkpoint.

@@ -1,4 +1,5 @@
 //! Records and landmarks of WAL as lines of text, to compare with what pg_waldump says.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use tidemark::pg::page::BLCKSZ;
 use tidemark::pg::{Lsn, PgTime};
@@ -26,9 +27,38 @@ pub fn our_line(record: &Record<'_>) -> String {
             let (offset, length) = (image.hole_offset, image.hole_length);
             text += &format!(" (FPW{purpose}); hole: offset: {offset}, length: {length}");
             if image.compression != ImageCompression::None {
-                let saved = BLCKSZ - usize::from(length) - image.bytes.len();
+                // As pg_waldump counts, also where no compressor saved anything.
+                let saved = BLCKSZ as i32 - i32::from(length) - image.bytes.len() as i32;
+                let saved = saved.cast_unsigned();
                 text += &format!(", compression saved: {saved}");
             }
+        }
+    }
+    text
+}
+
+/// What pg_waldump printed, a record with the lines of its blocks each.
+pub fn waldump_records(text: &str) -> Vec<String> {
+    let mut records: Vec<String> = Vec::new();
+    for line in text.lines() {
+        if line.starts_with("rmgr: ") {
+            records.push(line.to_owned());
+        } else if let Some(last) = records.last_mut() {
+            last.push('\n');
+            last.push_str(line);
+        }
+    }
+    records
+}
+
+/// A line of pg_waldump cut down to what [`our_line`] makes.
+pub fn cut_down(record: &str) -> String {
+    let (head, rest) = record.split_once(", desc: ").unwrap();
+    let mut text = head.split_whitespace().collect::<Vec<_>>().join(" ").replace("/ ", "/");
+    for line in rest.lines().skip(1) {
+        if let Some(block) = line.strip_prefix("\tblkref ") {
+            text.push('\n');
+            text.push_str(block.split(", method").next().unwrap());
         }
     }
     text

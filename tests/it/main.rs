@@ -6,6 +6,7 @@
 mod cli;
 mod damaged;
 mod expire;
+mod fuzz_corpus;
 mod golden;
 mod minis3_semantics;
 mod s3_server;

@@ -1,0 +1,65 @@
+//! Replays every input that was kept of fuzzing, through the very functions that libFuzzer calls.
+//!
+//! `fuzz/corpus/<target>` holds the smallest set of inputs that reaches all that was ever reached,
+//! `fuzz/regressions/<target>` those that once broke a property. `tools/fuzz` makes both.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use tidemark::fuzz::{TARGETS, Target};
+
+fn folder(kind: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(kind)
+}
+
+/// The inputs of a target in one of the folders, in the order of their names.
+pub fn inputs(kind: &str, target: &Target) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder(kind).join(target.name)) else { return Vec::new() };
+    let mut inputs: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    inputs.sort();
+    inputs
+}
+
+/// Runs a target on these inputs and gives those that broke it.
+fn broken(target: &Target, inputs: &[PathBuf]) -> Vec<String> {
+    let broke = |input: &&PathBuf| {
+        let bytes = std::fs::read(input).unwrap();
+        catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))).is_err()
+    };
+    inputs.iter().filter(broke).map(|input| input.display().to_string()).collect()
+}
+
+#[test]
+fn every_property_holds_for_every_input_that_was_kept() {
+    let broken = std::thread::scope(|scope| {
+        let halves = [0, 1].map(|half| {
+            let targets = TARGETS.iter().skip(half).step_by(2);
+            scope.spawn(|| {
+                let each = |target: &Target| {
+                    let corpus = inputs("corpus", target);
+                    assert!(!corpus.is_empty(), "target '{}' has no corpus", target.name);
+                    let kept = [corpus, inputs("regressions", target)].concat();
+                    broken(target, &kept)
+                };
+                targets.flat_map(each).collect::<Vec<String>>()
+            })
+        });
+        halves.map(|half| half.join().unwrap()).concat()
+    });
+    assert!(broken.is_empty(), "inputs that break a property:\n  {}", broken.join("\n  "));
+}
+
+#[test]
+fn every_folder_belongs_to_a_target() {
+    for kind in ["corpus", "regressions"] {
+        let Ok(entries) = std::fs::read_dir(folder(kind)) else { continue };
+        for entry in entries {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            assert!(TARGETS.iter().any(|target| target.name == name), "{kind}/{name}");
+        }
+    }
+    for (index, target) in TARGETS.iter().enumerate() {
+        let twice = TARGETS.iter().skip(index + 1).any(|other| other.name == target.name);
+        assert!(!twice, "two targets are called '{}'", target.name);
+    }
+}
