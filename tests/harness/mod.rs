@@ -15,6 +15,5 @@ pub mod wal_lines;
 
 pub use account::Account;
 pub use postgres::{Binaries, Postgres, Settings};
-pub use room::Room;
 pub use s3::S3;
 pub use sidecar::Tidemark;

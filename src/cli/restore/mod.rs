@@ -138,11 +138,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         return Err(Error::new(Kind::Usage, "unable to restore: no directory was named")
             .hint("Name one with --into DIR, or see the plan alone with --dry-run."));
     };
-    terminal.remark(text.trim_end());
-    if terminal.quiet() {
-        // Not progress: what of the data asked for will not be there.
-        plan.notes.iter().for_each(|note| terminal.warn(note));
-    }
+    show_plan(&plan, &text, terminal);
     let options = options_of(&args, into, standby.as_ref(), config)?;
     let progress = Arc::new(Progress::default());
     let narrator =
@@ -188,6 +184,14 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Shows the plan before anything is done; with `--quiet` only what must be known all the same.
+fn show_plan(plan: &restore::Plan, text: &str, terminal: &Terminal) {
+    terminal.remark(text.trim_end());
+    if terminal.quiet() {
+        plan.notes.iter().for_each(|note| terminal.warn(note));
+    }
 }
 
 /// The directory, absolute; `None` is good enough for a plan.
