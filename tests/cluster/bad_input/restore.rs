@@ -165,12 +165,12 @@ fn a_full_disk_leaves_nothing_that_looks_whole_and_the_restore_can_be_run_again(
     restore().ok();
     assert!(!host.join("tidemark.restoring").exists());
     assert!(host.join("global/pg_control").exists());
-    let verified = stderr_of(&mut room.inside({
-        let mut command = scene.binaries.client("pg_verifybackup");
-        command.arg("--quiet").arg(&data);
-        command
-    }));
-    assert_eq!(verified, "");
+    // Another major's refuses what this one wrote.
+    if scene.binaries.has("pg_verifybackup") {
+        let mut verify = scene.binaries.command("pg_verifybackup");
+        verify.arg("--quiet").arg(&data);
+        assert_eq!(stderr_of(&mut room.inside(verify)), "");
+    }
 }
 
 /// A data directory to which PostgreSQL would fetch WAL: `wal-get` reads its `pg_control`.
