@@ -272,23 +272,19 @@ fn check_frames(frames: &[u8], plain_bytes: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use proptest::prelude::*;
 
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::SystemId;
-    use crate::repo::{ClusterName, Encryption, Repository};
+
+    use crate::repo::{Encryption, Repository};
+    use crate::store::PutOutcome;
     use crate::store::memory::Memory;
-    use crate::store::{PutOutcome, Store};
 
     async fn place() -> (Memory, Repository, Writer) {
         let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
-        let store = Memory::new(&clock);
-        let cluster = ClusterName::new("main").unwrap();
-        let place: Arc<dyn Store> = Arc::new(store.clone());
-        let repository = Repository::create(place, cluster, SystemId(7), &clock).await.unwrap();
+        let (store, repository) = Repository::in_memory(&clock).await;
         let writer = repository.writer(&Encryption::None).await.unwrap();
         (store, repository, writer)
     }

@@ -423,25 +423,20 @@ fn middle(repository: &Repository, page: &ListPage, last_start: Lsn, until: Lsn)
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use bytes::Bytes;
 
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::{PgTime, SystemId};
+    use crate::pg::PgTime;
+    use crate::repo::KeyId;
     use crate::repo::names::{ExtentName, PackName};
-    use crate::repo::{ClusterName, KeyId};
     use crate::store::memory::{Call, Memory, Outcome};
     use crate::store::{PutOutcome, Store};
 
     async fn scene() -> (Memory, Repository) {
         let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
-        let memory = Memory::new(&clock);
-        let store: Arc<dyn Store> = Arc::new(memory.clone());
-        let cluster = ClusterName::new("main").unwrap();
-        let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
-        (memory, repository)
+        Repository::in_memory(&clock).await
     }
 
     fn timeline(number: u32) -> TimelineId {

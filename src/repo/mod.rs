@@ -79,6 +79,16 @@ struct Inner {
     clock: Clock,
 }
 
+#[cfg(test)]
+impl Repository {
+    /// One in memory, and its store.
+    pub(crate) async fn in_memory(clock: &Clock) -> (crate::store::memory::Memory, Self) {
+        let memory = crate::store::memory::Memory::new(clock);
+        let (store, cluster) = (Arc::new(memory.clone()), ClusterName::new("main").unwrap());
+        (memory, Self::create(store, cluster, SystemId(7), clock).await.unwrap())
+    }
+}
+
 impl Repository {
     /// Makes `cluster` a part of `store`, for the PostgreSQL cluster `system_id`; does nothing when it
     /// is that already.

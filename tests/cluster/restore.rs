@@ -45,6 +45,37 @@ async fn back_up(place: &Place, server: &Postgres, running: &Running) -> BackupI
     base::backup(&base, &CancellationToken::new()).await.unwrap().manifest.public.id
 }
 
+/// A stream of the server's WAL into the place, with a backup behind it.
+async fn protect(place: &Place, server: &Postgres) -> Running {
+    let running = Running::start(place.stream(server)).await;
+    running.streaming().await;
+    back_up(place, server, &running).await;
+    running
+}
+
+/// A server whose WAL is streamed into a repository that holds a backup of it.
+struct Protected {
+    binaries: Binaries,
+    server: Postgres,
+    place: Place,
+    running: Running,
+}
+
+impl Protected {
+    /// The backup holds an empty table `t` and what `sql` does.
+    async fn with(sql: &[&str]) -> Self {
+        let binaries = Binaries::of_this_run();
+        let server = Postgres::start(&binaries, &settings());
+        server.psql("create table t (id int)");
+        for sql in sql {
+            server.psql(sql);
+        }
+        let place = Place::of(&server).await;
+        let running = protect(&place, &server).await;
+        Self { binaries, server, place, running }
+    }
+}
+
 /// A commit as the server knew it.
 struct Commit {
     row: u32,
@@ -140,9 +171,7 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
     server.psql("create table far tablespace side as select repeat(md5(g::text), 50) from generate_series(1, 5000) g");
     insert(&server, 1);
     let place = Place::of(&server).await;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(&place, &server, &running).await;
+    let running = protect(&place, &server).await;
 
     let mut commits = Vec::new();
     for row in 2..7 {
@@ -195,13 +224,7 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn actions_are_obeyed_at_the_end_of_the_wal_too() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &settings());
-    server.psql("create table t (id int)");
-    let place = Place::of(&server).await;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(&place, &server, &running).await;
+    let Protected { binaries, server, place, running } = Protected::with(&[]).await;
     server.psql("insert into t values (1)");
     running.status.wait_durable(wal_end(&server)).await.unwrap();
     running.stop().await.unwrap();
@@ -227,13 +250,7 @@ async fn actions_are_obeyed_at_the_end_of_the_wal_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_cluster_never_reuses_a_timeline_of_the_repository() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &settings());
-    server.psql("create table t (id int)");
-    let place = Place::of(&server).await;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(&place, &server, &running).await;
+    let Protected { binaries, server, place, running } = Protected::with(&[]).await;
     server.psql("insert into t values (1)");
     server.psql("select pg_create_restore_point('one')");
     let standby = server.standby();
@@ -275,14 +292,8 @@ async fn a_restored_cluster_never_reuses_a_timeline_of_the_repository() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_finished_does_not_start_and_can_be_run_again() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &settings());
-    server.psql("create table t (id int)");
-    insert_plain(&server);
-    let place = Place::of(&server).await;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(&place, &server, &running).await;
+    let Protected { binaries, place, running, server: _server } =
+        Protected::with(&["insert into t values (1)"]).await;
     running.stop().await.unwrap();
     let planned = plan(&place, &request(Target::Latest)).await.unwrap();
     let folder = Folder::new();
@@ -372,13 +383,7 @@ async fn start(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &settings());
-    server.psql("create table t (id int)");
-    let place = Place::of(&server).await;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(&place, &server, &running).await;
+    let Protected { server, place, running, .. } = Protected::with(&[]).await;
     server.psql("insert into t values (1)");
     server.psql("select pg_create_restore_point('one')");
     server.psql("insert into t values (2)");
@@ -466,9 +471,7 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     server.psql("create table bulk (body text)");
     let shared = Shared::of(&server).await;
     let place = &shared.place;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(place, &server, &running).await;
+    let running = protect(place, &server).await;
     for row in 1..=20 {
         server.psql(&format!(
             "insert into bulk select repeat(md5(i::text), 30) from generate_series(1, 2000) i;
@@ -528,9 +531,7 @@ async fn a_standby_follows_what_the_repository_gets() {
     server.psql("create table t (id int)");
     let shared = Shared::of(&server).await;
     let place = &shared.place;
-    let running = Running::start(place.stream(&server)).await;
-    running.streaming().await;
-    back_up(place, &server, &running).await;
+    let running = protect(place, &server).await;
     server.psql("insert into t values (1)");
     running.status.wait_durable(wal_end(&server)).await.unwrap();
     shared.open_up();
@@ -558,8 +559,4 @@ async fn a_standby_follows_what_the_repository_gets() {
     wait_for("2");
     assert_eq!(standby.psql("select pg_is_in_recovery()"), "t");
     running.stop().await.unwrap();
-}
-
-fn insert_plain(server: &Postgres) {
-    server.psql("insert into t values (1)");
 }

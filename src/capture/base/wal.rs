@@ -282,18 +282,15 @@ pub async fn stored_end(repository: &Repository, needed: &NeededWal) -> Result<L
 #[allow(clippy::type_complexity, reason = "tables of cases")]
 mod tests {
     use super::*;
-    use crate::pg::SystemId;
-    use crate::repo::{ClusterName, ExtentName, Object};
-    use crate::store::memory::Memory;
+
+    use crate::repo::{ExtentName, Object};
+
     use bytes::Bytes;
 
     const SEG: u64 = 16 << 20;
 
     async fn repository(extents: &[(u32, u64, u64)]) -> Repository {
-        let clock = Clock::system();
-        let cluster = ClusterName::new("main").unwrap();
-        let store = Arc::new(Memory::new(&clock));
-        let repository = Repository::create(store, cluster, SystemId(1), &clock).await.unwrap();
+        let (_, repository) = Repository::in_memory(&Clock::system()).await;
         for (timeline, start, end) in extents {
             let timeline = TimelineId::new(*timeline).unwrap();
             let range = LsnRange::new(Lsn(*start), Lsn(*end)).unwrap();

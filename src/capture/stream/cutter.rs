@@ -217,14 +217,14 @@ impl Cutter {
 
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::clock::Clock;
     use proptest::prelude::*;
 
-    const SEGMENT: u64 = 1 << 20;
+    pub(in crate::capture::stream) const SEGMENT: u64 = 1 << 20;
 
-    fn policy() -> CutPolicy {
+    pub(in crate::capture::stream) fn policy() -> CutPolicy {
         CutPolicy {
             segment_size: SegmentSize::new(SEGMENT as u32).unwrap(),
             flush_interval: Duration::from_secs(1),

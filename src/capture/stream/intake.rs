@@ -272,23 +272,13 @@ impl Intake {
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 mod tests {
-    use std::time::Duration;
 
+    use super::super::cutter::tests::{SEGMENT, policy};
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::{SegmentSize, TimelineId};
+    use crate::pg::TimelineId;
     use crate::wal::craft::Craft;
     use proptest::prelude::*;
-
-    const SEGMENT: u64 = 1 << 20;
-
-    fn policy() -> CutPolicy {
-        CutPolicy {
-            segment_size: SegmentSize::new(SEGMENT as u32).unwrap(),
-            flush_interval: Duration::from_secs(1),
-            idle_flush_interval: Duration::from_secs(60),
-        }
-    }
 
     fn attempt(stream_from: u64, store_from: u64, known: &[(u64, u64)]) -> Attempt {
         let known = known.iter().map(|(start, end)| range(*start, *end)).collect();

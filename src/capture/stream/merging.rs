@@ -95,19 +95,16 @@ async fn merge(
 mod tests {
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::SystemId;
-    use crate::repo::{ClusterName, Encryption, ExtentBuilder, Level};
+
+    use crate::repo::{Encryption, ExtentBuilder, Level};
     use crate::store::Store;
-    use crate::store::memory::Memory;
+
     use bytes::Bytes;
 
     #[tokio::test(start_paused = true)]
     async fn a_complete_segment_of_small_extents_becomes_one_object() {
         let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
-        let memory = Memory::new(&clock);
-        let cluster = ClusterName::new("main").unwrap();
-        let store = Arc::new(memory.clone());
-        let repository = Repository::create(store, cluster, SystemId(1), &clock).await.unwrap();
+        let (memory, repository) = Repository::in_memory(&clock).await;
         let writer = repository.writer(&Encryption::None).await.unwrap();
         let size = SegmentSize::new(1 << 20).unwrap();
         for index in 0..8_u64 {

@@ -176,17 +176,15 @@ pub(super) fn jittered(pause: Duration, clock: &Clock) -> Duration {
 mod tests {
     use super::super::cutter::{Cut, CutReason};
     use super::*;
-    use crate::pg::{Lsn, LsnRange, SystemId};
+    use crate::pg::{Lsn, LsnRange};
     use crate::repo::Level;
-    use crate::repo::{ClusterName, Encryption, ExtentBuilder, Repository};
-    use crate::store::memory::Memory;
+    use crate::repo::{Encryption, ExtentBuilder, Repository};
+
     use bytes::Bytes;
 
     async fn writer() -> Writer {
         let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
-        let store = Arc::new(Memory::new(&clock));
-        let cluster = ClusterName::new("main").unwrap();
-        let repository = Repository::create(store, cluster, SystemId(1), &clock).await.unwrap();
+        let (_, repository) = Repository::in_memory(&clock).await;
         repository.writer(&Encryption::None).await.unwrap()
     }
 

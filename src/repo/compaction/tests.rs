@@ -1,18 +1,14 @@
 //! Joining and deleting, by model over random cuts and with real objects.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::clock::Clock;
-use crate::pg::{Lsn, PgTime, SystemId};
+use crate::pg::{Lsn, PgTime};
 use crate::repo::coverage::tests::timeline;
-use crate::repo::{
-    Catalog, ClusterName, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, Writer,
-};
-use crate::store::Store;
+use crate::repo::{Catalog, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, Writer};
 use crate::store::memory::{Call, Memory, Outcome};
 
 const MIB: u64 = 1 << 20;
@@ -170,10 +166,7 @@ struct Scene {
 
 async fn scene() -> Scene {
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
-    let memory = Memory::new(&clock);
-    let store: Arc<dyn Store> = Arc::new(memory.clone());
-    let cluster = ClusterName::new("main").unwrap();
-    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    let (memory, repository) = Repository::in_memory(&clock).await;
     let identity = DecryptionIdentity::generate();
     let encryption = Encryption::Recipients(vec![identity.recipient()]);
     let writer = repository.writer(&encryption).await.unwrap();

@@ -8,10 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::clock::Clock;
-use crate::pg::{Lsn, SegmentSize, SystemId, TimelineId, crc32c};
+use crate::pg::{Lsn, SegmentSize, TimelineId, crc32c};
 use crate::pipeline::Worker;
 use crate::repo::manifest::{Manifest, ManifestFacts};
-use crate::repo::names::ClusterName;
 use crate::repo::reader::Check;
 use crate::repo::{DecryptionIdentity, Encryption, FrameBatch, Reader, Repository};
 use crate::store::Store;
@@ -37,12 +36,8 @@ struct Place {
 impl Place {
     async fn new() -> Self {
         let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 7);
-        let store = Memory::new(&clock);
-        let cluster = ClusterName::new("main").unwrap();
-        let repository =
-            Repository::create(Arc::new(store.clone()), cluster, SystemId(7), &clock).await;
-        let identity = DecryptionIdentity::generate();
-        Self { store, repository: repository.unwrap(), identity }
+        let (store, repository) = Repository::in_memory(&clock).await;
+        Self { store, repository, identity: DecryptionIdentity::generate() }
     }
 
     fn id(&self) -> BackupId {

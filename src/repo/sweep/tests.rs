@@ -1,16 +1,12 @@
 //! What goes, and what saves an object from going.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 
 use super::*;
 use crate::clock::Clock;
-use crate::pg::{Lsn, LsnRange, SystemId, TimelineId};
+use crate::pg::{Lsn, LsnRange, TimelineId};
 use crate::repo::lease::{Lease, LeaseOptions};
-use crate::repo::{
-    ClusterName, DecryptionIdentity, Encryption, ExtentBuilder, Level, PackName, Writer,
-};
+use crate::repo::{DecryptionIdentity, Encryption, ExtentBuilder, Level, PackName, Writer};
 use crate::store::Store;
 use crate::store::memory::Memory;
 
@@ -25,10 +21,7 @@ struct Scene {
 
 async fn scene() -> Scene {
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
-    let memory = Memory::new(&clock);
-    let store: Arc<dyn Store> = Arc::new(memory.clone());
-    let cluster = ClusterName::new("main").unwrap();
-    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    let (memory, repository) = Repository::in_memory(&clock).await;
     let encryption = Encryption::Recipients(vec![DecryptionIdentity::generate().recipient()]);
     Scene { memory, repository, encryption }
 }

@@ -31,6 +31,22 @@ pub(crate) struct Claims {
     pub(crate) content_md5: Option<String>,
 }
 
+/// The checksums of anything that carries them under the names of the protocol: the requests have no
+/// type for them.
+macro_rules! sums {
+    ($of:expr) => {
+        s3s::dto::Checksum {
+            checksum_crc32: $of.checksum_crc32,
+            checksum_crc32c: $of.checksum_crc32c,
+            checksum_crc64nvme: $of.checksum_crc64nvme,
+            checksum_sha1: $of.checksum_sha1,
+            checksum_sha256: $of.checksum_sha256,
+            ..s3s::dto::Checksum::default()
+        }
+    };
+}
+pub(crate) use sums;
+
 impl Claims {
     /// The algorithm that the request names or uses.
     pub(crate) fn named(&self) -> Option<String> {

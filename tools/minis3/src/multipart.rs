@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use s3s::dto::*;
 use s3s::{S3Result, TrailingHeaders, s3_error};
 
-use crate::checksum::{self, Claims, Hashes, to_dto, value_of};
+use crate::checksum::{self, Claims, sums, to_dto, value_of};
 use crate::lock::LockHeaders;
-use crate::objects::{Conditions, etag, refuse_checksums, shown_id};
+use crate::objects::{Conditions, Sent, etag, refuse_checksums, shown_id};
 use crate::service::{Shared, bucket, now_ms, signed, timestamp};
 use crate::state::{self, Attributes, Event, State, Upload};
 
@@ -73,14 +73,7 @@ impl Shared {
     ) -> S3Result<UploadPartOutput> {
         let quirks = self.quirks();
         let mut claims = Claims {
-            sums: Checksum {
-                checksum_crc32: input.checksum_crc32,
-                checksum_crc32c: input.checksum_crc32c,
-                checksum_crc64nvme: input.checksum_crc64nvme,
-                checksum_sha1: input.checksum_sha1,
-                checksum_sha256: input.checksum_sha256,
-                ..Checksum::default()
-            },
+            sums: sums!(input),
             algorithm: input.checksum_algorithm.map(|name| name.as_str().to_owned()),
             content_md5: input.content_md5,
         };
@@ -104,28 +97,20 @@ impl Shared {
                 _ => {}
             }
         }
-        let mut hashes = Hashes::for_claims(&claims);
-        let piece = self.backend.receive(input.body, &mut hashes).await?;
-        let checked = hashes.verify(&claims, trailers.as_ref(), quirks.ignore_checksums);
-        let announced = input.content_length.and_then(|length| u64::try_from(length).ok());
-        let whole = announced.is_none_or(|length| length == piece.size) || trailers.is_some();
-        let stored = match checked {
-            Ok(_) if !whole => Err(s3_error!(IncompleteBody)),
-            Ok(checksum) => {
-                let mut state = self.state();
-                let etag = etag(state.last_number + 1, now_ms());
-                let piece = piece.clone();
-                let part = state::Part { etag, modified_ms: now_ms(), piece, checksum };
-                let (bucket, id) = (input.bucket.clone(), input.upload_id.clone());
-                upload(&state, &input.bucket, &input.key, &input.upload_id)
-                    .map(|_| ())
-                    .and_then(|()| {
-                        let event = Event::Part { bucket, id, number, part: part.clone() };
-                        self.commit(&mut state, event)
-                    })
-                    .map(|()| part)
-            }
-            Err(error) => Err(error),
+        let sent = Sent { body: input.body, announced_bytes: input.content_length, trailers };
+        let (piece, checksum) = self.receive(sent, &claims).await?;
+        let stored = {
+            let mut state = self.state();
+            let etag = etag(state.last_number + 1, now_ms());
+            let part = state::Part { etag, modified_ms: now_ms(), piece: piece.clone(), checksum };
+            let (bucket, id) = (input.bucket.clone(), input.upload_id.clone());
+            upload(&state, &input.bucket, &input.key, &input.upload_id)
+                .map(|_| ())
+                .and_then(|()| {
+                    let event = Event::Part { bucket, id, number, part: part.clone() };
+                    self.commit(&mut state, event)
+                })
+                .map(|()| part)
         };
         let part = stored.inspect_err(|_| self.backend.discard(&[piece]))?;
         let sums = to_dto(part.checksum.as_ref());
@@ -150,14 +135,7 @@ impl Shared {
         let parts = self.chosen_parts(&upload, input.multipart_upload)?;
         let checksum = joined_checksum(&upload, &parts);
         if let (Some(checksum), false) = (&checksum, quirks.ignore_checksums) {
-            let sums = Checksum {
-                checksum_crc32: input.checksum_crc32,
-                checksum_crc32c: input.checksum_crc32c,
-                checksum_crc64nvme: input.checksum_crc64nvme,
-                checksum_sha1: input.checksum_sha1,
-                checksum_sha256: input.checksum_sha256,
-                ..Checksum::default()
-            };
+            let sums = sums!(input);
             let claimed = value_of(&sums, &checksum.algorithm);
             if claimed.is_some_and(|claimed| *claimed != checksum.value) {
                 return Err(checksum::mismatch(&checksum.algorithm));
@@ -353,14 +331,8 @@ fn part_checksum_agrees(
     part: &state::Part,
     number: u32,
 ) -> S3Result<()> {
-    let sums = Checksum {
-        checksum_crc32: name.checksum_crc32.clone(),
-        checksum_crc32c: name.checksum_crc32c.clone(),
-        checksum_crc64nvme: name.checksum_crc64nvme.clone(),
-        checksum_sha1: name.checksum_sha1.clone(),
-        checksum_sha256: name.checksum_sha256.clone(),
-        ..Checksum::default()
-    };
+    let name = name.clone();
+    let sums = sums!(name);
     if let Some(kept) = &part.checksum
         && value_of(&sums, &kept.algorithm).is_some_and(|claimed| *claimed != kept.value)
     {

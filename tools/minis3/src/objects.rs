@@ -5,11 +5,20 @@ use std::collections::BTreeMap;
 use s3s::dto::*;
 use s3s::{S3Error, S3Result, TrailingHeaders, s3_error};
 
-use crate::checksum::{Claims, Hashes, to_dto};
+use crate::backend::Piece;
+use crate::checksum::{self, Claims, Hashes, sums, to_dto};
 use crate::lock::{LockHeaders, protects};
 use crate::quirks::Quirks;
 use crate::service::{Shared, bucket, ms_of, now_ms, signed, timestamp};
 use crate::state::{self, Attributes, Event, NULL_VERSION, State, Versioning};
+
+/// The body of an upload and what came around it.
+pub(crate) struct Sent {
+    pub(crate) body: Option<StreamingBlob>,
+    /// `Content-Length`, which says nothing where trailers follow.
+    pub(crate) announced_bytes: Option<i64>,
+    pub(crate) trailers: Option<TrailingHeaders>,
+}
 
 /// What an upload asks to be true of the object it would make.
 #[derive(Clone, Debug, Default)]
@@ -51,14 +60,7 @@ impl Shared {
     ) -> S3Result<PutObjectOutput> {
         let quirks = self.quirks();
         let claims = Claims {
-            sums: Checksum {
-                checksum_crc32: input.checksum_crc32,
-                checksum_crc32c: input.checksum_crc32c,
-                checksum_crc64nvme: input.checksum_crc64nvme,
-                checksum_sha1: input.checksum_sha1,
-                checksum_sha256: input.checksum_sha256,
-                ..Checksum::default()
-            },
+            sums: sums!(input),
             algorithm: input.checksum_algorithm.map(|name| name.as_str().to_owned()),
             content_md5: input.content_md5,
         };
@@ -83,29 +85,20 @@ impl Shared {
         let conditions =
             Conditions { if_match: input.if_match, if_none_match: input.if_none_match };
 
-        let mut hashes = Hashes::for_claims(&claims);
-        let piece = self.backend.receive(input.body, &mut hashes).await?;
-        let checked = hashes.verify(&claims, trailers.as_ref(), quirks.ignore_checksums);
-        let announced = input.content_length.and_then(|length| u64::try_from(length).ok());
-        let whole = announced.is_none_or(|length| length == piece.size) || trailers.is_some();
-        let stored = match checked {
-            Ok(_) if !whole => Err(s3_error!(IncompleteBody)),
-            Ok(checksum) => {
-                let version = state::Version {
-                    id: String::new(),
-                    etag: String::new(),
-                    size: piece.size,
-                    modified_ms: now_ms(),
-                    pieces: vec![piece.clone()],
-                    checksum,
-                    attributes,
-                    delete_marker: false,
-                };
-                let conditions = (!quirks.ignore_conditions).then_some(conditions);
-                self.publish(&input.bucket, &input.key, version, conditions)
-            }
-            Err(error) => Err(error),
+        let sent = Sent { body: input.body, announced_bytes: input.content_length, trailers };
+        let (piece, checksum) = self.receive(sent, &claims).await?;
+        let version = state::Version {
+            id: String::new(),
+            etag: String::new(),
+            size: piece.size,
+            modified_ms: now_ms(),
+            pieces: vec![piece.clone()],
+            checksum,
+            attributes,
+            delete_marker: false,
         };
+        let conditions = (!quirks.ignore_conditions).then_some(conditions);
+        let stored = self.publish(&input.bucket, &input.key, version, conditions);
         let version = stored.inspect_err(|_| self.backend.discard(&[piece]))?;
         let sums = to_dto(version.checksum.as_ref());
         Ok(PutObjectOutput {
@@ -119,6 +112,32 @@ impl Shared {
             checksum_type: sums.checksum_type,
             ..PutObjectOutput::default()
         })
+    }
+
+    /// Takes in the body of an upload and holds it to what the request claims; of one that is not as
+    /// claimed nothing is kept.
+    pub(crate) async fn receive(
+        &self,
+        sent: Sent,
+        claims: &Claims,
+    ) -> S3Result<(Piece, Option<checksum::Checksum>)> {
+        let Sent { body, announced_bytes, trailers } = sent;
+        let mut hashes = Hashes::for_claims(claims);
+        let piece = self.backend.receive(body, &mut hashes).await?;
+        let checked = hashes.verify(claims, trailers.as_ref(), self.quirks().ignore_checksums);
+        let announced = announced_bytes.and_then(|bytes| u64::try_from(bytes).ok());
+        let whole = announced.is_none_or(|bytes| bytes == piece.size) || trailers.is_some();
+        let checked = checked.and_then(|checksum| match whole {
+            true => Ok(checksum),
+            false => Err(s3_error!(IncompleteBody)),
+        });
+        match checked {
+            Ok(checksum) => Ok((piece, checksum)),
+            Err(error) => {
+                self.backend.discard(&[piece]);
+                Err(error)
+            }
+        }
     }
 
     /// Checks the conditions and makes the version current, under one lock.
