@@ -1,9 +1,85 @@
 //! Records and landmarks of WAL as lines of text, to compare with what pg_waldump says.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::path::{Path, PathBuf};
+
 use tidemark::pg::page::BLCKSZ;
-use tidemark::pg::{Lsn, PgTime};
-use tidemark::wal::{ImageCompression, Landmark, Record};
+use tidemark::pg::{ControlFile, Lsn, PgTime};
+use tidemark::wal::{ImageCompression, Landmark, Record, RecordReader, Scanner};
+
+/// Greatest size of an unpacked sample, bytes.
+const SAMPLE_BYTES_MAX: usize = 2 << 20;
+
+/// A piece of WAL, what pg_waldump said of it, and the control file of its server.
+pub struct Sample {
+    pub major: u32,
+    /// Where the WAL begins.
+    pub start: Lsn,
+    pub wal: Vec<u8>,
+    /// A line for each record, as [`our_line`] has it.
+    pub records: String,
+    /// A line for each landmark, as [`landmark_line`] has it.
+    pub landmarks: String,
+    pub control: Vec<u8>,
+}
+
+impl Sample {
+    /// Where one kind of file of a sample is.
+    pub fn path(folder: &Path, major: u32, kind: &str) -> PathBuf {
+        folder.join(format!("{major}.{kind}.zst"))
+    }
+
+    /// Reads `<major>.{wal,txt,control}.zst`.
+    pub fn read(folder: &Path, major: u32) -> Self {
+        let unpacked = |kind| {
+            let packed = std::fs::read(Self::path(folder, major, kind)).unwrap();
+            zstd::bulk::decompress(&packed, SAMPLE_BYTES_MAX).unwrap()
+        };
+        let text = String::from_utf8(unpacked("txt")).unwrap();
+        let (start, text) = text.split_once('\n').unwrap();
+        let (records, landmarks) = text.split_once("\n\n").unwrap();
+        Self {
+            major,
+            start: start.parse().unwrap(),
+            wal: unpacked("wal"),
+            records: records.to_owned(),
+            landmarks: landmarks.trim_end().to_owned(),
+            control: unpacked("control"),
+        }
+    }
+
+    /// Reads the WAL as pg_waldump did, and finds in it what a sample must have.
+    #[track_caller]
+    pub fn check(&self) {
+        let major = self.major;
+        let control = ControlFile::decode(&self.control).unwrap();
+        assert_eq!(control.major, Some(major));
+        let size = control.wal_segment_size;
+
+        let mut ours = Vec::new();
+        let mut reader = RecordReader::new(size, self.start);
+        in_pieces(&self.wal, |piece| {
+            let each = &mut |record: &Record<'_>| {
+                assert_eq!(record.major, major);
+                ours.push(our_line(record));
+                Ok(())
+            };
+            reader.feed(piece, each).unwrap();
+        });
+        assert_eq!(ours.join("\n"), self.records, "PostgreSQL {major}");
+
+        let mut ours = Vec::new();
+        let mut scanner = Scanner::new(size, self.start);
+        in_pieces(&self.wal, |piece| {
+            scanner.feed(piece, &mut |landmark| ours.push(landmark_line(&landmark))).unwrap();
+        });
+        assert_eq!(ours.join("\n"), self.landmarks, "PostgreSQL {major}");
+        let shutdown = format!("{} checkpoint Shutdown", control.checkpoint_lsn);
+        for kind in ["commit", "abort", "prepare", "point sample", "checkpoint Online", &shutdown] {
+            assert!(self.landmarks.contains(kind), "PostgreSQL {major}: no {kind} in the sample");
+        }
+    }
+}
 
 /// A record as pg_waldump shows it, without its description and the compression's name.
 pub fn our_line(record: &Record<'_>) -> String {
