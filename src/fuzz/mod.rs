@@ -55,9 +55,9 @@ pub const TARGETS: &[Target] = &[
     target("certificate", 8192, wire::fuzz::certificate),
     target("tar", 16_384, base::tar),
     // WAL.
-    target("wal_pages", 98_304, wal::pages),
+    target("wal_pages", 49_152, wal::pages),
     target("wal_records", 16_384, wal::records),
-    target("wal_intake", 65_536, wal::intake),
+    target("wal_intake", 32_768, wal::intake),
     // Files of a data directory.
     target("timeline_history", 4096, pg::timeline_history),
     target("backup_label", 4096, pg::backup_label),

@@ -96,6 +96,12 @@ pub(super) fn file_names(bytes: &[u8]) {
     if let Ok(lsn) = text.parse::<Lsn>() {
         assert_eq!(lsn.to_string().parse::<Lsn>().ok(), Some(lsn));
     }
+    let versions = [Version::from_setting(text), Version::from_version_file(bytes)];
+    for version in versions.into_iter().flatten() {
+        assert!((13..=18).contains(&version.major()));
+        let again = Version::from_server_version_num(version.server_version_num());
+        assert_eq!(again.ok(), Some(version));
+    }
     if let Ok(id) = text.parse::<SystemId>() {
         assert_eq!(id.to_string().parse::<SystemId>().ok(), Some(id));
     }

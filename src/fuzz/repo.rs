@@ -539,7 +539,8 @@ pub(super) fn lease(bytes: &[u8]) {
     });
     if let Some(info) = no_bug(found).flatten() {
         let shown = serde_json::to_value(&info).expect("JSON");
-        let written: serde_json::Value = serde_json::from_slice(bytes).expect("it was read");
+        // A member that nobody knows may hold what is no text.
+        let Ok(written) = serde_json::from_slice::<serde_json::Value>(bytes) else { return };
         for name in ["epoch", "description", "ttl_ms"] {
             assert_eq!(shown[name], written[name]);
         }

@@ -4,8 +4,10 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::input::{Input, pieces};
+use crate::pg::control::StandbyLimits;
 use crate::pg::{Lsn, TimelineId};
 use crate::restore::directory::TablespaceMapping;
+use crate::restore::limits;
 use crate::restore::server_log::ServerLog;
 use crate::restore::settings::{Action, RecoverySettings, Stop, Upstream, shell_word};
 use crate::restore::target::{Edge, Target};
@@ -46,7 +48,10 @@ pub(super) fn arguments(bytes: &[u8]) {
     if let Ok(Target::Name { name }) = Target::name(text) {
         assert!(name == text && (1..=63).contains(&name.len()));
     }
-    if let Ok(mapping) = text.parse::<TablespaceMapping>() {
+    // A backslash before the sign that parts the two cannot be written, as with pg_basebackup.
+    if let Ok(mapping) = text.parse::<TablespaceMapping>()
+        && !text.contains('\\')
+    {
         let escaped =
             |path: &std::path::Path| path.to_str().expect("it came from text").replace('=', r"\=");
         let again = format!("{}={}", escaped(&mapping.old), escaped(&mapping.new));
@@ -102,6 +107,16 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
     let existing = String::from_utf8_lossy(input.rest());
     let edited = settings.apply(&existing);
     assert_eq!(settings.apply(&edited), edited);
+    let limits = StandbyLimits {
+        max_connections: 200,
+        max_worker_processes: 9,
+        max_wal_senders: 11,
+        max_prepared_transactions: 1,
+        max_locks_per_transaction: 65,
+    };
+    let missing = limits::missing(&limits, &[&existing]);
+    let raised = settings.apply_with(&existing, &missing);
+    assert_eq!(limits::missing(&limits, &[&raised]), [], "{raised}");
     let commands = edited.lines().filter(|line| line.trim().starts_with("restore_command ="));
     assert_eq!(commands.count(), 1);
     assert!(edited.ends_with("end\n"));

@@ -426,6 +426,9 @@ impl<'a> Reader<'a> {
         let kind = match (kind, flags) {
             (KIND_FILE, 0 | FLAG_ENDS) => {
                 let (size_bytes, crc) = (self.u64()?, self.u32()?);
+                if flags != FLAG_ENDS && crc != 0 {
+                    return Err(self.corrupt("a file that ends elsewhere has a CRC here"));
+                }
                 EntryKind::File { size_bytes, crc32c: (flags == FLAG_ENDS).then_some(crc) }
             }
             (KIND_DIRECTORY, 0) => EntryKind::Directory,
@@ -557,6 +560,19 @@ mod tests {
             let error = PackFooter::decode(&footer.encode().unwrap()).unwrap_err();
             assert_eq!(error.kind(), Kind::Corrupt, "change {index}");
         }
+    }
+
+    #[test]
+    fn only_where_a_file_ends_has_it_a_crc() {
+        let mut ended = footer();
+        ended.entries.truncate(1);
+        (ended.frames, ended.zero_runs, ended.sources) = (Vec::new(), Vec::new(), Vec::new());
+        let mut bytes = ended.encode().unwrap();
+        // Behind the count of sources, the count of entries and the kind.
+        let flags = 9;
+        assert_eq!(bytes[flags], FLAG_ENDS);
+        bytes[flags] = 0;
+        assert_eq!(PackFooter::decode(&bytes).unwrap_err().kind(), Kind::Corrupt);
     }
 
     #[test]

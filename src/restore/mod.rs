@@ -13,7 +13,7 @@ pub mod directory;
 mod feed;
 mod files;
 mod handover;
-mod limits;
+pub(crate) mod limits;
 pub mod plan;
 pub mod progress;
 mod resolve;
