@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::invocation::Invocation;
+use super::terminal::Terminal;
 use crate::error::Result;
 
 /// Show what is inside a WAL segment file, or a pack, manifest, extent or key of the repository.
@@ -28,6 +29,9 @@ pub(super) struct Args {
     pub(super) json: bool,
 }
 
+/// Text collected before it is written.
+const OUTPUT_BYTES: usize = 64 << 10;
+
 /// How much to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Depth {
@@ -40,17 +44,59 @@ enum Depth {
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let depth = if args.all { Depth::All } else { Depth::Summary };
     let path = Path::new(&args.what);
-    let found = if path.is_file() {
-        segment::inspect_file(path, depth)?
-    } else {
-        object::inspect(&args.what, depth, &invocation).await?
-    };
+    if path.is_file() {
+        return inspect_segment(&segment::SegmentFile::find(path)?, &args, &invocation.terminal);
+    }
+    let found = object::inspect(&args.what, depth, &invocation).await?;
+    show(&found, &args, &invocation.terminal)
+}
+
+fn show(found: &Value, args: &Args, terminal: &Terminal) -> Result<()> {
     if args.json {
-        return invocation.terminal.json_line(&found);
+        return terminal.json_line(found);
     }
     let mut text = String::new();
-    lines(&found, 0, &mut text);
-    invocation.terminal.data(&text)
+    lines(found, 0, &mut text);
+    terminal.data(&text)
+}
+
+/// Shows a segment file, its records as they are read.
+fn inspect_segment(
+    file: &segment::SegmentFile<'_>,
+    args: &Args,
+    terminal: &Terminal,
+) -> Result<()> {
+    let summary = file.summary()?;
+    if !args.all {
+        return show(&summary, args, terminal);
+    }
+    let mut text = String::new();
+    let (before, between, end) = if args.json {
+        text.push_str(&summary.to_string());
+        // The records become one more member.
+        text.pop();
+        (",\"records\":[", ",", "]}\n")
+    } else {
+        lines(&summary, 0, &mut text);
+        ("records:\n  ", "\n  ", "\n")
+    };
+    let mut separator = before;
+    file.records(&mut |record| {
+        text.push_str(std::mem::replace(&mut separator, between));
+        text.push_str(&match args.json {
+            true => record.to_string(),
+            false => line_of(&record).unwrap_or_default(),
+        });
+        if text.len() >= OUTPUT_BYTES {
+            terminal.data(&text)?;
+            text.clear();
+        }
+        Ok(())
+    })?;
+    if separator == before {
+        text.push_str(before.trim_end());
+    }
+    terminal.data(&(text + end))
 }
 
 /// A value as indented lines; a list of small values keeps one line each.
@@ -71,13 +117,7 @@ fn lines(value: &Value, depth: usize, text: &mut String) {
         }
         Value::Array(items) => {
             for item in items {
-                let line = flat(item).or_else(|| {
-                    let members = item.as_object()?.iter();
-                    let flat =
-                        members.map(|(name, value)| Some(format!("{name} {}", flat(value)?)));
-                    Some(flat.collect::<Option<Vec<_>>>()?.join(", "))
-                });
-                match line {
+                match line_of(item) {
                     Some(line) => text.push_str(&format!("{indent}{line}\n")),
                     None => lines(item, depth + 1, text),
                 }
@@ -85,6 +125,15 @@ fn lines(value: &Value, depth: usize, text: &mut String) {
         }
         other => text.push_str(&format!("{indent}{}\n", flat(other).unwrap_or_default())),
     }
+}
+
+/// A small value as one line.
+fn line_of(item: &Value) -> Option<String> {
+    flat(item).or_else(|| {
+        let members = item.as_object()?.iter();
+        let flat = members.map(|(name, value)| Some(format!("{name} {}", flat(value)?)));
+        Some(flat.collect::<Option<Vec<_>>>()?.join(", "))
+    })
 }
 
 /// A value that is one word or number.

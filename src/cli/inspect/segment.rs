@@ -9,53 +9,96 @@ use serde_json::{Value, json};
 
 use super::Depth;
 use crate::error::{Context, Error, Kind, Result};
-use crate::pg::{Lsn, PgTime, SegmentSize};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
 use crate::wal::{Landmark, Record, RecordReader, Scanner};
 
 /// Bytes read from a file at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What a segment file holds. Its name says where in the WAL it belongs, its length how large
-/// segments are.
-pub(super) fn inspect_file(path: &Path, depth: Depth) -> Result<Value> {
-    let attempted = || format!("unable to read the WAL segment '{}'", path.display());
-    let mut file = File::open(path).context(attempted)?;
-    let length = file.metadata().context(attempted)?.len();
-    let size = u32::try_from(length).ok().and_then(SegmentSize::new).ok_or_else(|| {
-        Error::new(
-            Kind::Usage,
-            format!("{}: it has {length} bytes, which no WAL segment has", attempted()),
-        )
-        .hint("WAL segments have a power of two from 1 MiB to 1 GiB.")
-    })?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let name = name.trim_end_matches(".partial");
-    let Some((timeline, number)) = size.parse_file_name(name) else {
-        return Err(Error::new(
-            Kind::Usage,
-            format!("{}: its name is not that of a WAL segment", attempted()),
-        )
-        .hint("A segment has a name of 24 hexadecimal digits, such as 000000010000000000000001."));
-    };
-    let range = size.range_of(number).ok_or_else(|| {
-        Error::new(Kind::Usage, format!("{}: its number is beyond the WAL", attempted()))
-    })?;
-    let mut wal = Wal::new(size, range.start(), depth);
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        let count = file.read(&mut chunk).context(attempted)?;
-        let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else { break };
-        if !wal.feed(bytes) {
-            break;
-        }
+/// A segment file. Its name says where in the WAL it belongs, its length how large segments are.
+///
+/// It is read in chunks, and again for its records: a million of them would not fit into memory, and a
+/// segment of a running server changes and may be truncated while it is looked at, so that it cannot be
+/// mapped either.
+pub(super) struct SegmentFile<'a> {
+    path: &'a Path,
+    size: SegmentSize,
+    timeline: TimelineId,
+    range: LsnRange,
+}
+
+impl<'a> SegmentFile<'a> {
+    /// Looks at name and length.
+    pub(super) fn find(path: &'a Path) -> Result<Self> {
+        let attempted = || format!("unable to read the WAL segment '{}'", path.display());
+        let length = std::fs::metadata(path).context(attempted)?.len();
+        let size = u32::try_from(length).ok().and_then(SegmentSize::new).ok_or_else(|| {
+            Error::new(
+                Kind::Usage,
+                format!("{}: it has {length} bytes, which no WAL segment has", attempted()),
+            )
+            .hint("WAL segments have a power of two from 1 MiB to 1 GiB.")
+        })?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = name.trim_end_matches(".partial");
+        let Some((timeline, number)) = size.parse_file_name(name) else {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("{}: its name is not that of a WAL segment", attempted()),
+            )
+            .hint(
+                "A segment has a name of 24 hexadecimal digits, such as 000000010000000000000001.",
+            ));
+        };
+        let range = size.range_of(number).ok_or_else(|| {
+            Error::new(Kind::Usage, format!("{}: its number is beyond the WAL", attempted()))
+        })?;
+        Ok(Self { path, size, timeline, range })
     }
-    Ok(json!({
-        "kind": "WAL segment",
-        "timeline": timeline,
-        "start": range.start(),
-        "end": range.end(),
-        "wal": wal.found(),
-    }))
+
+    /// What it holds, without its records.
+    pub(super) fn summary(&self) -> Result<Value> {
+        let mut wal = Wal::new(self.size, self.range.start(), Depth::Summary);
+        self.read(&mut |bytes| Ok(wal.feed(bytes)))?;
+        Ok(json!({
+            "kind": "WAL segment",
+            "timeline": self.timeline,
+            "start": self.range.start(),
+            "end": self.range.end(),
+            "wal": wal.found(),
+        }))
+    }
+
+    /// Every record up to where no more can be read; the summary says why it ends there.
+    pub(super) fn records(&self, each: &mut dyn FnMut(Value) -> Result<()>) -> Result<()> {
+        let mut reader = RecordReader::new(self.size, self.range.start());
+        self.read(&mut |bytes| {
+            let mut refused = None;
+            let read = reader.feed(bytes, &mut |record| {
+                // An error given to the reader would look like damage.
+                if refused.is_none() {
+                    refused = each(show(record)).err();
+                }
+                Ok(())
+            });
+            refused.map_or(Ok(read.is_ok() && !reader.is_behind_end()), Err)
+        })
+    }
+
+    /// Gives the file in chunks, until `each` wants no more.
+    fn read(&self, each: &mut dyn FnMut(&[u8]) -> Result<bool>) -> Result<()> {
+        let attempted = || format!("unable to read the WAL segment '{}'", self.path.display());
+        let mut file = File::open(self.path).context(attempted)?;
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            let count = file.read(&mut chunk).context(attempted)?;
+            let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else { break };
+            if !each(bytes)? {
+                break;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Reads WAL and remembers what to show.
