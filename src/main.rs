@@ -14,7 +14,44 @@ const RUNTIME_THREADS: usize = 2;
 /// Exit status after a second signal: 128 and SIGINT's number, as shells report it.
 const INTERRUPTED: i32 = 130;
 
+/// Blocks of at least this many bytes (parts, batches, WAL segments) go back to the kernel when they are
+/// freed; the plain blocks of 1 MiB, of which a backup of 1 GiB takes a thousand, are kept for reuse.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const MAPPED_BYTES_MIN: libc::c_int = (2 << 20) + (128 << 10);
+
+/// Free bytes at the end of the heap that are kept.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const HEAP_SPARE_BYTES_MAX: libc::c_int = 64 << 20;
+
+/// Heaps that threads share.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const HEAPS_MAX: libc::c_int = 2;
+
+/// Keeps glibc's allocator from holding several times what is in use.
+///
+/// Left alone it makes a heap for every thread, and after the first free of a large block takes all
+/// such blocks from those heaps (`M_MMAP_THRESHOLD` in mallopt(3) grows by itself up to 32 MiB), where
+/// they leave holes: 1.6 GiB from S3 restored with a peak of 80 to 117 MiB, and with these three settings
+/// of 42 MiB; its backup with 92 to 128 MiB, and then 45 to 61 MiB, for the same CPU time.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[allow(unsafe_code, reason = "measured above; there is no safe way to ask glibc for it")]
+fn bound_allocator() {
+    // SAFETY: mallopt takes two integers by value and dereferences nothing. It changes settings of the
+    // allocator, which is allowed at any time in a process with one thread: it is called first in
+    // `main`, before the runtime starts others. A setting that is refused leaves the default in place.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS_MAX);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_SPARE_BYTES_MAX);
+    }
+}
+
+/// Other allocators have no such settings.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn bound_allocator() {}
+
 fn main() -> ExitCode {
+    bound_allocator();
     let arguments = std::env::args_os().collect();
     let environment = Environment::of_this_process();
     let runtime = tokio::runtime::Builder::new_multi_thread()
