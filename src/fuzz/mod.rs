@@ -7,7 +7,7 @@
 //!
 //! # Shape
 //! An input begins with the few bytes that choose how the rest is given to the decoder (sizes of
-//! the pieces, PostgreSQL's major version, flags; [`input`]), where there is something to choose;
+//! the pieces, PostgreSQL's major version, flags; `input`), where there is something to choose;
 //! the rest is what the decoder sees.
 #![allow(
     clippy::panic,
