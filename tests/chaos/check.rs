@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -16,7 +17,7 @@ use crate::harness::sidecar::Output;
 use crate::harness::{Binaries, Postgres};
 
 use super::complaints;
-use super::faults::stored_end;
+use super::faults::{holes, stored_end};
 use super::plan::{Acknowledgement, Kind, Target};
 use super::round::Times;
 use super::stage::{Mount, Stage};
@@ -99,6 +100,8 @@ struct Expected {
     newest: Vec<Commit>,
     /// Commits that must be on timeline 1 although the newest timeline does not have them.
     branch: Vec<Commit>,
+    /// Commits that the listing claims besides.
+    claimed: Vec<Commit>,
     /// The newest timeline.
     timeline: u32,
 }
@@ -111,6 +114,7 @@ impl Expected {
         let mut expected = Self {
             newest: Vec::new(),
             branch: Vec::new(),
+            claimed: Vec::new(),
             timeline: if switch.is_some() { 2 } else { 1 },
         };
         for commit in stage.record.commits() {
@@ -202,23 +206,26 @@ impl Judge<'_> {
         let gaps = real_gaps(&list);
         let expected = self.stage.gaps.lock().unwrap().clone();
         let expected: Vec<_> = expected.iter().filter(|gap| gap.kept_from > gap.from).collect();
-        self.verdict.gap_count = expected.len();
-        let agrees = match (expected.as_slice(), gaps.as_slice()) {
+        let holes = holes(self.stage);
+        self.verdict.gap_count = gaps.len();
+        let explained = match (expected.as_slice(), gaps.as_slice()) {
+            // How much was lost with the slot nobody can tell but the names of what is there.
+            ([], _) if self.stage.plan.has(Kind::SlotLost) => true,
             ([], []) => true,
-            ([expected], [first, .., last] | [first @ last]) => {
+            ([expected], [first, .., last]) => {
                 first.0 == expected.from && last.1 == expected.kept_from
             }
+            ([expected], [only]) => only.0 == expected.from && only.1 == expected.kept_from,
             _ => false,
         };
-        if !agrees {
-            self.flaw(format!("gaps listed: {gaps:?}, expected: {expected:?}"));
+        if !explained || gaps != holes {
+            self.flaw(format!("listed: {gaps:?}, expected: {expected:?}, missing: {holes:?}"));
         }
         if list["damaged"].as_array().is_none_or(|damaged| !damaged.is_empty()) {
             self.flaw(format!("damaged objects are listed: {}", list["damaged"]));
         }
         let windows = windows(&list, self.expected.timeline);
-        let wanted = if expected.is_empty() { 1..=1 } else { 1..=2 };
-        if !wanted.contains(&windows.len()) {
+        if windows.is_empty() || windows.len() > 1 + gaps.len() {
             self.flaw(format!("windows of the newest timeline: {windows:?}"));
         }
         let Some(last) = windows.last() else { return };
@@ -226,16 +233,31 @@ impl Judge<'_> {
         if last.until_lsn < flushed {
             self.flaw(format!("listed until {}, flushed until {flushed}", last.until_lsn));
         }
-        if self.expected.timeline == 1 && expected.is_empty() {
+        if self.expected.timeline == 1 && gaps.is_empty() {
             let stored = stored_end(self.stage);
             if stored != last.until_lsn {
                 self.flaw(format!("listed until {}, stored until {stored}", last.until_lsn));
             }
         }
+        self.claimed_until(last.until_time);
         self.refuses(Lsn(last.until_lsn.0 + (64 << 20)));
         for (from, until) in gaps {
             self.refuses(Lsn((from.0 + until.0) / 2));
         }
+    }
+
+    /// What is listed as restorable up to a time has every commit up to that time, whether anybody said
+    /// that it is durable or not.
+    fn claimed_until(&mut self, until: Timestamp) {
+        let known: BTreeSet<(i32, i64)> =
+            self.expected.newest.iter().map(|c| (c.writer, c.number)).collect();
+        let server = self.expected.timeline as usize - 1;
+        let claimed = self.stage.record.commits().into_iter().filter(|commit| {
+            let time = Timestamp::try_from(commit.acknowledged).unwrap();
+            commit.server == server && time <= until
+        });
+        let more = claimed.filter(|commit| !known.contains(&(commit.writer, commit.number)));
+        self.expected.claimed = more.collect();
     }
 
     /// A target that is not there fails in the plan.
@@ -342,7 +364,7 @@ impl Judge<'_> {
     fn newest_state(&mut self) {
         let plan = &self.stage.plan;
         let trouble = plan.faults.iter().map(|fault| fault.kind).find(|kind| kind.is_at_restore());
-        let must = self.expected.newest.clone();
+        let must = [&self.expected.newest[..], &self.expected.claimed].concat();
         self.restore(&Wanted { name: "newest", must, trouble, ..Wanted::default() });
     }
 
@@ -368,9 +390,9 @@ impl Judge<'_> {
         }
         let conf = fs::read_to_string(target.join("postgresql.conf")).unwrap();
         let servers = self.stage.servers();
-        let of = |server: &&std::sync::Arc<Postgres>| {
-            conf.contains(&format!("\nport = {}\n", server.port()))
-        };
+        // A standby's settings follow those it was copied with, and the last line counts.
+        let port = conf.lines().rev().find_map(|line| line.strip_prefix("port = ")).unwrap();
+        let of = |server: &&Arc<Postgres>| server.port().to_string() == port;
         let restored = Postgres::restored(servers.iter().find(of).unwrap(), &target);
         self.compare(wanted, &restored);
         restored.stop(Stop::Immediate);

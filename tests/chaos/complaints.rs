@@ -43,7 +43,12 @@ const RULES: &[Rule] = &[
     ("sweeping failed", store),
     ("of the abandoned backup", store),
     ("another writer is at work", sidecar),
-    ("is lost: it was removed on the server", |plan| plan.has(Kind::SlotDropGap)),
+    ("is lost: it was removed on the server", |plan| {
+        plan.has(Kind::SlotDropGap) || plan.has(Kind::SlotLost)
+    }),
+    ("(max_slot_wal_keep_size)", |plan| plan.has(Kind::SlotLost)),
+    ("keeps no WAL", |plan| plan.has(Kind::SlotLost)),
+    ("had lost its WAL and is made anew", |plan| plan.has(Kind::SlotLost)),
     ("is this an old primary that was replaced", |plan| plan.has(Kind::Promote)),
     ("unable to take the lease", |plan| store(plan) || sidecar(plan)),
     ("the lease of the cluster was lost", |plan| store(plan) || late(plan)),
@@ -66,7 +71,7 @@ fn server(plan: &Plan) -> bool {
 }
 
 fn store(plan: &Plan) -> bool {
-    plan.any(Kind::hits_store)
+    plan.any(Kind::hits_store) || plan.has(Kind::SlotLost)
 }
 
 fn sidecar(plan: &Plan) -> bool {

@@ -6,7 +6,7 @@ use minis3::{Effect, Fault as StoreFault, Op};
 use tidemark::pg::Lsn;
 
 use crate::harness::Postgres;
-use crate::harness::postgres::Stop;
+use crate::harness::postgres::{Stop, process_state};
 use crate::harness::proxy::Fault as NetFault;
 
 use super::plan::{Fault, Kind};
@@ -62,6 +62,7 @@ fn make_one(stage: &Stage, fault: &Fault) {
             drop_slot(stage, &stage.primary().1);
         }
         SlotDropGap => drop_slot_and_wal(stage, fault),
+        SlotLost => lose_slot(stage, fault.lasts),
         SwitchStorm => switch_storm(stage, fault),
         WalDiskFull => fill_wal_disk(stage, fault.lasts),
         _ if fault.kind.name().starts_with("net-") => net(stage, fault),
@@ -75,7 +76,12 @@ fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
     if !stage.sidecar.is_running(pid) {
         return;
     }
+    let state = process_state(pid);
     stage.sidecar.signal("CONT");
+    if state != Some('T') {
+        stage.complain(format!("the sidecar was not frozen all the time: {state:?}"));
+        return;
+    }
     if !beyond_lease {
         return;
     }
@@ -189,7 +195,8 @@ fn promote(stage: &Stage, fault: &Fault) {
         old.run();
         stage.diary.note("the old primary is back, and the sidecar is led to it");
         stage.aim(0);
-        std::thread::sleep(fault.lasts);
+        // Somebody still writes there: it is acknowledged like anything else.
+        stage.write_one(0, fault.lasts);
         stage.aim(1);
         stage.diary.note("the sidecar is led to the new primary again");
         old.stop(Stop::Immediate);
@@ -235,29 +242,72 @@ fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
     }
 }
 
-/// End of the contiguous WAL on timeline 1 in the store, read from the names of its objects.
+/// Keeps the store away until the server has given the slot up.
+fn lose_slot(stage: &Stage, lasts: Duration) {
+    let _hand = stage.take_hand();
+    let (_, server) = stage.primary();
+    stage.to_store.set(NetFault::Refuse);
+    let lost = stage.wait(Duration::from_secs(30), || {
+        let _ = server.try_psql(
+            "select pg_logical_emit_message(false, 'chaos', repeat('x', 3000000)) \
+             from generate_series(1, 5); select pg_switch_wal(); checkpoint",
+        );
+        let state = server
+            .try_psql("select wal_status from pg_replication_slots where slot_name = 'tidemark'");
+        state.is_ok_and(|state| state == "lost")
+    });
+    if !lost {
+        stage.complain("the server did not give the slot up");
+    }
+    std::thread::sleep(lasts);
+    stage.to_store.set(NetFault::None);
+}
+
+/// End of the contiguous WAL on timeline 1 in the store.
 pub fn stored_end(stage: &Stage) -> Lsn {
-    let mut ranges: Vec<(u64, u64)> = stage
-        .s3
-        .wal_names()
-        .iter()
-        .filter_map(|name| {
-            let (folder, extent) = name.rsplit_once('/')?;
-            if !folder.ends_with("/00000001") {
-                return None;
-            }
-            let mut parts = extent.split('-').map(|part| u64::from_str_radix(part, 16));
-            Some((parts.next()?.ok()?, parts.next()?.ok()?))
-        })
-        .collect();
-    ranges.sort_unstable();
-    let mut end = ranges.first().map_or(0, |range| range.0);
+    stored(stage).first().map_or(Lsn(0), |run| run.1)
+}
+
+/// What is missing between the WAL of timeline 1 in the store.
+pub fn holes(stage: &Stage) -> Vec<(Lsn, Lsn)> {
+    stored(stage).windows(2).map(|pair| (pair[0].1, pair[1].0)).collect()
+}
+
+/// The WAL of timeline 1 in the store, joined where it touches.
+fn stored(stage: &Stage) -> Vec<(Lsn, Lsn)> {
+    let ranges = extents(stage).into_iter().map(|extent| extent.range);
+    let mut runs: Vec<(Lsn, Lsn)> = Vec::new();
     for (from, until) in ranges {
-        if from <= end {
-            end = end.max(until);
+        match runs.last_mut() {
+            Some(last) if from <= last.1 => last.1 = last.1.max(until),
+            _ => runs.push((from, until)),
         }
     }
-    Lsn(end)
+    runs
+}
+
+/// A WAL object.
+pub struct Extent {
+    /// Its name.
+    pub name: String,
+    /// What it holds, from and until.
+    pub range: (Lsn, Lsn),
+}
+
+/// The WAL objects of timeline 1 by position, read from their names.
+pub fn extents(stage: &Stage) -> Vec<Extent> {
+    let parse = |name: String| {
+        let (folder, extent) = name.rsplit_once('/')?;
+        if !folder.ends_with("/00000001") {
+            return None;
+        }
+        let mut parts = extent.split('-').map(|part| u64::from_str_radix(part, 16));
+        let range = (Lsn(parts.next()?.ok()?), Lsn(parts.next()?.ok()?));
+        Some(Extent { name, range })
+    };
+    let mut extents: Vec<Extent> = stage.s3.wal_names().into_iter().filter_map(parse).collect();
+    extents.sort_unstable_by_key(|extent| extent.range);
+    extents
 }
 
 /// Start of the oldest WAL segment of timeline 1 on the server.

@@ -58,12 +58,39 @@ fn nothing_that_was_acknowledged_is_lost_whatever_happens() {
     });
     stage::delete_templates();
     let report = report.into_inner().unwrap();
-    match options.json {
-        true => println!("{:#}", report.json()),
-        false => println!("{}", report.text()),
+    println!("{}", report.text());
+    if let Some(file) = &options.json {
+        std::fs::write(file, format!("{:#}\n", report.json())).unwrap();
     }
     assert!(report.failures.is_empty(), "{} rounds failed", report.failures.len());
     assert_eq!(report.round_count, options.rounds.len());
+}
+
+#[test]
+fn a_round_whose_store_loses_wal_fails() {
+    let options = Options::of_environment();
+    if !options.is_slice {
+        return;
+    }
+    let mut plan = Plan::draw(1, 0, &[plan::Kind::SwitchStorm]);
+    plan.setup.upkeep = false;
+    plan.setup.early = false;
+    plan.setup.backup_interval = std::time::Duration::from_secs(3600);
+    let round = round::play_and(&plan, &options.evidence, |stage| {
+        // What covers the middle of the WAL after the only backup, so that a hole is left.
+        let middle = faults::extents(stage).iter().map(|extent| extent.range.0).collect::<Vec<_>>();
+        let middle = middle[middle.len() - 3];
+        for extent in faults::extents(stage) {
+            if (extent.range.0..extent.range.1).contains(&middle) {
+                assert!(stage.s3.server().vanish("tidemark", &extent.name));
+            }
+        }
+    });
+    let failure = round.verdict.unwrap_err();
+    for words in ["missing: [(0/", "LOST "] {
+        assert!(failure.contains(words), "{words}: {failure}");
+    }
+    let _ = std::fs::remove_dir_all(round.evidence.unwrap());
 }
 
 fn play(plan: &Plan, options: &Options, report: &Mutex<Report>) {

@@ -19,10 +19,12 @@ pub struct Options {
     pub only: Vec<Kind>,
     /// Rounds at a time.
     pub jobs: usize,
-    /// Print the summary as JSON.
-    pub json: bool,
+    /// Write the summary as JSON to this file.
+    pub json: Option<PathBuf>,
     /// Where the evidence of a failed round is kept.
     pub evidence: PathBuf,
+    /// The rounds are those of every run of the tests.
+    pub is_slice: bool,
     /// Print the plans and run nothing.
     pub plan_only: bool,
 }
@@ -65,10 +67,11 @@ impl Options {
         Self {
             rounds,
             only: only.collect(),
-            jobs: number("JOBS").unwrap_or(1) as usize,
-            json: text("JSON").is_some(),
+            jobs: number("JOBS").unwrap_or(2) as usize,
+            json: text("JSON").map(PathBuf::from),
             evidence: evidence
                 .unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("chaos")),
+            is_slice: (count, seed, one) == (None, None, None),
             plan_only: text("PLAN").is_some(),
         }
     }

@@ -40,6 +40,8 @@ pub enum Kind {
     SlotDrop,
     /// The slot is dropped and the server removes WAL: the gap must show.
     SlotDropGap,
+    /// The server gives the slot up because we are too far behind (`max_slot_wal_keep_size`).
+    SlotLost,
     /// `pg_switch_wal` again and again.
     SwitchStorm,
     /// No room is left where `pg_wal` is; later there is.
@@ -101,6 +103,7 @@ impl Kind {
         (Self::Promote, "promote"),
         (Self::SlotDrop, "slot-drop"),
         (Self::SlotDropGap, "slot-drop-gap"),
+        (Self::SlotLost, "slot-lost"),
         (Self::SwitchStorm, "switch-storm"),
         (Self::WalDiskFull, "wal-disk-full"),
         (Self::NetServerCut, "net-server-cut"),
@@ -152,6 +155,19 @@ impl Kind {
         name.starts_with("sidecar-") || matches!(self, Self::SecondSidecar | Self::Takeover)
     }
 
+    /// Whether what it must show can be told only after the first backup.
+    fn needs_calm(self) -> bool {
+        self.hits_sidecar()
+            || matches!(
+                self,
+                Self::Promote
+                    | Self::SlotDrop
+                    | Self::SlotDropGap
+                    | Self::SlotLost
+                    | Self::WalDiskFull
+            )
+    }
+
     /// Whether it happens during the restore, not before.
     pub fn is_at_restore(self) -> bool {
         matches!(self, Self::RestoreDiskFull | Self::RestoreReadOnly)
@@ -160,13 +176,18 @@ impl Kind {
     /// Whether two of them in one round would undo each other, or hide what each should show.
     fn excludes(self, other: Self) -> bool {
         const CHANGES_THE_SERVER: &[Kind] =
-            &[Kind::Promote, Kind::SlotDrop, Kind::SlotDropGap, Kind::WalDiskFull];
+            &[Kind::Promote, Kind::SlotDrop, Kind::SlotDropGap, Kind::SlotLost, Kind::WalDiskFull];
         const HOLDS_THE_SIDECAR: &[Kind] =
             &[Kind::SidecarStop, Kind::SidecarFreeze, Kind::SecondSidecar, Kind::Takeover];
         const AIMS_AT_THE_SERVER: &[Kind] =
             &[Kind::NetServerCut, Kind::NetServerHole, Kind::NetServerSlow, Kind::NetServerReset];
-        const AIMS_AT_THE_STORE: &[Kind] =
-            &[Kind::NetStoreCut, Kind::NetStoreHole, Kind::NetStoreSlow, Kind::NetStoreReset];
+        const AIMS_AT_THE_STORE: &[Kind] = &[
+            Kind::NetStoreCut,
+            Kind::NetStoreHole,
+            Kind::NetStoreSlow,
+            Kind::NetStoreReset,
+            Kind::SlotLost,
+        ];
         let both = |group: &[Kind]| group.contains(&self) && group.contains(&other);
         self == other
             || self.is_at_restore() && other.is_at_restore()
@@ -233,6 +254,8 @@ pub struct Setup {
     pub backup_interval: Duration,
     /// Whether the sidecar expires old backups all the time.
     pub upkeep: bool,
+    /// Whether the faults begin before the first backup is complete.
+    pub early: bool,
     /// Connections that write.
     pub writer_count: u32,
     /// Bytes of an ordinary row, in units of 32.
@@ -273,9 +296,9 @@ impl Plan {
         let order = Random::new(seed).shuffled(kinds);
         let mut random = Random::of_round(seed, round);
         let mut chosen = vec![order[round as usize % order.len()]];
-        let wanted = random.one_of(&[1, 1, 1, 2, 2, 2, 2, 2, 3, 3]);
+        let wanted = random.one_of(&[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 5, 7]);
         // A choice of kinds that exclude each other gives fewer.
-        for _ in 0..20 {
+        for _ in 0..30 {
             let kind = random.one_of(kinds);
             if chosen.len() < wanted && !chosen.iter().any(|other| kind.excludes(*other)) {
                 chosen.push(kind);
@@ -309,9 +332,10 @@ impl Plan {
             flush_interval: Duration::from_millis(random.one_of(&[200, 1000])),
             backup_interval: Duration::from_secs(random.one_of(&[7, 15, 40])),
             upkeep: random.percent(35),
+            early: random.percent(25) && !chosen.iter().any(|kind| kind.needs_calm()),
             writer_count: random.within(2..=5) as u32,
             row_units: random.one_of(&[1, 10, 60]),
-            pause_ms_max: random.one_of(&[4, 15, 40]),
+            pause_ms_max: random.one_of(&[0, 4, 4, 15, 15, 40]),
             end: random.one_of(&[End::Term, End::Kill]),
             target: random.one_of(&[Target::Time, Target::Lsn]),
             target_permille: random.within(0..=1000),
@@ -326,7 +350,7 @@ impl Plan {
         if has(Kind::S3CompleteError) || has(Kind::S3LosePart) {
             setup.backup_interval = Duration::from_secs(4);
         }
-        if has(Kind::SlotDropGap) {
+        if has(Kind::SlotDropGap) || has(Kind::SlotLost) {
             // Nothing but the gap itself asks for the backup that must follow it.
             setup.backup_interval = Duration::from_secs(3600);
             setup.segment_mib = setup.segment_mib.min(16);
@@ -385,6 +409,7 @@ impl Fault {
             SlotDrop => (Duration::ZERO, 0),
             // An odd strength kills the sidecar once more when the gap was found.
             SlotDropGap => (ms(random, 0, 500), random.within(0..=1)),
+            SlotLost => (ms(random, 0, 2000), 0),
             SwitchStorm => (ms(random, 1000, 4000), random.within(5..=25)),
             WalDiskFull => (ms(random, 500, 3000), 0),
             NetServerCut | NetStoreCut => (ms(random, 300, 5000), 0),
@@ -423,10 +448,11 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Setup { acknowledgement, segment_mib, end, target, .. } = &self.setup;
         let faults: Vec<String> = self.faults.iter().map(ToString::to_string).collect();
+        let early = if self.setup.early { ", no backup yet" } else { "" };
         write!(
             f,
-            "seed {} round {}: {acknowledgement:?}, {segment_mib} MiB segments, ends by {end:?}, \
-             earlier target by {target:?}; {}",
+            "seed {} round {}: {acknowledgement:?}, {segment_mib} MiB segments{early}, ends by \
+             {end:?}, earlier target by {target:?}; {}",
             self.seed,
             self.round,
             faults.join("; ")

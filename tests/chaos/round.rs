@@ -46,13 +46,19 @@ pub struct Round {
 
 /// Plays a round. Whatever goes wrong in it is in the result.
 pub fn play(plan: &Plan, evidence: &Path) -> Round {
+    play_and(plan, evidence, |_| ())
+}
+
+/// As [`play`]; `then` comes between the performance and the verdict.
+pub fn play_and(plan: &Plan, evidence: &Path, then: impl Fn(&Stage)) -> Round {
     let began = Instant::now();
     let folder = evidence.join(format!("seed-{}-round-{}", plan.seed, plan.round));
     let _ = std::fs::remove_dir_all(&folder);
-    let played = std::panic::catch_unwind(|| {
+    let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let stage = Stage::set(plan.clone());
         let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let times = perform(&stage);
+            then(&stage);
             check::judge(&stage, &times)
         }));
         let verdict = verdict.unwrap_or_else(|panic| Err(words(&*panic)));
@@ -61,7 +67,7 @@ pub fn play(plan: &Plan, evidence: &Path) -> Round {
             keep_evidence(&stage, failure, &folder);
         }
         verdict
-    });
+    }));
     let verdict = played.unwrap_or_else(|panic| Err(words(&*panic)));
     let evidence = verdict.is_err().then_some(folder);
     Round { plan: plan.clone(), elapsed: began.elapsed(), verdict, evidence }
@@ -74,26 +80,30 @@ fn words(panic: &(dyn std::any::Any + Send)) -> String {
 
 fn perform(stage: &Stage) -> Times {
     let first = || stage.s3.names().iter().any(|name| name.ends_with("/manifest"));
-    let ready = stage.wait(FIRST_BACKUP_MAX, first);
-    assert!(ready, "no first backup within {FIRST_BACKUP_MAX:?}");
+    if !stage.plan.setup.early {
+        assert!(stage.wait(FIRST_BACKUP_MAX, first), "no backup within {FIRST_BACKUP_MAX:?}");
+    }
     if stage.plan.has(Kind::Promote) {
         stage.add_standby();
     }
     stage.write();
-    let (_, server) = stage.primary();
-    assert!(
-        stage.wait(Duration::from_secs(30), || stage.flushed(0).is_valid()),
-        "no stream:\n{}",
-        server.log_tail()
-    );
-    stage.diary.note("calm: the first backup is there and the stream runs");
-    let calm = Instant::now();
-    std::thread::sleep(Duration::from_millis(1200));
+    let calm = if stage.plan.setup.early {
+        Instant::now()
+    } else {
+        let (_, server) = stage.primary();
+        let streams = stage.wait(Duration::from_secs(30), || stage.flushed(0).is_valid());
+        assert!(streams, "no stream:\n{}", server.log_tail());
+        stage.diary.note("calm: the first backup is there and the stream runs");
+        let calm = Instant::now();
+        std::thread::sleep(Duration::from_millis(1200));
+        calm
+    };
     let chaos = Instant::now();
     faults::make(stage);
     let over = Instant::now();
     stage.diary.note("all faults are over");
     wait_until_recovered(stage);
+    assert!(stage.wait(FIRST_BACKUP_MAX, first), "no backup within {FIRST_BACKUP_MAX:?}");
     let recovered = Instant::now();
     stage.diary.note("recovered");
     std::thread::sleep(QUIET);
@@ -119,14 +129,9 @@ fn wait_until_recovered(stage: &Stage) {
     );
     let writing = stage.wait(Duration::from_secs(30), || stage.record.count() > before + 5);
     assert!(writing, "no commit is acknowledged after the last fault");
-    let gaps = stage.gaps.lock().unwrap().clone();
-    for gap in gaps.iter().filter(|gap| gap.kept_from > gap.from) {
-        let followed = stage.wait(RECOVERY_MAX, || check::has_backup_after(stage, gap.kept_from));
-        assert!(
-            followed,
-            "no backup was taken within {RECOVERY_MAX:?} after the gap at {}",
-            gap.from
-        );
+    for (from, until) in faults::holes(stage) {
+        let followed = stage.wait(RECOVERY_MAX, || check::has_backup_after(stage, until));
+        assert!(followed, "no backup was taken within {RECOVERY_MAX:?} after the gap at {from}");
     }
 }
 

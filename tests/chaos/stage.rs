@@ -195,6 +195,22 @@ impl Stage {
         self.aim(index);
     }
 
+    /// Writes to a server that is not the one to write to, for so long.
+    pub fn write_one(&self, index: usize, lasts: Duration) {
+        let (goal, seen) =
+            watch::channel(Goal { server: index, conninfo: self.servers()[index].conninfo() });
+        let stop = Arc::new(AtomicBool::new(false));
+        let record = Arc::clone(&self.record);
+        let context = WriterContext { goal: seen, record, stop: Arc::clone(&stop) };
+        let id = self.plan.setup.writer_count as i32;
+        let writer = Writer::new(id, &self.plan.setup, self.plan.seed, &context);
+        let running = self.runtime.spawn(writer.run());
+        std::thread::sleep(lasts);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let _ = self.runtime.block_on(running);
+        drop(goal);
+    }
+
     /// Moves the sidecar alone.
     pub fn aim(&self, index: usize) {
         let port = self.servers()[index].port();
@@ -310,6 +326,9 @@ fn server_conf(plan: &Plan) -> Vec<String> {
     };
     conf.push(format!("min_wal_size = {min}MB"));
     conf.push(format!("max_wal_size = {max}MB"));
+    if plan.has(Kind::SlotLost) {
+        conf.push(format!("max_slot_wal_keep_size = {}MB", plan.setup.segment_mib * 4));
+    }
     if plan.has(Kind::SlotDrop) || plan.has(Kind::Promote) {
         conf.push("wal_keep_size = 4GB".to_owned());
     }

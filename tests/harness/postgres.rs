@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::Account;
@@ -431,14 +432,29 @@ impl Drop for Postgres {
 
 /// Sends a signal by name to a process.
 pub fn send_signal(pid: u32, name: &str) {
-    let arguments = [format!("-{name}"), pid.to_string()];
-    let _ = Command::new("kill").args(arguments).stderr(Stdio::null()).status();
+    let signal = match name {
+        "TERM" => Signal::TERM,
+        "STOP" => Signal::STOP,
+        "CONT" => Signal::CONT,
+        "KILL" => Signal::KILL,
+        "INT" => Signal::INT,
+        "QUIT" => Signal::QUIT,
+        other => panic!("signal {other}"),
+    };
+    // One that has ended meanwhile is no failure.
+    let _ = kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal);
 }
 
 fn alive(pid: u32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The state follows the parenthesised name; a zombie has ended.
-    !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
+    // A zombie has ended.
+    process_state(pid).is_some_and(|state| state != 'Z')
+}
+
+/// The state of a process as the kernel shows it: `T` is stopped. `None` when there is no such process.
+pub fn process_state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // It follows the parenthesised name.
+    stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
 /// A TCP port nobody listens on now. From below the range that outgoing connections use, so that no
