@@ -328,7 +328,7 @@ impl Plan {
             },
             segment_mib: random.one_of(&[16, 16, 16, 1, 1, 64]),
             encrypted: random.percent(70),
-            lease_ttl: Duration::from_secs(random.one_of(&[5, 12, 30])),
+            lease_ttl: Duration::from_secs(random.one_of(&[10, 20, 40])),
             flush_interval: Duration::from_millis(random.one_of(&[200, 1000])),
             backup_interval: Duration::from_secs(random.one_of(&[7, 15, 40])),
             upkeep: random.percent(35),
@@ -342,10 +342,10 @@ impl Plan {
             expire: random.percent(50),
         };
         if has(Kind::SidecarFreeze) || has(Kind::Takeover) {
-            setup.lease_ttl = Duration::from_secs(5);
+            setup.lease_ttl = Duration::from_secs(10);
         }
         if has(Kind::SidecarStop) {
-            setup.lease_ttl = Duration::from_secs(30);
+            setup.lease_ttl = Duration::from_secs(40);
         }
         if has(Kind::S3CompleteError) || has(Kind::S3LosePart) {
             setup.backup_interval = Duration::from_secs(4);

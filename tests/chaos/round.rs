@@ -10,11 +10,11 @@ use super::plan::{End, Kind, Plan};
 use super::stage::Stage;
 
 /// Longest that everything may take to work again once the last fault is over.
-const RECOVERY_MAX: Duration = Duration::from_secs(120);
+const RECOVERY_MAX: Duration = Duration::from_secs(180);
 /// How long is written, undisturbed, after that.
 const QUIET: Duration = Duration::from_millis(2500);
 /// Longest that the first backup may take.
-const FIRST_BACKUP_MAX: Duration = Duration::from_secs(90);
+const FIRST_BACKUP_MAX: Duration = Duration::from_secs(180);
 
 /// When the parts of a round began.
 #[derive(Clone, Copy, Debug)]

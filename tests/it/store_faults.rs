@@ -123,6 +123,8 @@ async fn a_part_that_the_store_confirmed_and_lost_makes_no_object() {
     server.faults().add(Fault::new(Effect::LosePart).on(Op::UploadPart).times(1));
     let error = upload(&store, "holed").await.unwrap_err();
     assert!(error.to_string().contains("InvalidPart"), "{error}");
+    // Nothing that was stored is damaged, and trying again helps.
+    assert_eq!(error.kind(), Kind::Unavailable);
     assert_eq!(store.head(&name("holed")).await.unwrap(), None);
     assert_eq!(server.upload_count("tidemark"), 0, "what failed for good is discarded");
     assert_eq!(upload(&store, "holed").await.unwrap(), PutOutcome::Created);

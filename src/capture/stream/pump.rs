@@ -322,11 +322,10 @@ impl<'e, 'a> Pump<'e, 'a> {
     }
 
     fn observe(&mut self, observed: &Observation) -> bool {
-        if let Some(state) = observed.slot.sync_state.as_deref() {
-            let waits = matches!(state, "sync" | "quorum");
-            if waits != self.synchronous {
-                self.set_synchronous(waits);
-            }
+        if let Some(waits) = observed.commits_wait(self.told)
+            && waits != self.synchronous
+        {
+            self.set_synchronous(waits);
         }
         self.engine.on_observation(observed)
     }

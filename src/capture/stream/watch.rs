@@ -43,6 +43,17 @@ pub struct Observation {
     pub number: u64,
 }
 
+impl Observation {
+    /// Whether commits wait for the stream, which has told the server the flush position `told`; `None`
+    /// when that cannot be said. Until the first position it shows every walsender as `async`, those
+    /// that commits wait for as well (`pg_stat_get_wal_senders`).
+    #[must_use]
+    pub fn commits_wait(&self, told: Lsn) -> Option<bool> {
+        let state = self.slot.sync_state.as_deref().filter(|_| told.is_valid())?;
+        Some(matches!(state, "sync" | "quorum"))
+    }
+}
+
 /// A task that asks, until dropped.
 #[derive(Debug)]
 pub struct Watch {
@@ -194,6 +205,18 @@ pub fn is_named(setting: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_walsender_that_was_told_nothing_says_nothing_about_waiting() {
+        let shown = |state: &str| Observation {
+            slot: SlotHealth { sync_state: Some(state.to_owned()), ..SlotHealth::default() },
+            ..Observation::default()
+        };
+        assert_eq!(shown("async").commits_wait(Lsn::INVALID), None);
+        assert_eq!(shown("async").commits_wait(Lsn(1)), Some(false));
+        assert_eq!(shown("quorum").commits_wait(Lsn(1)), Some(true));
+        assert_eq!(Observation::default().commits_wait(Lsn(1)), None);
+    }
 
     #[test]
     fn every_form_of_synchronous_standby_names_is_understood() {

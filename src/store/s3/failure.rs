@@ -269,7 +269,11 @@ impl Failure {
                 Kind::Conflict,
                 Some("The upload was aborted meanwhile, by a lifecycle rule or another process."),
             ),
-            "InvalidPart" => (Kind::Corrupt, None),
+            // Nothing that was stored is damaged: the object was never made, and a new upload can be.
+            "InvalidPart" => (
+                Kind::Unavailable,
+                Some("The store confirmed a part of the upload and does not have it any more."),
+            ),
             "NotImplemented" => (
                 Kind::Unsupported,
                 Some("The server lacks something that is needed; `tidemark check` says what."),
