@@ -425,6 +425,31 @@ fn there_is_one_tls_and_one_calendar() {
     no_offence("crates that must not come in", &found);
 }
 
+#[test]
+fn what_is_fuzzed_is_what_is_built() {
+    let versions = |path: &str| -> BTreeMap<String, BTreeSet<String>> {
+        let lock = std::fs::read_to_string(root().join(path)).unwrap();
+        let mut versions: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for package in lock.split("[[package]]").skip(1) {
+            let value = |key: &str| package.split(key).nth(1)?.split('"').next();
+            let (name, version) = (value("name = \"").unwrap(), value("version = \"").unwrap());
+            versions.entry(name.to_owned()).or_default().insert(version.to_owned());
+        }
+        versions
+    };
+    let (product, fuzzed) = (versions("Cargo.lock"), versions("fuzz/Cargo.lock"));
+    let other = |(name, versions): &(&String, &BTreeSet<String>)| {
+        product.get(*name).is_some_and(|known| !versions.is_subset(known))
+    };
+    let offences: Vec<String> = fuzzed
+        .iter()
+        .filter(other)
+        .map(|(name, versions)| format!("{name} {versions:?}"))
+        .collect();
+    no_offence("crates of which fuzz/Cargo.lock has another version", &offences);
+    assert!(fuzzed.len() > 100, "{} crates in fuzz/Cargo.lock", fuzzed.len());
+}
+
 /// The crates `tidemark` is built from, read from the lock file: what it depends on, and so on.
 /// Development dependencies are in the lock file too, so those of test equipment are left out.
 fn product_crates(lock: &str) -> BTreeSet<String> {
