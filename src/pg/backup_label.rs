@@ -50,8 +50,10 @@ impl BackupLabel {
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         // The label itself may be in any encoding.
         let text = String::from_utf8_lossy(bytes.get(..BACKUP_LABEL_BYTES_MAX).unwrap_or(bytes));
+        // However many carriage returns an editor left at the ends of lines.
+        let lines = || text.split('\n').map(|line| line.trim_end_matches('\r'));
         let field =
-            |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+            |name: &str| lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         if field("INCREMENTAL FROM LSN").is_some() {
             return Err(Error::new(
                 Kind::Unsupported,

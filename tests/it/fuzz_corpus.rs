@@ -13,7 +13,7 @@ fn folder(kind: &str) -> PathBuf {
 }
 
 /// The inputs of a target in one of the folders, in the order of their names.
-pub fn inputs(kind: &str, target: &Target) -> Vec<PathBuf> {
+fn inputs(kind: &str, target: &Target) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder(kind).join(target.name)) else { return Vec::new() };
     let mut inputs: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     inputs.sort();
