@@ -526,7 +526,8 @@ async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
     loop {
         let restart: Lsn =
             server.psql("select restart_lsn from pg_replication_slots").parse().unwrap();
-        if kept.saturating_since(restart) < 3 << 20 {
+        // What is written after the server was relieved is kept for it again, up to the ceiling.
+        if kept.saturating_since(restart) <= 8 << 20 {
             break;
         }
         assert!(relieved.elapsed() < Duration::from_secs(30), "{restart} of {kept}");
@@ -536,12 +537,15 @@ async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
     load(&server, 100);
     let end = wal_end(&server);
     running.durable(end).await;
-    running.until("stored", |now| now.unstored_bytes == 0).await;
+    // On a slow machine the server is relieved again while it is still being written to.
+    let now = running.until("stored", |now| now.unstored_bytes == 0).await;
+    assert!(now.gaps.windows(2).all(|two| two[0].end_lsn == two[1].start_lsn), "{now:#?}");
     running.stop().await.unwrap();
     let covered = place.check_wal(&[&server]).await;
     let parts = &covered[&TimelineId::FIRST];
     assert_eq!(parts.len(), 2, "{parts:?}");
-    assert_eq!((parts[0].end(), parts[1].start()), (now.gaps[0].start_lsn, now.gaps[0].end_lsn));
+    let (first, last) = (&now.gaps[0], &now.gaps[now.gaps.len() - 1]);
+    assert_eq!((parts[0].end(), parts[1].start()), (first.start_lsn, last.end_lsn));
 }
 
 #[tokio::test(flavor = "multi_thread")]
