@@ -213,7 +213,11 @@ fn reachable(catalog: &Catalog) -> String {
         vec![
             window.timeline.to_string(),
             words::time(window.from_time),
-            words::time(window.until_time),
+            match window.until_time >= window.from_time {
+                true => words::time(window.until_time),
+                // Nothing is known of the time after the backup yet.
+                false => "its end".to_owned(),
+            },
             window.from_lsn.to_string(),
             window.until_lsn.to_string(),
             window.backup_count.to_string(),

@@ -70,7 +70,7 @@ impl Supervisor {
     pub async fn run(self, config: &Config, clock: &Clock, stop: &CancellationToken) -> Result<()> {
         let stream = Stream {
             options: config.stream_options()?,
-            postgres: config.connect_options()?,
+            upstream: Arc::new(config.connect_options()?),
             writer: self.writing.writer.clone(),
             status: Arc::clone(&self.status),
         };

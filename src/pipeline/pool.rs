@@ -10,6 +10,7 @@
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
 use std::thread;
 
@@ -28,9 +29,10 @@ type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 pub struct PoolOptions {
     /// Prefix of the threads' names, at most 11 characters to survive the kernel's limit of 15.
     pub name: &'static str,
-    /// Number of threads, at least 1.
+    /// Number of threads; 0: each job runs in place where it is submitted, for a simulation that must
+    /// not depend on how fast a thread is.
     pub thread_count: usize,
-    /// Jobs that may wait or run at once, at least `thread_count`.
+    /// Jobs that may wait or run at once, at least `thread_count` and 1.
     pub jobs_max: usize,
     /// Level of the compression contexts.
     pub level: Level,
@@ -63,9 +65,16 @@ impl Worker {
 
 /// A set of worker threads; they end when the pool and all its queued jobs are gone.
 pub struct Pool {
-    jobs: Sender<Job>,
+    jobs: Jobs,
     places: Permits,
     thread_count: usize,
+}
+
+/// Where jobs go.
+#[derive(Clone)]
+enum Jobs {
+    Threads(Sender<Job>),
+    InPlace(Arc<Mutex<Worker>>),
 }
 
 impl Pool {
@@ -74,8 +83,13 @@ impl Pool {
     /// # Errors
     /// `unavailable` when the system refuses a thread or memory.
     pub fn start(options: &PoolOptions) -> Result<Self> {
-        let thread_count = options.thread_count.max(1);
-        let jobs_max = options.jobs_max.max(thread_count);
+        let thread_count = options.thread_count;
+        let jobs_max = options.jobs_max.max(thread_count).max(1);
+        let places = Permits::new(jobs_max as u64);
+        if thread_count == 0 {
+            let worker = Arc::new(Mutex::new(Worker::new(options.level)?));
+            return Ok(Self { jobs: Jobs::InPlace(worker), places, thread_count });
+        }
         let (sender, receiver) = bounded::<Job>(jobs_max);
         for index in 0..thread_count {
             let worker = Worker::new(options.level)?;
@@ -85,7 +99,7 @@ impl Pool {
                 .spawn(move || work(&receiver, worker, level))
                 .map_err(|error| Error::io("unable to start a worker thread", &error))?;
         }
-        Ok(Self { jobs: sender, places: Permits::new(jobs_max as u64), thread_count })
+        Ok(Self { jobs: Jobs::Threads(sender), places, thread_count })
     }
 
     /// Number of threads.
@@ -140,7 +154,7 @@ impl Closer {
 
 /// Queues a job that has its place.
 fn queue<T: Send + 'static>(
-    jobs: &Sender<Job>,
+    jobs: &Jobs,
     place: Permit,
     job: impl FnOnce(&mut Worker) -> T + Send + 'static,
 ) -> Result<Completion<T>> {
@@ -151,6 +165,13 @@ fn queue<T: Send + 'static>(
         // A caller that has gone does not want its result.
         drop(sender.send(result));
     });
+    let jobs = match jobs {
+        Jobs::Threads(jobs) => jobs,
+        Jobs::InPlace(worker) => {
+            job(&mut worker.lock().unwrap_or_else(PoisonError::into_inner));
+            return Ok(Completion(receiver));
+        }
+    };
     // Never blocks: there are as many places as the channel holds.
     jobs.send(job).map_err(|_gone| {
         Error::new(Kind::Bug, "unable to queue a job: all worker threads have ended")
@@ -207,6 +228,14 @@ mod tests {
             pool.run(|_| thread::current().name().unwrap_or_default().to_owned()),
         );
         assert!(name.unwrap().starts_with("test-"));
+    }
+
+    #[test]
+    fn without_threads_a_job_is_done_when_it_is_submitted() {
+        let (pool, here) = (pool(0), thread::current().id());
+        let submitted = pool.submit(|_| thread::current().id());
+        let completion = futures::executor::block_on(submitted).unwrap();
+        assert_eq!(futures::executor::block_on(completion).unwrap(), here);
     }
 
     #[test]

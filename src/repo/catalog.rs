@@ -341,11 +341,11 @@ pub(super) mod tests {
             progress: Some(progress(end)),
             key_id: None,
         };
-        assert_eq!(catalog.intervals()[0].until_time, at_minute(1));
+        assert_eq!(catalog.intervals()[0].until_time, at_minute(0), "its begin, not its end");
         catalog.lease = Some(lease(100));
         assert_eq!(catalog.intervals()[0].until_time, at_minute(90));
         catalog.lease = Some(lease(101));
-        assert_eq!(catalog.intervals()[0].until_time, at_minute(1), "there is more than we see");
+        assert_eq!(catalog.intervals()[0].until_time, at_minute(0), "there is more than we see");
     }
 
     #[test]

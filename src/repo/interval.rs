@@ -53,7 +53,9 @@ pub struct Interval {
     pub until_lsn: Lsn,
     /// Earliest time that can be restored.
     pub from_time: Timestamp,
-    /// Greatest time up to which all commits are known to be there.
+    /// Greatest time up to which all commits are known to be there. Before `from_time` where nothing
+    /// is known of the time after the backup yet: then only its end and the end of the WAL can be aimed
+    /// at, and no moment.
     pub until_time: Timestamp,
     /// Whether the WAL reaches the target timeline itself. Where it does not, the interval tells
     /// nothing that one of an ancestor does not tell, but for WAL that only descendants hold.
@@ -238,7 +240,9 @@ impl Lineage<'_> {
             return None;
         }
         let newest = stretches.iter().filter_map(|stretch| self.newest_commit(target, stretch));
-        let until_time = newest.max().map_or(backup.end_time, |time| time.max(backup.end_time));
+        // Its own end is known by our clock alone: a commit of that moment may lie behind the WAL.
+        let began = backup.id.start_time();
+        let until_time = newest.max().map_or(began, |time| time.max(began));
         Some(Interval {
             timeline: target,
             backup: backup.id,
@@ -327,6 +331,7 @@ pub(super) fn recoverable_times(
     let towards = intervals.iter().filter(|interval| interval.timeline == timeline);
     let mut stretches: Vec<(Timestamp, Timestamp)> =
         towards.map(|interval| (interval.from_time, interval.until_time)).collect();
+    stretches.retain(|(from, until)| from <= until);
     stretches.sort_unstable();
     let mut joined: Vec<(Timestamp, Timestamp)> = Vec::new();
     for (from, until) in stretches {

@@ -256,13 +256,16 @@ async fn scan_below(
     loop {
         let page = repository.store().list(prefix, after.as_ref()).await?;
         after = page.objects.last().map(|object| object.name.clone());
-        let new: Vec<&ObjectInfo> =
-            page.objects.iter().filter(|object| seen.is_new(&object.name)).collect();
-        let mut scans = stream::iter(new)
-            .map(|object| async move { (object, scan(repository, object).await) })
+        // Owned, so that the future can run in a task of its own.
+        let new = page.objects.into_iter().filter(|object| seen.is_new(&object.name));
+        let mut scans = stream::iter(new.collect::<Vec<ObjectInfo>>())
+            .map(|object| async move {
+                let keys = scan(repository, &object).await;
+                (object, keys)
+            })
             .buffer_unordered(SCAN_JOBS);
         while let Some((object, keys)) = scans.next().await {
-            evidence.take(object, keys)?;
+            evidence.take(&object, keys)?;
         }
         if !page.more || after.is_none() {
             return Ok(());

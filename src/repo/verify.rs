@@ -69,7 +69,7 @@ pub struct VerifyOptions {
     pub depth: Depth,
     /// Only these backups, and no WAL; all, and the WAL, when `None`.
     pub backups: Option<BTreeSet<BackupId>>,
-    /// Threads that decrypt and decompress.
+    /// Threads that decrypt and decompress; 0: in place, see [`PoolOptions`].
     pub thread_count: usize,
     /// Requests in flight.
     pub jobs: usize,
@@ -352,7 +352,7 @@ impl Run {
     ) -> Result<Self> {
         let pool = Pool::start(&PoolOptions {
             name: "verify",
-            thread_count: options.thread_count.max(1),
+            thread_count: options.thread_count,
             jobs_max: options.jobs.max(options.thread_count),
             level: Level::default(),
         })?;

@@ -622,6 +622,8 @@ impl MaxByLsn for Option<Moment> {
 #[derive(Clone, Copy, Debug)]
 struct Interval {
     base_end_time: Timestamp,
+    /// Before the end of the backup where nothing is known of the time after it; `None` when not even
+    /// its own WAL is there.
     until_time: Option<Timestamp>,
     from_lsn: Lsn,
     until_lsn: Lsn,
@@ -635,7 +637,7 @@ impl Interval {
         let until_time = newest.and_then(PgTime::to_timestamp).max(search.caught_up(chain));
         Self {
             base_end_time: base.end_time,
-            until_time: until_time.max(Some(base.end_time)),
+            until_time: until_time.max(Some(base.id.start_time())),
             from_lsn: base.end_lsn,
             until_lsn: chain.end(),
         }
@@ -661,7 +663,8 @@ impl Interval {
 }
 
 fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -> (String, String) {
-    let usable = || intervals.iter().filter(|interval| interval.until_time.is_some());
+    let reaches_time = |interval: &&Interval| interval.until_time >= Some(interval.base_end_time);
+    let usable = || intervals.iter().filter(reaches_time);
     let before =
         usable().filter_map(|interval| interval.until_time).filter(|until| *until < at).max();
     let after = usable().map(|interval| interval.base_end_time).filter(|from| *from > at).min();
@@ -682,7 +685,12 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
     if let Some(after) = after {
         hint += &format!("{} after it {after}", if before.is_some() { "," } else { "" });
     }
-    if before.is_none() && after.is_none() {
+    let whole = intervals.iter().any(|interval| interval.until_time.is_some());
+    if before.is_none() && after.is_none() && whole {
+        hint = "Nothing is known of the time after the backup yet; it can be restored with \
+                --to-immediate or --to-latest"
+            .to_owned();
+    } else if before.is_none() && after.is_none() {
         hint = "No backup can be restored to any time; run 'tidemark verify'".to_owned();
     }
     (why, hint + ".")

@@ -67,7 +67,7 @@ impl Place {
     pub fn stream(&self, server: &Postgres) -> Stream {
         Stream {
             options: StreamOptions::default(),
-            postgres: connect_options(server),
+            upstream: Arc::new(connect_options(server)),
             writer: self.writer.clone(),
             status: Arc::new(Status::new()),
         }

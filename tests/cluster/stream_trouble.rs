@@ -65,7 +65,8 @@ async fn a_connection_cut_in_the_middle_of_a_message_loses_and_repeats_nothing()
     let port = cutting_proxy(server.port(), 60_000).await;
     let conninfo = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres");
     let postgres = ConnectOptions::parse(&conninfo, &|_| None).unwrap();
-    let running = Running::start(Stream { postgres, ..place.stream(&server) }).await;
+    let running =
+        Running::start(Stream { upstream: Arc::new(postgres), ..place.stream(&server) }).await;
     running.streaming().await;
     for _ in 0..6 {
         load(&server, 2000);

@@ -150,7 +150,7 @@ async fn open_feed(base: &Base, clock: &Clock) -> Result<Feed> {
             let (options, lease) = &**how;
             let stream = Stream {
                 options: options.clone(),
-                postgres: base.postgres.clone(),
+                upstream: Arc::new(base.postgres.clone()),
                 writer: base.writer.clone(),
                 status: Arc::new(Status::new()),
             };

@@ -17,6 +17,7 @@ use super::sealer::Sealer;
 use super::server::{self, OurSlot, Server};
 use super::status::{Phase, Status};
 use super::uploads::{Stored, Upload, Uploads, jittered};
+use super::upstream::Walsender;
 use super::watch::{Observation, Watch};
 use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
@@ -103,7 +104,11 @@ impl<'a> Engine<'a> {
             ledger: Ledger::new(Held::default()),
             loaded: false,
             uploads: Uploads::new(stream.writer.clone(), options.uploads_max, &stream.status),
-            sealer: Sealer::start(stream.writer.clone(), options.level)?,
+            sealer: Sealer::start(
+                stream.writer.clone(),
+                options.level,
+                options.budget.thread_count,
+            )?,
             lag: LagWatch { ceiling_bytes: options.lag_ceiling_bytes, before_bytes: None },
             damaged_at: None,
             store_unread: false,
@@ -188,12 +193,12 @@ impl<'a> Engine<'a> {
     async fn drain(&mut self, cancel: &CancellationToken) -> Result<Option<SessionEnd>> {
         let options = &self.stream.options;
         let clock = self.clock.clone();
-        let (postgres, slot_name) = (&self.stream.postgres, &options.slot_name);
+        let (upstream, slot_name) = (&self.stream.upstream, &options.slot_name);
         let mut watch = None;
         while self.unstored_count() > 0 {
             self.status.update(|now| now.phase = Phase::WaitingForRepository);
             let watch = watch
-                .get_or_insert_with(|| Watch::start(postgres, slot_name, &clock, &self.status));
+                .get_or_insert_with(|| Watch::start(upstream, slot_name, &clock, &self.status));
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return self.stop_without_server().await.map(Some),
@@ -219,7 +224,7 @@ impl<'a> Engine<'a> {
             self.loaded = true;
         }
         let expected = stream.writer.repository().system_id();
-        let mut server = match Server::meet(&stream.postgres, expected, &self.clock).await? {
+        let mut server = match Server::meet(&*stream.upstream, expected, &self.clock).await? {
             Ok(server) => server,
             Err(refused) => return Ok(Err(refused)),
         };
@@ -246,6 +251,23 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// Stores the history of the timeline that the stream begins on, when the server has left it: those
+    /// that follow are stored as the stream comes to them.
+    async fn store_earlier_history(
+        &self,
+        connection: &mut dyn Walsender,
+        timeline: TimelineId,
+        current: TimelineId,
+    ) -> Result<()> {
+        if timeline == current {
+            return Ok(());
+        }
+        match server::read_history(connection, timeline).await? {
+            (_, Some(content)) => self.stream.writer.put_history(timeline, content).await.map(drop),
+            (_, None) => Ok(()),
+        }
+    }
+
     /// Tries the ways to begin until one works, and streams.
     async fn stream_from(
         &mut self,
@@ -262,7 +284,8 @@ impl<'a> Engine<'a> {
             return Ok(SessionEnd::Refused(refused));
         }
         let stream = self.stream;
-        let Server { connection, status_interval, synchronous, segment_size, history, .. } = server;
+        let Server { connection, timeline, status_interval, synchronous, .. } = server;
+        let Server { segment_size, history, .. } = server;
         let mut connection = Some(connection);
         let last = attempts.len().saturating_sub(1);
         if stream.options.compaction == Compaction::On && self.merging.is_none() {
@@ -270,13 +293,19 @@ impl<'a> Engine<'a> {
             self.merging = Some(Merging::start(repository, segment_size, &self.status));
         }
         for (index, attempt) in attempts.iter().enumerate() {
-            let open = match connection.take() {
+            let mut open = match connection.take() {
                 Some(open) => open,
                 None => {
                     let expected = stream.writer.repository().system_id();
-                    Server::reconnect(&stream.postgres, expected, &self.clock).await?
+                    Server::reconnect(&*stream.upstream, expected, &self.clock).await?
                 }
             };
+            match self.store_earlier_history(&mut *open, attempt.timeline, timeline).await {
+                Err(error) if error.kind() == Kind::Conflict => {
+                    return Ok(SessionEnd::Refused(error));
+                }
+                stored => stored?,
+            }
             if begin == Begin::Resume {
                 self.ledger.begin(attempt, slot.restart_lsn);
             }

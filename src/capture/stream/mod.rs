@@ -21,6 +21,7 @@ pub mod sealer;
 pub mod server;
 pub mod status;
 pub mod uploads;
+pub mod upstream;
 pub mod watch;
 
 use std::sync::Arc;
@@ -31,10 +32,10 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, Kind, Result};
 use crate::repo::budget::STREAM_BYTES;
 use crate::repo::{Budget, Lease, Level, Writer};
-use crate::wire::ConnectOptions;
 
 pub use resume::OlderWal;
 pub use status::{Phase, SlotHealth, Snapshot, Status, WalGap};
+pub use upstream::Upstream;
 
 /// Name of the slot and of the application unless configured otherwise.
 pub const DEFAULT_NAME: &str = "tidemark";
@@ -81,7 +82,8 @@ pub struct StreamOptions {
     pub level: Level,
     /// Most uploads at a time.
     pub uploads_max: usize,
-    /// When an extent is large enough, and how much may wait for the store.
+    /// When an extent is large enough, and how much may wait for the store; without a thread, extents
+    /// are sealed in place (see [`sealer`]).
     pub budget: Budget,
     /// How long a stop may take to store what was received.
     pub stop_grace: Duration,
@@ -113,7 +115,7 @@ pub struct Stream {
     /// How it runs.
     pub options: StreamOptions,
     /// Where the server is; the application name decides about synchronous replication.
-    pub postgres: ConnectOptions,
+    pub upstream: Arc<dyn Upstream>,
     /// Where the WAL goes.
     pub writer: Writer,
     /// Where progress is shown.

@@ -10,6 +10,7 @@
 //! See [`super::prefix`] for why a position told is durable. A lost lease is noticed before each
 //! status is sent, so a fenced writer acknowledges nothing.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -22,11 +23,12 @@ use super::resume::Attempt;
 use super::sealer::Place;
 use super::server::{self, OurSlot};
 use super::status::Phase;
+use super::upstream::{Sending, Walsender};
 use super::watch::{Observation, Watch};
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, SegmentSize, TimelineId};
-use crate::wire::{Connection, StandbyStatus, WalEvent, WalStream};
+use crate::pg::{Lsn, PgTime, SegmentSize, TimelineId};
+use crate::wire::{StandbyStatus, WalEvent};
 
 /// Uploads at a time in synchronous mode: while two are on their way, commits gather for the next,
 /// so that many clients cost two requests a round trip and not one each.
@@ -68,6 +70,10 @@ pub(super) struct Pump<'e, 'a> {
     told_at: Instant,
     told: Lsn,
     reply_owed: bool,
+    /// End of the WAL the server had when it last sent some.
+    server_had: Lsn,
+    /// The server's clock at its last sign of life, if it has sent no WAL since.
+    quiet_since: Option<PgTime>,
     steps: Vec<Step>,
     requests: watch::Receiver<Lsn>,
 }
@@ -100,6 +106,8 @@ impl<'e, 'a> Pump<'e, 'a> {
             told_at,
             told: Lsn::INVALID,
             reply_owed: false,
+            server_had: Lsn::INVALID,
+            quiet_since: None,
             steps: Vec::new(),
             requests,
             engine,
@@ -121,7 +129,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// Streams over `connection` until something ends it, across timelines.
     pub(super) async fn run(
         mut self,
-        connection: Connection,
+        connection: Box<dyn Walsender>,
         slot: &OurSlot,
         cancel: &CancellationToken,
     ) -> Result<Ended> {
@@ -142,22 +150,22 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     async fn stream_timelines(
         &mut self,
-        mut connection: Connection,
+        mut connection: Box<dyn Walsender>,
         slot: &OurSlot,
         cancel: &CancellationToken,
     ) -> Result<Ended> {
         let requested = *self.requests.borrow_and_update();
         self.intake.cutter().request(requested);
-        let postgres = self.engine.stream.postgres.clone();
+        let upstream = Arc::clone(&self.engine.stream.upstream);
         let (clock, status) = (self.engine.clock.clone(), self.engine.status.clone());
-        let mut watch = Watch::start(&postgres, &slot.name, &clock, &status);
+        let mut watch = Watch::start(&upstream, &slot.name, &clock, &status);
         loop {
             let start = self.intake.received_end();
             let mut wal =
                 connection.start_replication(Some(&slot.name), start, self.timeline).await?;
             tracing::info!("streaming timeline {} from {start}", self.timeline);
             self.show_begin();
-            match self.stream_timeline(&mut wal, &mut watch, cancel).await? {
+            match self.stream_timeline(&mut *wal, &mut watch, cancel).await? {
                 Flow::Ended(ended) => {
                     if matches!(ended, Ended::Stopped) {
                         self.say_goodbye(wal).await;
@@ -166,7 +174,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                 }
                 Flow::NextTimeline { timeline, start } => {
                     connection = wal.finish().await?;
-                    self.switch(&mut connection, timeline, start).await?;
+                    self.switch(&mut *connection, timeline, start).await?;
                 }
             }
         }
@@ -189,7 +197,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// The server finished a timeline: so do we, exactly there.
     async fn switch(
         &mut self,
-        connection: &mut Connection,
+        connection: &mut dyn Walsender,
         timeline: TimelineId,
         start: Lsn,
     ) -> Result<()> {
@@ -214,7 +222,7 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     async fn stream_timeline(
         &mut self,
-        wal: &mut WalStream,
+        wal: &mut dyn Sending,
         watch: &mut Watch,
         cancel: &CancellationToken,
     ) -> Result<Flow> {
@@ -268,10 +276,11 @@ impl<'e, 'a> Pump<'e, 'a> {
         }
     }
 
-    async fn on_event(&mut self, event: WalEvent, wal: &mut WalStream) -> Result<Option<Flow>> {
+    async fn on_event(&mut self, event: WalEvent, wal: &mut dyn Sending) -> Result<Option<Flow>> {
         match event {
             WalEvent::Wal { start_lsn, server_end_lsn, data, .. } => {
                 self.show_server_end(server_end_lsn);
+                (self.server_had, self.quiet_since) = (server_end_lsn, None);
                 let now = self.engine.clock.instant();
                 let mut steps = std::mem::take(&mut self.steps);
                 let taken = self.intake.take(start_lsn, data, now, &mut steps);
@@ -286,13 +295,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             }
             WalEvent::Keepalive { server_end_lsn, server_time, reply_requested } => {
                 self.show_server_end(server_end_lsn);
-                let quiet = server_end_lsn <= self.intake.received_end()
-                    && !self.intake.cutter().holds_commit()
-                    && self.engine.unstored_count() == 0;
-                if quiet {
-                    self.engine.status.update(|now| now.caught_up_at = server_time.to_timestamp());
-                    self.engine.report(self.timeline);
-                }
+                self.note_quiet(server_time);
                 self.reply_owed |= reply_requested;
             }
             WalEvent::TimelineEnded { next_timeline, next_start_lsn } => {
@@ -303,6 +306,26 @@ impl<'e, 'a> Pump<'e, 'a> {
             }
         }
         Ok(None)
+    }
+
+    /// The server gives a sign of life and no WAL.
+    ///
+    /// It names the position it has *sent*, and it answers before it looks for more to send: WAL may
+    /// have been written that it has not looked at yet (`ProcessStandbyReplyMessage`, `WalSndLoop`). So
+    /// the first sign of life promises nothing; the next one promises that nothing was there at the
+    /// first, for that would have been sent in between.
+    fn note_quiet(&mut self, server_time: PgTime) {
+        let all_stored = self.server_had <= self.intake.received_end()
+            && !self.intake.cutter().holds_commit()
+            && self.engine.unstored_count() == 0;
+        if !all_stored {
+            self.quiet_since = None;
+            return;
+        }
+        if let Some(quiet_since) = self.quiet_since.replace(server_time) {
+            self.engine.status.update(|now| now.caught_up_at = quiet_since.to_timestamp());
+            self.engine.report(self.timeline);
+        }
     }
 
     /// Remembers where the decoder failed, so that the second time is not the same again.
@@ -414,7 +437,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         }
     }
 
-    async fn tell_if_moved(&mut self, wal: &mut WalStream) -> Result<()> {
+    async fn tell_if_moved(&mut self, wal: &mut dyn Sending) -> Result<()> {
         if self.engine.ledger.flush_position() > self.told {
             self.tell(wal).await?;
         }
@@ -429,7 +452,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// # Durability
     /// The position is [`super::ledger::Ledger::flush_position`], and it is sent only while the
     /// lease is held: a rival that took over may have other WAL at the same positions.
-    async fn tell(&mut self, wal: &mut WalStream) -> Result<()> {
+    async fn tell(&mut self, wal: &mut dyn Sending) -> Result<()> {
         self.engine.guard.ensure_held()?;
         let flushed = self.engine.ledger.flush_position();
         let status = StandbyStatus {
@@ -453,7 +476,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     }
 
     /// Stores what was received, tells the server, and ends.
-    async fn stop(&mut self, wal: &mut WalStream) -> Result<Ended> {
+    async fn stop(&mut self, wal: &mut dyn Sending) -> Result<Ended> {
         self.engine.status.update(|now| now.phase = Phase::Stopping);
         let deadline = self.engine.clock.instant() + self.engine.stream.options.stop_grace;
         self.cut(CutReason::Shutdown).await?;
@@ -482,7 +505,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     }
 
     /// Ends the stream so that the server logs no broken connection. What matters was said.
-    async fn say_goodbye(&self, wal: WalStream) {
+    async fn say_goodbye(&self, wal: Box<dyn Sending>) {
         match tokio::time::timeout(GOODBYE_MAX, wal.finish()).await {
             Ok(Ok(connection)) => connection.close().await,
             Ok(Err(error)) => tracing::debug!("the server ended the stream first: {error}"),

@@ -2,7 +2,11 @@
 //!
 //! Orders go in through a bounded queue in the order of the WAL, sealed extents come out in the same
 //! order. What the thread holds is visible without asking it ([`Sealer::held_bytes`]).
+//!
+//! A simulation asks for no thread: then the same work is done in place, at the call that orders it,
+//! so that nothing depends on how fast a thread is.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -42,27 +46,46 @@ enum Order {
 /// A thread that seals extents; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Sealer {
-    orders: mpsc::Sender<Order>,
-    sealed: mpsc::Receiver<Result<Upload>>,
+    place: Workplace,
     held_bytes: Arc<AtomicU64>,
     cuts_pending: usize,
 }
 
+/// Where extents are sealed.
+#[derive(Debug)]
+enum Workplace {
+    Thread { orders: mpsc::Sender<Order>, sealed: mpsc::Receiver<Result<Upload>> },
+    InPlace { bench: Box<Bench>, sealed: VecDeque<Upload> },
+}
+
+/// What is needed to seal, and the extent being filled.
+#[derive(Debug)]
+struct Bench {
+    writer: Writer,
+    level: Level,
+    filling: Option<ExtentBuilder>,
+    held_bytes: Arc<AtomicU64>,
+}
+
 impl Sealer {
-    /// Starts the thread.
+    /// Starts the thread; one is all it takes, and with a `thread_count` of 0 there is none.
     ///
     /// # Errors
     /// `unavailable` when the system refuses a thread.
-    pub fn start(writer: Writer, level: Level) -> Result<Self> {
+    pub fn start(writer: Writer, level: Level, thread_count: usize) -> Result<Self> {
+        let held_bytes = Arc::new(AtomicU64::new(0));
+        let bench = Bench { writer, level, filling: None, held_bytes: Arc::clone(&held_bytes) };
+        if thread_count == 0 {
+            let place = Workplace::InPlace { bench: Box::new(bench), sealed: VecDeque::new() };
+            return Ok(Self { place, held_bytes, cuts_pending: 0 });
+        }
         let (orders, todo) = mpsc::channel(ORDERS_MAX);
         let (done, sealed) = mpsc::channel(ORDERS_MAX);
-        let held_bytes = Arc::new(AtomicU64::new(0));
-        let held = Arc::clone(&held_bytes);
         thread::Builder::new()
             .name("tm-seal".to_owned())
-            .spawn(move || work(&writer, level, todo, &done, &held))
+            .spawn(move || work(bench, todo, &done))
             .context(|| "unable to start the sealing thread")?;
-        Ok(Self { orders, sealed, held_bytes, cuts_pending: 0 })
+        Ok(Self { place: Workplace::Thread { orders, sealed }, held_bytes, cuts_pending: 0 })
     }
 
     /// Bytes held for the extent being filled.
@@ -105,16 +128,23 @@ impl Sealer {
         self.order(Order::Finish(extent, chain), sealed).await
     }
 
-    async fn order(&mut self, order: Order, sealed: &mut Vec<Upload>) -> Result<()> {
+    async fn order(&mut self, order: Order, ready: &mut Vec<Upload>) -> Result<()> {
+        let (orders, sealed) = match &mut self.place {
+            Workplace::Thread { orders, sealed } => (orders, sealed),
+            Workplace::InPlace { bench, sealed } => {
+                sealed.extend(bench.execute(order)?);
+                return Ok(());
+            }
+        };
         loop {
             tokio::select! {
-                place = self.orders.reserve() => {
+                place = orders.reserve() => {
                     place.map_err(gone)?.send(order);
                     return Ok(());
                 }
-                Some(upload) = self.sealed.recv() => {
+                Some(upload) = sealed.recv() => {
                     self.cuts_pending = self.cuts_pending.saturating_sub(1);
-                    sealed.push(upload?);
+                    ready.push(upload?);
                 }
             }
         }
@@ -128,7 +158,13 @@ impl Sealer {
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
     pub async fn next(&mut self) -> Result<Upload> {
-        let upload = self.sealed.recv().await.ok_or_else(|| gone(()))??;
+        let upload = match &mut self.place {
+            Workplace::Thread { sealed, .. } => sealed.recv().await.ok_or_else(|| gone(()))??,
+            Workplace::InPlace { sealed, .. } => match sealed.pop_front() {
+                Some(upload) => upload,
+                None => return std::future::pending().await,
+            },
+        };
         self.cuts_pending = self.cuts_pending.saturating_sub(1);
         Ok(upload)
     }
@@ -138,16 +174,9 @@ fn gone<T>(_: T) -> Error {
     Error::new(Kind::Bug, "the sealing thread has ended")
 }
 
-fn work(
-    writer: &Writer,
-    level: Level,
-    mut todo: mpsc::Receiver<Order>,
-    done: &mpsc::Sender<Result<Upload>>,
-    held_bytes: &AtomicU64,
-) {
-    let mut builder = None;
+fn work(mut bench: Bench, mut todo: mpsc::Receiver<Order>, done: &mpsc::Sender<Result<Upload>>) {
     while let Some(order) = todo.blocking_recv() {
-        match execute(writer, level, &mut builder, order) {
+        match bench.execute(order) {
             Ok(None) => {}
             Ok(Some(upload)) => {
                 if done.blocking_send(Ok(upload)).is_err() {
@@ -160,39 +189,41 @@ fn work(
                 return;
             }
         }
-        let held = builder.as_ref().map_or(0, ExtentBuilder::held_bytes);
-        held_bytes.store(held as u64, Ordering::Relaxed);
     }
 }
 
-fn execute(
-    writer: &Writer,
-    level: Level,
-    builder: &mut Option<ExtentBuilder>,
-    order: Order,
-) -> Result<Option<Upload>> {
-    match order {
-        Order::Push(place, piece) => {
-            let mut filling = match builder.take() {
-                Some(filling) => filling,
-                None => ExtentBuilder::new(writer, place.timeline, place.start, level)?,
-            };
-            assert!(filling.end() == place.start, "a piece does not follow on in its extent");
-            filling.push(piece)?;
-            *builder = Some(filling);
-            Ok(None)
+impl Bench {
+    fn execute(&mut self, order: Order) -> Result<Option<Upload>> {
+        let sealed = match order {
+            Order::Push(place, piece) => self.push(place, piece).map(|()| None),
+            Order::Finish(extent, chain) => self.finish(extent, chain).map(Some),
+        };
+        let held = self.filling.as_ref().map_or(0, ExtentBuilder::held_bytes);
+        self.held_bytes.store(held as u64, Ordering::Relaxed);
+        sealed
+    }
+
+    fn push(&mut self, place: Place, piece: Bytes) -> Result<()> {
+        let mut filling = match self.filling.take() {
+            Some(filling) => filling,
+            None => ExtentBuilder::new(&self.writer, place.timeline, place.start, self.level)?,
+        };
+        assert!(filling.end() == place.start, "a piece does not follow on in its extent");
+        filling.push(piece)?;
+        self.filling = Some(filling);
+        Ok(())
+    }
+
+    fn finish(&mut self, extent: CutExtent, chain: u64) -> Result<Upload> {
+        let empty = || Error::new(Kind::Bug, "an extent was ended that was never begun");
+        let filled = self.filling.take().ok_or_else(empty)?;
+        let extent_end = extent.cut.range.end();
+        assert!(filled.end() == extent_end, "an extent does not hold what it is called");
+        let mut sealed = filled.finish(extent.cut.greatest_time)?;
+        // A small extent in a buffer made for a large one would be counted for what it holds.
+        if sealed.body.len() < SMALL_BYTES {
+            sealed.body = Bytes::copy_from_slice(&sealed.body);
         }
-        Order::Finish(extent, chain) => {
-            let empty = || Error::new(Kind::Bug, "an extent was ended that was never begun");
-            let filled = builder.take().ok_or_else(empty)?;
-            let extent_end = extent.cut.range.end();
-            assert!(filled.end() == extent_end, "an extent does not hold what it is called");
-            let mut sealed = filled.finish(extent.cut.greatest_time)?;
-            // A small extent in a buffer made for a large one would be counted for what it holds.
-            if sealed.body.len() < SMALL_BYTES {
-                sealed.body = Bytes::copy_from_slice(&sealed.body);
-            }
-            Ok(Some(Upload { sealed, extent, chain }))
-        }
+        Ok(Upload { sealed, extent, chain })
     }
 }

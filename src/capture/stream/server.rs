@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::upstream::{Upstream, Walsender};
 use super::{SlotLife, StreamOptions, watch};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
-use crate::wire::{ConnectOptions, Connection, Session, Slot, SlotLife as WireSlotLife};
+use crate::wire::{Session, Slot, SlotLife as WireSlotLife};
 
 /// Longest time between two messages of ours, whatever the server allows.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
@@ -19,7 +20,7 @@ const STATUS_INTERVAL_MIN: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Server {
     /// The open walsender session.
-    pub connection: Connection,
+    pub connection: Box<dyn Walsender>,
     /// Its timeline.
     pub timeline: TimelineId,
     /// The way to its timeline.
@@ -45,11 +46,11 @@ impl Server {
     /// What connecting and asking report. The inner error is `conflict`: the server is another
     /// cluster than `expected`, and asking again will not change that.
     pub async fn meet(
-        postgres: &ConnectOptions,
+        upstream: &dyn Upstream,
         expected: SystemId,
         clock: &Clock,
     ) -> Result<Result<Self>> {
-        let mut connection = Connection::connect(postgres, Session::Physical, clock).await?;
+        let mut connection = upstream.connect(Session::Physical, clock).await?;
         let identity = connection.identify_system().await?;
         if let Err(other) = check_system(expected, identity.system_id) {
             return Ok(Err(other));
@@ -59,9 +60,9 @@ impl Server {
         let names = connection.show("synchronous_standby_names").await?;
         let name = connection.parameter("application_name").unwrap_or_default();
         let synchronous = watch::is_named(&names, name);
-        let in_recovery = is_in_recovery(&mut connection).await?;
+        let in_recovery = is_in_recovery(&mut *connection).await?;
         let timeline = identity.timeline;
-        let (history, history_file) = read_history(&mut connection, timeline).await?;
+        let (history, history_file) = read_history(&mut *connection, timeline).await?;
         Ok(Ok(Self {
             connection,
             timeline,
@@ -80,11 +81,11 @@ impl Server {
     /// # Errors
     /// As [`Server::meet`].
     pub async fn reconnect(
-        postgres: &ConnectOptions,
+        upstream: &dyn Upstream,
         expected: SystemId,
         clock: &Clock,
-    ) -> Result<Connection> {
-        let mut connection = Connection::connect(postgres, Session::Physical, clock).await?;
+    ) -> Result<Box<dyn Walsender>> {
+        let mut connection = upstream.connect(Session::Physical, clock).await?;
         check_system(expected, connection.identify_system().await?.system_id)?;
         Ok(connection)
     }
@@ -113,7 +114,7 @@ pub fn check_system(expected: SystemId, found: SystemId) -> Result<()> {
 /// # Errors
 /// What the server says; `corrupt` for what is no history.
 pub async fn read_history(
-    connection: &mut Connection,
+    connection: &mut dyn Walsender,
     timeline: TimelineId,
 ) -> Result<(TimelineHistory, Option<Bytes>)> {
     if timeline == TimelineId::FIRST {
@@ -130,7 +131,7 @@ pub async fn read_history(
     }
 }
 
-async fn is_in_recovery(connection: &mut Connection) -> Result<bool> {
+async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
     // Reported since PostgreSQL 14; before, a transaction in recovery is at least read-only.
     match connection.parameter("in_hot_standby") {
         Some(value) => Ok(value == "on"),

@@ -12,10 +12,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::status::{Phase, SlotHealth, Status};
+use super::upstream::Upstream;
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::Lsn;
-use crate::wire::{ConnectOptions, Connection, Row, Session};
+use crate::wire::{Connection, Row, Session};
 
 /// Soon after a connection is made, so that the walsender is in the catalog.
 const FIRST_AFTER: Duration = Duration::from_secs(2);
@@ -71,14 +72,14 @@ impl Watch {
     /// Begins to ask about the slot `slot_name`, which must be a slot's name.
     #[must_use]
     pub fn start(
-        postgres: &ConnectOptions,
+        upstream: &Arc<dyn Upstream>,
         slot_name: &str,
         clock: &Clock,
         status: &Arc<Status>,
     ) -> Self {
         let (sender, observed) = watch::channel(Observation::default());
         let asking = Asking {
-            postgres: postgres.clone(),
+            upstream: Arc::clone(upstream),
             slot_name: slot_name.to_owned(),
             clock: clock.clone(),
             status: Arc::clone(status),
@@ -100,7 +101,7 @@ impl Watch {
 }
 
 struct Asking {
-    postgres: ConnectOptions,
+    upstream: Arc<dyn Upstream>,
     slot_name: String,
     clock: Clock,
     status: Arc<Status>,
@@ -139,8 +140,12 @@ impl Asking {
 
     async fn ask(&mut self) -> Result<Observation> {
         if !self.catalog_refused {
-            match Connection::connect(&self.postgres, Session::Database, &self.clock).await {
-                Ok(connection) => return observe(connection, &self.slot_name).await,
+            match self.upstream.connect(Session::Database, &self.clock).await {
+                Ok(mut connection) => {
+                    let observed = connection.observe(&self.slot_name).await;
+                    connection.close().await;
+                    return observed;
+                }
                 Err(error) if error.is_transient() => return Err(error),
                 Err(error) => {
                     self.catalog_refused = true;
@@ -151,15 +156,18 @@ impl Asking {
                 }
             }
         }
-        let mut connection =
-            Connection::connect(&self.postgres, Session::Physical, &self.clock).await?;
+        let mut connection = self.upstream.connect(Session::Physical, &self.clock).await?;
         let server_end_lsn = connection.identify_system().await?.flushed_end_lsn;
         connection.close().await;
         Ok(Observation { server_end_lsn, ..Observation::default() })
     }
 }
 
-async fn observe(mut connection: Connection, slot_name: &str) -> Result<Observation> {
+/// Asks the catalog, on an ordinary connection.
+///
+/// # Errors
+/// What the server says; `corrupt` for an answer that is none.
+pub(super) async fn observe(connection: &mut Connection, slot_name: &str) -> Result<Observation> {
     let sql = format!(
         "select case when pg_catalog.pg_is_in_recovery() \
          then coalesce(greatest(pg_catalog.pg_last_wal_receive_lsn(), \
@@ -171,7 +179,6 @@ async fn observe(mut connection: Connection, slot_name: &str) -> Result<Observat
          left join pg_catalog.pg_stat_replication r on r.pid = s.active_pid"
     );
     let rows = connection.query(&sql).await?;
-    connection.close().await;
     let row = rows.first().ok_or_else(|| unexpected("no row"))?;
     decode(row)
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::{Event, OpenPack, Piece, PieceDone, Shared};
 use crate::error::{Error, Kind, Result};
@@ -60,7 +61,17 @@ pub(super) fn pack_block(
         Err(error) => Event::Failed(error),
     };
     // A collector that has gone knows why.
-    drop(events.blocking_send(event));
+    let _told = tell(events, event);
+}
+
+/// Tells the collector; false when it has gone. Blocks only when it is behind, which it hardly ever
+/// is: so a pool without threads can run this inside a runtime.
+fn tell(events: &mpsc::Sender<Event>, event: Event) -> bool {
+    match events.try_send(event) {
+        Ok(()) => true,
+        Err(TrySendError::Full(event)) => events.blocking_send(event).is_ok(),
+        Err(TrySendError::Closed(_)) => false,
+    }
 }
 
 fn work(
@@ -131,9 +142,10 @@ fn seal_block(
         pack.idle_parts.lock().unwrap_or_else(PoisonError::into_inner).push(part);
         return Ok(());
     }
-    events
-        .blocking_send(Event::Part { pack: pack.name.number, part })
-        .map_err(|_gone| Error::new(Kind::Cancelled, "the backup was stopped"))
+    if tell(events, Event::Part { pack: pack.name.number, part }) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Cancelled, "the backup was stopped"))
 }
 
 /// An idle buffer of the pack, or a new one when memory allows. The fullest first: so few are left

@@ -1,0 +1,104 @@
+//! Runs written by hand: what a seed once found, so small that nothing else is in the way.
+
+use std::time::Duration;
+
+use tidemark::repo::Catalog;
+use tidemark::repo::retention::RetentionOptions;
+
+use crate::work::Settings;
+use crate::world::World;
+
+const STEP: Duration = Duration::from_millis(50);
+
+fn world() -> World {
+    let settings = Settings {
+        identity: None,
+        lease_ttl: Duration::from_secs(10),
+        wait: true,
+        uploads_max: 3,
+        flush_interval: Duration::from_secs(1),
+        lag_ceiling_bytes: None,
+        retention: RetentionOptions::default(),
+    };
+    World::new(1, settings)
+}
+
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+/// The histories of a server on its third timeline, when the stream last saw it on the first, hold
+/// the second as well: the WAL of the second is stored, and nothing else says where it belongs.
+#[test]
+fn a_timeline_that_nobody_saw_begin_is_stored_with_its_history() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    world.kill(0);
+    for _ in 0..2 {
+        let now = world.now;
+        world.server.promote(0, false, now);
+        world.server.work(5000, now);
+    }
+    world.start_sidecar();
+    world.run(seconds(60), STEP);
+    let known = world.look(async |_, repository, _| {
+        let catalog = Catalog::load(repository).await?;
+        Ok((catalog.wal.timelines().count(), catalog.unknown_ancestries().len()))
+    });
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(known.unwrap(), (3, 0));
+}
+
+/// A walsender answers a status before it looks for more WAL to send.
+#[test]
+fn a_sign_of_life_in_front_of_a_commit_does_not_say_that_all_is_stored() {
+    let mut world = world();
+    world.start_sidecar();
+    let now = world.now;
+    world.server.work(100, now);
+    world.run(seconds(100), STEP);
+    let caught_up = world.processes[0].status.snapshot().caught_up_at;
+    assert!(caught_up.is_some(), "a silent server was heard twice");
+    let now = world.now;
+    world.server.state().answers_first = true;
+    world.server.work(100, now);
+    world.run(STEP, STEP);
+    assert!(!world.server.state().answers_first, "the answer came first");
+    world.run(seconds(10), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
+/// The end of a backup is known by the clock of the host that took it. A commit of that very moment may
+/// be in WAL that is not stored yet.
+#[test]
+fn a_listing_promises_no_moment_after_a_backup_before_a_commit_was_stored() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(3), STEP);
+    world.order_backup(0);
+    while world.judge.committed.is_empty() {
+        world.run(STEP, STEP);
+    }
+    let promised = world.look(async |_, repository, _| {
+        let catalog = Catalog::load(repository).await?;
+        let intervals = catalog.intervals();
+        Ok(intervals
+            .iter()
+            .map(|interval| interval.from_time <= interval.until_time)
+            .collect::<Vec<_>>())
+    });
+    assert_eq!(promised.unwrap(), vec![false]);
+    let now = world.now;
+    world.server.work(100, now);
+    world.run(seconds(4), STEP);
+    let promised = world.look(async |_, repository, _| {
+        let catalog = Catalog::load(repository).await?;
+        let intervals = catalog.intervals();
+        Ok(intervals
+            .iter()
+            .map(|interval| interval.from_time <= interval.until_time)
+            .collect::<Vec<_>>())
+    });
+    assert_eq!(promised.unwrap(), vec![true]);
+}
