@@ -18,6 +18,7 @@ use crate::capture::stream::{self, Phase, Status, Stream};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::pg::TimelineId;
 use crate::repo::Catalog;
 use crate::repo::retention::RetentionOptions;
 
@@ -92,15 +93,17 @@ struct Chores<'a> {
     supervisor: &'a Supervisor,
     config: &'a Config,
     clock: &'a Clock,
-    /// `None` until the repository was asked.
+    /// `None` until the repository was asked, which is done again after each backup.
     backups: Option<BackupHistory>,
+    /// The timeline that was streamed when the repository was asked.
+    timeline: Option<TimelineId>,
     kept_up: Timestamp,
 }
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
         let now = clock.now();
-        Self { supervisor, config, clock, backups: None, kept_up: now }
+        Self { supervisor, config, clock, backups: None, timeline: None, kept_up: now }
     }
 
     async fn run(&mut self, stop: &CancellationToken) {
@@ -143,7 +146,8 @@ impl<'a> Chores<'a> {
 
     async fn back_up(&mut self, stop: &CancellationToken) {
         let Some(interval) = self.supervisor.duties.backup_interval else { return };
-        let mut history = match self.backups {
+        let timeline = self.supervisor.status.snapshot().timeline;
+        let mut history = match self.backups.filter(|_| self.timeline == timeline) {
             Some(history) => history,
             None => match self.history().await {
                 Ok(history) => history,
@@ -151,6 +155,7 @@ impl<'a> Chores<'a> {
                 Err(_) => return,
             },
         };
+        self.timeline = timeline;
         history.needed_at_once |= self.supervisor.status.snapshot().base_backup_needed;
         self.backups = Some(history);
         if !schedule::is_backup_due(history, interval, self.clock.now()) {
@@ -158,16 +163,15 @@ impl<'a> Chores<'a> {
         }
         let outcome = self.take_backup(stop).await;
         match &outcome {
-            Ok(report) => {
-                history.newest_start = Some(report.manifest.public.start_time);
-                history.failed = None;
-                // The stream says so again when this one began before the gap ended.
-                history.needed_at_once = false;
-            }
+            // Whether it leads to where the server is now, the repository tells: a promotion may have
+            // left it on a dead branch.
+            Ok(_) => self.backups = None,
             Err(_) if stop.is_cancelled() => return,
-            Err(_) => history.failed = Some(self.clock.now()),
+            Err(_) => {
+                history.failed = Some(self.clock.now());
+                self.backups = Some(history);
+            }
         }
-        self.backups = Some(history);
         self.tell("base backup", outcome, |report| {
             let manifest = &report.manifest.public;
             Some(format!(
@@ -181,12 +185,16 @@ impl<'a> Chores<'a> {
     }
 
     async fn history(&self) -> Result<BackupHistory> {
+        // Asked before the listing, which then holds all WAL up to there.
+        let streamed = self.supervisor.status.snapshot();
         let catalog = Catalog::load(&self.supervisor.writing.repository).await?;
         let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
         let newest_start = restorable.map(|backup| backup.manifest.start_time).max();
-        // A gap that an earlier process left, and nobody took a backup after.
-        let needed_at_once = newest_start.is_some() && !catalog.reaches_its_end();
-        Ok(BackupHistory { newest_start, failed: None, needed_at_once })
+        // A gap that an earlier process left, or a promotion, and nobody took a backup after.
+        let reached = streamed
+            .timeline
+            .is_none_or(|timeline| catalog.reaches(timeline, streamed.durable_end_lsn));
+        Ok(BackupHistory { newest_start, failed: None, needed_at_once: !reached })
     }
 
     async fn take_backup(&self, stop: &CancellationToken) -> Result<base::BackupReport> {

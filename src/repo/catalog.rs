@@ -204,12 +204,16 @@ impl Catalog {
         backup.has_all_packs() && self.lineage().is_complete(&backup.span())
     }
 
-    /// Whether some backup leads to the newest WAL of the newest timeline; true while there is no WAL.
-    /// Where it is not, no commit from now on can be restored before another backup is taken.
+    /// Whether some backup leads to `position` of `timeline`. Where none does (a gap came after all of
+    /// them, or they lie on a branch that a promotion left behind), no commit from there on can be
+    /// restored before another backup is taken.
     #[must_use]
-    pub fn reaches_its_end(&self) -> bool {
-        let Some(newest) = self.wal.timelines().last() else { return true };
-        self.intervals().iter().any(|interval| interval.timeline == newest && interval.open)
+    pub fn reaches(&self, timeline: TimelineId, position: Lsn) -> bool {
+        let reaches = |backup| {
+            let interval = self.interval(backup, timeline);
+            interval.is_some_and(|interval| interval.until_lsn >= position)
+        };
+        self.backups.iter().any(reaches)
     }
 
     /// The holes in the WAL, each once.
@@ -302,6 +306,31 @@ pub(super) mod tests {
             bad_packs: Vec::new(),
         };
         BackupSummary { manifest, objects }
+    }
+
+    #[test]
+    fn a_backup_before_a_gap_or_on_a_dead_branch_does_not_reach_what_is_streamed() {
+        use super::super::coverage::tests::extent;
+        let switch = Lsn(500);
+        let history = format!("1\t{switch}\tpromoted\n");
+        let history = TimelineHistory::decode(timeline(2), history.as_bytes()).unwrap();
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (450, 520), (0, 1))],
+            wal: WalCatalog::new([
+                extent(1, 100, 600, 1),
+                extent(2, 500, 700, 2),
+                extent(2, 800, 900, 3),
+            ]),
+            histories: [(timeline(2), history)].into(),
+            ..Catalog::default()
+        };
+        assert!(catalog.reaches(timeline(1), Lsn(600)));
+        assert!(!catalog.reaches(timeline(2), Lsn(700)), "it ended past the switch");
+        catalog.backups.insert(0, backup(1, (100, 200), (0, 1)));
+        assert!(catalog.reaches(timeline(2), switch) && catalog.reaches(timeline(2), Lsn(700)));
+        assert!(!catalog.reaches(timeline(2), Lsn(900)), "a gap comes before");
+        catalog.backups.push(backup(2, (800, 850), (3, 4)));
+        assert!(catalog.reaches(timeline(2), Lsn(900)));
     }
 
     #[test]

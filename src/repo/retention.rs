@@ -73,7 +73,8 @@ pub struct RetentionOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
-    /// The newest backup, or the newest that can be restored: one is always kept.
+    /// The newest backup, the newest that can be restored, or the newest that leads to the newest
+    /// timeline: each is always kept.
     Newest,
     /// The recovery window begins with it.
     WindowBase,
@@ -283,6 +284,11 @@ impl<'a> Rules<'a> {
         }
         let count = self.options.keep_count.map_or(0, |count| count as usize);
         restorable.iter().rev().take(count).for_each(|id| keep(*id, Reason::Count));
+        // A backup that ended on a branch which a promotion left behind may be newer than all that lead
+        // to where the server is now.
+        let leading = self.leading(&restorable);
+        leading.iter().rev().take(1).for_each(|id| keep(*id, Reason::Newest));
+        leading.iter().rev().take(count).for_each(|id| keep(*id, Reason::Count));
         let window = self.window_start();
         for backup in &self.catalog.backups {
             let (id, end) = (backup.id(), backup.manifest.end_time);
@@ -304,6 +310,13 @@ impl<'a> Rules<'a> {
         }
         self.keep_parents(&mut kept);
         kept
+    }
+
+    /// Those of `restorable` that lead to the newest timeline.
+    fn leading(&self, restorable: &BTreeSet<BackupId>) -> BTreeSet<BackupId> {
+        let newest = self.catalog.lineage().timelines().last().copied();
+        let towards = self.intervals.iter().filter(|interval| Some(interval.timeline) == newest);
+        towards.map(|interval| interval.backup).filter(|id| restorable.contains(id)).collect()
     }
 
     /// For each timeline the newest backup that ended before the window and reaches into it.

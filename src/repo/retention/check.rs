@@ -26,7 +26,8 @@ use super::{DeletionPlan, days};
 /// 3. *Count and age.* The newest backup stays, and the newest that can be restored; at least
 ///    `keep_count` that can be restored stay, or all; no backup goes that is held, or younger than
 ///    `keep_days`.
-/// 4. *Scope.* Nothing goes that is not a listed backup or known WAL; nothing of a backup without a
+/// 4. *Newest timeline.* As much of it can be recovered as before.
+/// 5. *Scope.* Nothing goes that is not a listed backup or known WAL; nothing of a backup without a
 ///    manifest.
 ///
 /// # Errors
@@ -45,6 +46,7 @@ pub fn check(catalog: &Catalog, plan: &DeletionPlan) -> Result<()> {
     comparison.scope()?;
     comparison.count_and_age()?;
     comparison.chains()?;
+    comparison.newest_timeline()?;
     comparison.window()
 }
 
@@ -143,6 +145,18 @@ impl Comparison<'_> {
             if let Some(parent) = backup.manifest.parents.iter().find(|p| self.gone.contains(p)) {
                 return Err(broken(format!("backup '{id}' refers to packs of '{parent}'")));
             }
+        }
+        Ok(())
+    }
+
+    fn newest_timeline(&self) -> Result<()> {
+        let newest = self.catalog.lineage().timelines().last().copied();
+        let end = |intervals: &[Interval]| {
+            let towards = intervals.iter().filter(|interval| Some(interval.timeline) == newest);
+            towards.map(|interval| interval.until_lsn).max()
+        };
+        if end(&self.intervals_after) < end(&self.intervals_before) {
+            return Err(broken("less of the newest timeline could be recovered"));
         }
         Ok(())
     }

@@ -193,6 +193,38 @@ fn a_dead_branch_goes_when_the_window_has_left_it() {
     assert_eq!(gone, [(1, 12), (2, 14)]);
 }
 
+/// The newest backup was taken on timeline 1 after timeline 2 had left it, none on timeline 2 yet.
+fn only_a_dead_branch_has_a_new_backup() -> Catalog {
+    let mut catalog = promoted();
+    catalog.backups.retain(|backup| backup.id().timeline() == timeline(1));
+    catalog.backups.push(daily(1, 11));
+    catalog
+}
+
+#[test]
+fn the_newest_backup_that_leads_to_the_newest_timeline_stays() {
+    let catalog = only_a_dead_branch_has_a_new_backup();
+    let plan = plan(&catalog, &options(None, Some(1), None), now(12)).unwrap();
+    assert_eq!(kept_days(&plan), [9, 11]);
+    assert!(plan.wal.iter().all(|wal| wal.timeline == timeline(1)), "{plan}");
+    assert_eq!(plan.wal[0].horizon_lsn.0, 8 * 1440 * MINUTE_BYTES);
+}
+
+#[test]
+fn a_plan_that_leaves_only_a_dead_branch_is_refused_by_the_second_check() {
+    let catalog = only_a_dead_branch_has_a_new_backup();
+    let mut plan = plan(&catalog, &options(None, Some(1), None), now(12)).unwrap();
+    let leading = &catalog.backups[9];
+    plan.backups.push(DeletedBackup {
+        id: leading.id(),
+        end_time: leading.manifest.end_time,
+        pack_count: 1,
+        stored_bytes: 1,
+    });
+    let error = check(&catalog, &plan).unwrap_err();
+    assert!(error.message().contains("less of the newest timeline"), "{error}");
+}
+
 #[test]
 fn wal_of_unknown_descent_stays() {
     let mut catalog = promoted();
@@ -377,6 +409,13 @@ proptest! {
                     inside(recoverable_days(&after, target, &after.backups))
                 );
             }
+        }
+        // The newest timeline is recovered as far as before, whatever other branches have.
+        if let Some(newest) = catalog.lineage().timelines().last() {
+            let last = |catalog: &Catalog| {
+                recoverable_days(catalog, *newest, &catalog.backups).last().copied()
+            };
+            prop_assert_eq!(last(&catalog), last(&after));
         }
         // Doing it twice finds nothing more to do.
         let again = super::plan(&after, &options, now(now_day)).unwrap();
