@@ -373,7 +373,7 @@ async fn a_part_the_store_lost_is_not_papered_over() {
     let store = open(&server, "p");
     server.faults().add(Fault::new(Effect::WrongEtag).on(Op::UploadPart).times(1));
     let error = upload(&store, "a").await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
     assert_eq!(store.head(&name("a")).await.unwrap(), None);
     assert_eq!(server.upload_count("tidemark"), 0);
 }
