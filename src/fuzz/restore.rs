@@ -128,8 +128,8 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
             ["restore_command", "archive_cleanup_command", "primary_conninfo", "primary_slot_name"];
         name.starts_with("recovery_") || others.contains(&name.as_str())
     };
-    // Whatever stands outside a block of ours is kept, in its order.
-    let mut kept = edited.lines();
+    // Whatever stands outside a block of ours is kept to the byte, in its order.
+    let mut kept = edited.split_terminator('\n');
     for line in outside_blocks(&existing).filter(|line| !ours(line.trim())) {
         assert!(kept.any(|found| found == line), "{line:?} was lost");
     }
@@ -142,7 +142,7 @@ fn outside_blocks(file: &str) -> impl Iterator<Item = &str> {
         let begin = "# tidemark restore: begin (recovery settings, of no effect after recovery)";
         ends(line) || line.trim() == begin
     };
-    let lines: Vec<&str> = file.lines().collect();
+    let lines: Vec<&str> = file.split_terminator('\n').collect();
     let mut inside = false;
     let mut kept = Vec::new();
     for (index, line) in lines.iter().enumerate() {

@@ -198,12 +198,12 @@ impl RecoverySettings {
 fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
     let mut kept = String::with_capacity(existing.len());
     let mut inside_block = false;
-    for (index, line) in existing.lines().enumerate() {
+    for (index, line) in existing.split_terminator('\n').enumerate() {
         let trimmed = line.trim();
         match trimmed {
             // A block without its end is taken for ordinary lines: nothing else is lost then.
             BLOCK_HEAD => {
-                let mut later = existing.lines().skip(index + 1).map(str::trim);
+                let mut later = existing.split_terminator('\n').skip(index + 1).map(str::trim);
                 let next = later.find(|line| matches!(*line, BLOCK_HEAD | BLOCK_END));
                 inside_block = next == Some(BLOCK_END);
             }
@@ -323,6 +323,7 @@ mod tests {
              {BLOCK_HEAD}\nc = 1\n{BLOCK_END}\nd = 1\n{BLOCK_HEAD}\ne = 1\n"
         );
         assert_eq!(without_recovery_settings(&existing, &[]), "a = 1\nb = 1\nd = 1\ne = 1\n");
+        assert_eq!(without_recovery_settings("a = 1\r\r\n\nb", &[]), "a = 1\r\r\n\nb\n");
     }
 
     #[test]

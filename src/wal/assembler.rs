@@ -330,9 +330,7 @@ impl Assembler {
                 State::InBody { rest_bytes } => self.collect_body(rest, rest_bytes, sink)?,
                 State::InUnknown { rest_bytes } => self.skip_unknown(rest, rest_bytes),
                 State::BehindEnd => {
-                    if rest.iter().any(|byte| *byte != 0) {
-                        return Err(data_behind_end(self.position, self.last_end_lsn));
-                    }
+                    self.check_zeros(self.position, rest)?;
                     self.advance(rest.len());
                     &[]
                 }
@@ -397,9 +395,7 @@ impl Assembler {
         let length_bytes = u32_prefix(&self.header_bytes);
         if length_bytes == 0 {
             let collected = self.header_bytes.get(..filled).unwrap_or_default();
-            if collected.iter().any(|byte| *byte != 0) {
-                return Err(damaged_record(self.record_start_lsn, "its length is 0"));
-            }
+            self.check_zeros(self.record_start_lsn, collected)?;
             self.state = State::BehindEnd;
             return Ok(later);
         }
@@ -418,6 +414,17 @@ impl Assembler {
             self.finish_record(sink)?;
         }
         Ok(later)
+    }
+
+    /// Nothing may follow the end of the WAL. Names the first byte that does, however it came.
+    fn check_zeros(&self, start: Lsn, bytes: &[u8]) -> Result<()> {
+        match bytes.iter().position(|byte| *byte != 0) {
+            None => Ok(()),
+            Some(offset) => {
+                let found = Lsn(start.0.saturating_add(offset as u64));
+                Err(data_behind_end(found, self.last_end_lsn))
+            }
+        }
     }
 
     /// Takes in bytes of a record's body that comes in pieces.
