@@ -19,6 +19,7 @@ struct Busy {
     server: Postgres,
     pgbench: Child,
     round: u32,
+    moments: u32,
 }
 
 impl Busy {
@@ -50,7 +51,7 @@ impl Busy {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Self { server, pgbench, round: 0 }
+        Self { server, pgbench, round: 0, moments: 0 }
     }
 
     /// DDL, large objects, both tablespaces, prepared transactions: one round of each.
@@ -88,7 +89,22 @@ impl Busy {
     /// Stops the writers, names this moment in one of the four ways, reads everything, goes on.
     fn moment(&mut self, kind: u32) -> Moment {
         let pid = self.pgbench.id();
+        let deadline = Instant::now() + Duration::from_secs(60);
         send_signal(pid, "STOP");
+        let moment = loop {
+            if let Some(moment) = self.try_moment(kind) {
+                break moment;
+            }
+            assert!(Instant::now() < deadline, "the writers do not stop");
+        };
+        self.server.psql("insert into pgbench_like_log default values");
+        send_signal(pid, "CONT");
+        moment
+    }
+
+    /// `None` when a writer's transaction ended between the moment and the reading: what a writer sent
+    /// before it was stopped may be read by its backend at any time after.
+    fn try_moment(&mut self, kind: u32) -> Option<Moment> {
         // A statement that was on its way ends on the server by itself, or waits for a row that a stopped
         // writer has locked; wait until nothing else runs.
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -99,11 +115,15 @@ impl Busy {
             assert!(Instant::now() < deadline, "the writers do not stop");
             std::thread::sleep(Duration::from_millis(20));
         }
+        let open = "select string_agg(backend_xid::text, ',' order by pid) from pg_stat_activity \
+                    where backend_type = 'client backend' and application_name = 'pgbench'";
+        let open_before = self.server.psql(open);
         let xid = self.server.psql(
             "insert into pgbench_like_log default values; \
              select xmin from pgbench_like_log order by id desc limit 1",
         );
-        let name = format!("moment-{}", self.round);
+        self.moments += 1;
+        let name = format!("moment-{}", self.moments);
         let arguments: Vec<String> = match kind % 4 {
             0 => {
                 std::thread::sleep(Duration::from_millis(5));
@@ -119,9 +139,7 @@ impl Busy {
             _ => vec!["--to-lsn".into(), self.server.psql("select pg_current_wal_insert_lsn()")],
         };
         let truth = contents(&self.server);
-        self.server.psql("insert into pgbench_like_log default values");
-        send_signal(pid, "CONT");
-        Moment { arguments, truth }
+        (self.server.psql(open) == open_before).then_some(Moment { arguments, truth })
     }
 }
 
