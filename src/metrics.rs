@@ -60,6 +60,17 @@ pub struct LatencySummary {
     pub max_us: u64,
 }
 
+/// What a [`Latency`] has seen, counted by bounds that its reader chose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LatencyBuckets {
+    /// For each bound, in their order, how many took no longer.
+    pub counts: Vec<u64>,
+    /// How many were recorded.
+    pub count: u64,
+    /// Their sum, in microseconds; three digits are kept of each.
+    pub sum_us: u64,
+}
+
 impl Latency {
     /// Nothing recorded yet.
     #[must_use]
@@ -69,14 +80,38 @@ impl Latency {
 
     /// Records one; what is longer than an hour counts as an hour.
     pub fn record(&self, took: Duration) {
-        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.record_all([took]);
+    }
+
+    /// Records several at once.
+    pub fn record_all(&self, took: impl IntoIterator<Item = Duration>) {
+        self.change(|histogram| {
+            took.into_iter().for_each(|took| histogram.saturating_record(micros(took)));
+        });
+    }
+
+    /// Records one of a row that was to happen every `expected_interval`: a load generator that waits
+    /// for an answer before it asks again asks too seldom while answers are slow, and would leave out
+    /// exactly the askings that would have waited. For an answer that took longer than the interval
+    /// those are recorded too, each an interval shorter than the one before (the correction for
+    /// coordinated omission). Who is not a load generator records what happened: [`Latency::record`].
+    pub fn record_corrected(&self, took: Duration, expected_interval: Duration) {
+        let interval = micros(expected_interval);
+        self.change(|histogram| {
+            if histogram.record_correct(micros(took), interval).is_err() {
+                histogram.saturating_record(micros(took));
+            }
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Histogram<u64>)) {
         let mut histogram = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if histogram.is_none() {
             // The bounds are constants the constructor accepts, as the test below shows.
             *histogram = Histogram::new_with_bounds(1, LATENCY_MICROS_MAX, LATENCY_DIGITS).ok();
         }
         if let Some(histogram) = histogram.as_mut() {
-            histogram.saturating_record(micros);
+            change(histogram);
         }
     }
 
@@ -92,6 +127,32 @@ impl Latency {
             max_us: histogram.max(),
         })
     }
+
+    /// What was recorded so far, counted by `bounds`, which ascend.
+    #[must_use]
+    pub fn buckets(&self, bounds: &[Duration]) -> LatencyBuckets {
+        let mut buckets = LatencyBuckets { counts: vec![0; bounds.len()], ..Default::default() };
+        let histogram = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(histogram) = histogram.as_ref() else { return buckets };
+        for step in histogram.iter_recorded() {
+            let (value, count) = (step.value_iterated_to(), step.count_since_last_iteration());
+            buckets.count += count;
+            buckets.sum_us = buckets.sum_us.saturating_add(value.saturating_mul(count));
+            // Values that the histogram does not tell apart are on the same side of a bound.
+            let lowest = histogram.lowest_equivalent(value);
+            for (within, bound) in buckets.counts.iter_mut().zip(bounds) {
+                if lowest <= micros(*bound) {
+                    *within += count;
+                }
+            }
+        }
+        buckets
+    }
+}
+
+/// A duration as a histogram takes it.
+fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX).clamp(1, LATENCY_MICROS_MAX)
 }
 
 #[cfg(test)]
@@ -119,6 +180,38 @@ mod tests {
         let summary = latency.summary();
         assert_eq!(summary.count, 2);
         assert!(summary.max_us >= LATENCY_MICROS_MAX);
+    }
+
+    #[test]
+    fn an_answer_that_was_late_stands_for_those_that_were_not_asked_for() {
+        let (seconds, interval) = (Duration::from_secs, Duration::from_secs(1));
+        let (plain, corrected) = (Latency::new(), Latency::new());
+        for _ in 0..100 {
+            plain.record(Duration::from_millis(1));
+            corrected.record_corrected(Duration::from_millis(1), interval);
+        }
+        plain.record(seconds(100));
+        corrected.record_corrected(seconds(100), interval);
+        assert_eq!((plain.summary().count, corrected.summary().count), (101, 200));
+        // Half of the time the answer took from 1 to 100 s.
+        assert!(plain.summary().p90_us < 1100, "{:?}", plain.summary());
+        let p90_us = corrected.summary().p90_us;
+        assert!((79_000_000..81_000_000).contains(&p90_us), "{p90_us}");
+        corrected.record_corrected(seconds(100_000), seconds(100_000));
+        assert_eq!(corrected.summary().count, 201);
+    }
+
+    #[test]
+    fn buckets_count_what_took_no_longer() {
+        let latency = Latency::new();
+        let bounds = [Duration::from_millis(1), Duration::from_millis(10), Duration::from_secs(60)];
+        assert_eq!(latency.buckets(&bounds).counts, [0, 0, 0]);
+        let millis = [1, 1, 2, 10, 11, 59_000, 61_000];
+        latency.record_all(millis.map(Duration::from_millis));
+        let buckets = latency.buckets(&bounds);
+        assert_eq!((buckets.counts.as_slice(), buckets.count), ([2, 4, 6].as_slice(), 7));
+        let sum_us = 1000 * millis.iter().sum::<u64>();
+        assert!(buckets.sum_us.abs_diff(sum_us) * 500 < sum_us, "{buckets:?}");
     }
 
     #[test]

@@ -51,11 +51,14 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     line.end();
     let manifest = &report.manifest.public;
     if args.json {
+        let store = base.writer.repository().store();
         return terminal.json_line(&json!({
             "backup": manifest,
             "taken_from": format!("{:?}", report.from).to_lowercase(),
             "checksum_failures": report.manifest.checksum_failures,
             "elapsed_seconds": report.elapsed.as_secs_f64(),
+            "requests": store.requests(),
+            "upload_latency": store.latencies().upload.summary(),
         }));
     }
     for line in conclusion(&report) {

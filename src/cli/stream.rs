@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::task::AbortOnDropHandle;
+
 use super::invocation::Invocation;
 use super::progress::{Meter, Progress, REDRAW_INTERVAL};
 use super::terminal::Terminal;
@@ -11,9 +13,12 @@ use super::words;
 use crate::capture::base::{self, BaseBackupPhase};
 use crate::capture::stream::{Phase, Snapshot, Status};
 use crate::clock::Clock;
+use crate::daemon::endpoint::Endpoint;
+use crate::daemon::exposition;
 use crate::daemon::supervisor::{Duties, Event, Supervisor};
 use crate::daemon::writing::Writing;
 use crate::error::Result;
+use crate::metrics::LatencySummary;
 use crate::repo::lease::Wait;
 
 /// How often a plain line says how far the stream is, where there is no terminal.
@@ -48,6 +53,11 @@ pub(super) async fn supervise(
     let slot_name = config.stream_options()?.slot_name;
     let postgres = config.connect_options()?;
     let wait = if wait { Wait::Forever } else { Wait::ForPassing };
+    // Before the right to write is taken: what is wrong here must not cost it.
+    let endpoint = match config.metrics_listen()? {
+        Some(address) => Some(Endpoint::bind(address).await?),
+        None => None,
+    };
     let writing = Writing::begin(config, clock, description, wait, stop).await?;
     announce_identity(terminal, writing.identity_made.as_deref());
     terminal.remark(&format!(
@@ -56,6 +66,11 @@ pub(super) async fn supervise(
         writing.repository.cluster()
     ));
     let status = Arc::new(Status::new());
+    let _answering = endpoint.map(|endpoint| {
+        let (status, repository) = (Arc::clone(&status), writing.repository.clone());
+        let page = Arc::new(move || exposition::page(&status, &repository));
+        AbortOnDropHandle::new(tokio::spawn(endpoint.serve(exposition::CONTENT_TYPE, page)))
+    });
     let backup_progress = Arc::new(base::Progress::new());
     let voice = terminal.clone();
     let supervisor = Supervisor {
@@ -81,11 +96,22 @@ pub(super) async fn supervise(
     outcome?;
     let last = status.snapshot();
     terminal.remark(&format!(
-        "stopped; WAL is durable up to {}, {} stored",
+        "stopped; WAL is durable up to {}, {} stored{}",
         last.durable_end_lsn,
-        words::bytes(last.stored_bytes)
+        words::bytes(last.stored_bytes),
+        waits(&status.latency().summary())
     ));
     Ok(())
+}
+
+/// How long commits waited until they were durable.
+fn waits(latency: &LatencySummary) -> String {
+    if latency.count == 0 {
+        return String::new();
+    }
+    let [half, most, longest] = [latency.p50_us, latency.p99_us, latency.max_us]
+        .map(|micros| format!("{:.2} s", Duration::from_micros(micros).as_secs_f64()));
+    format!("; commits were durable after {half} (half), {most} (99 %), {longest} (all)")
 }
 
 /// Tells loudly that a secret was made that nobody has a copy of.
@@ -129,7 +155,8 @@ impl Narrator {
             let idle = [BaseBackupPhase::Preparing, BaseBackupPhase::Complete];
             if idle.contains(&copying.phase) {
                 meter = Meter::begin(&clock);
-                progress.show(|| line(&now, &clock));
+                let waited = || waits(&status.latency().summary());
+                progress.show(|| format!("{}{}", line(&now, &clock), waited()));
             } else {
                 let copied = super::backup::text(&copying, &meter);
                 progress.show(|| format!("{}; base backup: {copied}", line(&now, &clock)));
@@ -194,6 +221,20 @@ fn line(now: &Snapshot, clock: &Clock) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waits_are_told_in_seconds_once_there_are_any() {
+        assert_eq!(waits(&LatencySummary::default()), "");
+        let latency = LatencySummary {
+            count: 3,
+            p50_us: 612_000,
+            p90_us: 900_000,
+            p99_us: 1_130_000,
+            max_us: 1_630_000,
+        };
+        let expected = "; commits were durable after 0.61 s (half), 1.13 s (99 %), 1.63 s (all)";
+        assert_eq!(waits(&latency), expected);
+    }
 
     #[test]
     fn an_outage_is_told_once_and_so_is_its_end() {

@@ -470,6 +470,13 @@ pub const KEYS: &[Key] = &[
     .default("1h")
     .flag("upkeep-interval"),
     key(
+        "metrics.listen",
+        Form::Text,
+        Group::Stream,
+        "Address and port, such as 127.0.0.1:9187, where 'tidemark stream' and 'tidemark run' answer \
+         GET /metrics for Prometheus. Without it nothing listens.",
+    ),
+    key(
         "restore.time_zone",
         Form::Text,
         Group::Restore,

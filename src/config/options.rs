@@ -1,5 +1,6 @@
 //! What the settings mean to each module: its own options, made here and nowhere else.
 
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -347,6 +348,22 @@ impl Config {
         Self::set(name, self.settings.duration(name)?)
     }
 
+    /// Where Prometheus may ask; `None`: nowhere.
+    ///
+    /// # Errors
+    /// `config` for what is no address of this machine with a port.
+    pub fn metrics_listen(&self) -> Result<Option<SocketAddr>> {
+        let Some(text) = self.text("metrics.listen") else { return Ok(None) };
+        text.parse().map(Some).map_err(|_not_an_address| {
+            let origin = self.settings.origin("metrics.listen");
+            let message = format!(
+                "unable to read 'metrics.listen' from {origin}: '{text}', expected an address and a \
+                 port such as 127.0.0.1:9187 or [::1]:9187"
+            );
+            Error::new(Kind::Config, message)
+        })
+    }
+
     /// The zone of times that name none.
     ///
     /// # Errors
@@ -411,6 +428,16 @@ mod tests {
         let limit = |text| config(&[("TIDEMARK_BACKUP_RATE_LIMIT", text)]).rate_limit_kib();
         assert_eq!(limit("1 MiB").unwrap().unwrap().get(), 1024);
         assert!(limit("1 KiB").is_err() && limit("2 GiB").is_err());
+    }
+
+    #[test]
+    fn metrics_are_told_where_a_port_is_named() {
+        let listen = |text| config(&[("TIDEMARK_METRICS_LISTEN", text)]).metrics_listen();
+        assert_eq!(listen("[::1]:9187").unwrap().unwrap().port(), 9187);
+        assert!(listen("").unwrap().is_none());
+        let error = listen("9187").unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains("from TIDEMARK_METRICS_LISTEN: '9187'"), "{error}");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! shares: the repository, and the keys to write and read it.
 
 pub mod backup;
+pub mod endpoint;
+pub mod exposition;
 pub mod keys;
 pub mod opening;
 pub mod schedule;

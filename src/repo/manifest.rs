@@ -191,8 +191,12 @@ fn corrupt(found: impl Into<String>) -> Error {
 }
 
 impl Manifest {
-    /// The object, sealed.
-    pub(super) fn seal(&self, writer: &Writer) -> Result<Bytes> {
+    /// The object, sealed. Putting it makes the backup visible: see
+    /// [`PackedBackup::commit`](super::packing::PackedBackup::commit).
+    ///
+    /// # Errors
+    /// `unsupported` when its public section would be longer than is read.
+    pub fn seal(&self, writer: &Writer) -> Result<Bytes> {
         let header = writer.header(ObjectKind::Manifest)?;
         let key = writer.object_key(&header, &Object::Manifest(self.public.id))?;
         let mut public = to_json(&self.public)?;

@@ -16,10 +16,10 @@ use bytes::{Bytes, BytesMut};
 use jiff::{SignedDuration, Timestamp};
 
 use super::{
-    Capabilities, ListPage, Multipart, ObjectInfo, ObjectName, PART_NUMBER_MAX, PutOutcome,
-    Replace, RequestCounts, Requests, Store, VersionTag, checked_range, joined,
+    Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PART_NUMBER_MAX,
+    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, joined,
 };
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::error::{Error, Kind, Result};
 
 /// Objects on one page of a listing.
@@ -36,6 +36,7 @@ pub struct Memory {
 struct Shared {
     state: Mutex<State>,
     requests: Requests,
+    latencies: Latencies,
 }
 
 #[derive(Default)]
@@ -157,6 +158,11 @@ impl Memory {
         }
     }
 
+    fn note_upload(&self, begun: Instant) {
+        let took = self.clock.instant().saturating_duration_since(begun);
+        self.shared.latencies.upload.record(took);
+    }
+
     fn publish(&self, state: &mut State, name: &ObjectName, body: Bytes) -> PutOutcome {
         if state.objects.contains_key(name.as_str()) {
             return PutOutcome::AlreadyThere;
@@ -234,8 +240,10 @@ impl Store for Memory {
     async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome> {
         self.shared.requests.puts.one();
         self.shared.requests.sent_bytes.add(body.len() as u64);
+        let begun = self.clock.instant();
         let fate = self.fate(Call::Put).await?;
         let outcome = self.publish(&mut self.state(), name, body);
+        self.note_upload(begun);
         fate.tell(outcome)
     }
 
@@ -333,6 +341,7 @@ impl Store for Memory {
     ) -> Result<Replace> {
         self.shared.requests.puts.one();
         self.shared.requests.sent_bytes.add(body.len() as u64);
+        let begun = self.clock.instant();
         let fate = self.fate(Call::Put).await?;
         let replaced = {
             let mut state = self.state();
@@ -343,6 +352,7 @@ impl Store for Memory {
                 Replace::Lost
             }
         };
+        self.note_upload(begun);
         fate.tell(replaced)
     }
 
@@ -381,6 +391,10 @@ impl Store for Memory {
     fn requests(&self) -> RequestCounts {
         self.shared.requests.counts()
     }
+
+    fn latencies(&self) -> &Latencies {
+        &self.shared.latencies
+    }
 }
 
 impl fmt::Debug for Memory {
@@ -403,7 +417,9 @@ impl Multipart for MemoryMultipart {
         if !(1..=PART_NUMBER_MAX).contains(&number) {
             return Err(Error::new(Kind::Bug, format!("part number {number} of '{}'", self.name)));
         }
+        let begun = self.memory.clock.instant();
         let fate = self.memory.fate(Call::Part).await?;
+        self.memory.note_upload(begun);
         match self.memory.state().uploads.get_mut(&self.id) {
             Some(upload) => upload.parts.insert(number, body),
             None => return Err(gone(&self.name)),

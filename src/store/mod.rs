@@ -56,7 +56,7 @@ pub use options::{
     Addressing, BODY_BYTES_PER_SECOND_MIN, Checksum, ServerSideEncryption, StaticCredentials,
     StoreOptions,
 };
-pub use requests::{RequestCounts, Requests};
+pub use requests::{Latencies, RequestCounts, Requests};
 
 /// Longest range one [`Store::get`] may ask for, and longest object it returns whole: the largest WAL
 /// segment PostgreSQL knows and room for our framing.
@@ -131,6 +131,9 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Requests made so far, by kind.
     fn requests(&self) -> RequestCounts;
+
+    /// How long puts took so far.
+    fn latencies(&self) -> &Latencies;
 }
 
 /// An object in the making. Dropping it leaves its parts for [`Store::abort_stale_multiparts`].

@@ -1,8 +1,11 @@
-//! Counts of the requests a store made, by kind: what they cost and what tests hold us to.
+//! Counts of the requests a store made, by kind: what they cost and what tests hold us to; and how
+//! long those took that somebody waits for.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+
+use crate::metrics::Latency;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $field:ident),+ $(,)?) => {
@@ -73,6 +76,16 @@ impl RequestCounts {
     pub fn writes(&self) -> u64 {
         self.puts + self.multipart_begins + self.parts + self.multipart_completes
     }
+}
+
+/// How long what a commit waits for took, since the store was opened.
+#[derive(Debug, Default)]
+pub struct Latencies {
+    /// Putting a body, of an object or of a part of one: from having it in memory to the store's word
+    /// that it is there, with all tries and pauses between. What failed in the end is not counted.
+    pub upload: Latency,
+    /// An fsync of a file or a folder; only a store in a directory has any.
+    pub fsync: Latency,
 }
 
 /// One counter.

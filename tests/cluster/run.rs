@@ -1,9 +1,12 @@
 //! `tidemark run`: what it does without being asked.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::harness::postgres::free_port;
 use crate::harness::{Binaries, Postgres, Settings, Tidemark};
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -84,4 +87,56 @@ fn after_a_gap_that_another_process_found_a_backup_is_taken_at_once() {
     assert_eq!(sidecar.terminate(), Some(0));
     let windows = listed["windows"].as_array().unwrap();
     assert_eq!(windows.len(), 2, "{listed:#}");
+}
+
+/// The page of metrics at `port`, or nothing while nobody listens there.
+fn metrics(port: u16) -> String {
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
+}
+
+fn metric(page: &str, name: &str) -> f64 {
+    let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
+    line.and_then(|line| line.rsplit(' ').next()).map_or(0.0, |value| value.parse().unwrap())
+}
+
+#[test]
+fn how_long_commits_puts_and_fsyncs_take_can_be_asked_while_it_runs() {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    let conninfo = server.conninfo();
+    let port = free_port();
+    let tidemark = Tidemark::with_directory()
+        .with_env("TIDEMARK_METRICS_LISTEN", &format!("127.0.0.1:{port}"));
+    let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
+    server.psql("create table t (id int)");
+    let began = Instant::now();
+    let page = loop {
+        server.psql("insert into t values (1)");
+        let page = metrics(port);
+        if metric(&page, "tidemark_commit_durable_seconds_count") >= 3.0 {
+            break page;
+        }
+        assert!(began.elapsed() < DEADLINE, "{page}{}", stream.log());
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    for name in ["tidemark_store_upload_seconds", "tidemark_store_fsync_seconds"] {
+        let (count, sum) =
+            (metric(&page, &format!("{name}_count")), metric(&page, &format!("{name}_sum")));
+        assert!(count >= 1.0 && sum > 0.0 && sum < 60.0, "{name}: {count}, {sum}\n{page}");
+    }
+    // initdb's commits are among them.
+    let commits = "tidemark_commit_durable_seconds";
+    let count = metric(&page, &format!("{commits}_count"));
+    let mean = metric(&page, &format!("{commits}_sum")) / count;
+    assert!(mean > 0.0 && mean < 30.0, "{mean}\n{page}");
+    assert!(metric(&page, "tidemark_wal_plain_bytes_total") > 0.0, "{page}");
+    // An address that is taken is told at once, and costs the other nothing.
+    let refused = tidemark.run(&["stream", "--postgres", &conninfo]).failed(3);
+    assert!(refused.stderr.contains("unable to listen at"), "{refused:?}");
+    assert_eq!(stream.terminate(), Some(0));
+    assert!(metrics(port).is_empty());
 }

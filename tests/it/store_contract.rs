@@ -477,3 +477,23 @@ async fn requests_are_counted_by_kind() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_long_puts_and_fsyncs_took_is_kept() {
+    everywhere(async |place| {
+        let latencies = place.store.latencies();
+        assert_eq!(latencies.upload.summary().count, 0);
+        place.put("timed", "x").await;
+        let upload = place.store.begin_multipart(&place.name("parts")).await.unwrap();
+        upload.put_part(1, Bytes::from_static(b"one part, which may be small")).await.unwrap();
+        upload.complete().await.unwrap();
+        let uploads = latencies.upload.summary();
+        assert_eq!(uploads.count, 2, "the object and the part");
+        assert!(uploads.max_us > 0);
+        // A file and its folder each time, and the folders above them once.
+        let syncs = latencies.fsync.summary().count;
+        let expected = if place.name == "directory" { 4..=8 } else { 0..=0 };
+        assert!(expected.contains(&syncs), "{syncs}");
+    })
+    .await;
+}

@@ -21,8 +21,8 @@ use tidemark::clock::Clock;
 use tidemark::error::{Error, Kind, Result};
 use tidemark::store::memory::Memory;
 use tidemark::store::{
-    Capabilities, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace, RequestCounts,
-    Store, VersionTag,
+    Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
+    RequestCounts, Store, VersionTag,
 };
 use tokio::sync::oneshot;
 
@@ -333,6 +333,10 @@ impl Store for Wire {
 
     fn requests(&self) -> RequestCounts {
         self.net.memory.requests()
+    }
+
+    fn latencies(&self) -> &Latencies {
+        self.net.memory.latencies()
     }
 }
 

@@ -429,11 +429,12 @@ impl<'a> Engine<'a> {
     /// Enters a stored extent in the books.
     pub(super) fn on_stored(&mut self, stored: &Stored) {
         self.ledger.stored(stored);
-        let now = self.clock.now();
-        for committed in &stored.extent.commit_times {
-            let waited = PgTime::from_timestamp(now).0.saturating_sub(committed.0).max(0);
-            self.status.record_latency(Duration::from_micros(waited.unsigned_abs()));
-        }
+        let now = PgTime::from_timestamp(self.clock.now());
+        let waited = stored.extent.commit_times.iter().map(|committed| {
+            let waited_us = now.0.saturating_sub(committed.0).max(0);
+            Duration::from_micros(waited_us.unsigned_abs())
+        });
+        self.status.latency().record_all(waited);
         let durable_end_lsn = self.ledger.durable_end();
         self.status.update(|now| {
             now.durable_end_lsn = durable_end_lsn;

@@ -3,18 +3,13 @@
 //! The engine writes, anybody reads: a progress line, metrics, the command that waits for a backup's
 //! WAL. Nothing here influences the engine except [`Status::request_flush`].
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
-
-use hdrhistogram::Histogram;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
 use crate::error::{Error, Kind, Result};
+use crate::metrics::Latency;
 use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
 
-/// Longest latency the histogram tells apart: beyond an hour, minutes do not matter.
-const LATENCY_MAX_MICROS: u64 = 3_600_000_000;
 /// Most gaps kept for display; the repository's listing has all of them.
 const GAPS_MAX: usize = 32;
 
@@ -128,7 +123,7 @@ fn serialize_time<S: serde::Serializer>(time: &Option<PgTime>, to: S) -> Result<
 pub struct Status {
     snapshot: watch::Sender<Snapshot>,
     flush_request: watch::Sender<Lsn>,
-    latency: Mutex<Histogram<u64>>,
+    latency: Latency,
 }
 
 impl Default for Status {
@@ -141,12 +136,10 @@ impl Status {
     /// The status of a stream that has not begun.
     #[must_use]
     pub fn new() -> Self {
-        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_MICROS, 3)
-            .expect("the bounds of the latency histogram are constants");
         Self {
             snapshot: watch::Sender::new(Snapshot::default()),
             flush_request: watch::Sender::new(Lsn::INVALID),
-            latency: Mutex::new(latency),
+            latency: Latency::new(),
         }
     }
 
@@ -178,11 +171,14 @@ impl Status {
         self.snapshot.subscribe()
     }
 
-    /// Commit-to-durable latency in microseconds, of the commits sampled so far: from the time in
-    /// the commit record (the server's clock) to the moment the store confirmed it (ours).
+    /// How long commits waited until they were durable, of those sampled so far: from the time in the
+    /// commit record, which is the server's clock just before the commit is written, to the moment the
+    /// store confirmed the extent, by ours. The two are the same clock where this runs beside the
+    /// server; elsewhere the difference of the clocks is in every value, and what would be less than
+    /// nothing counts as nothing.
     #[must_use]
-    pub fn latency(&self) -> Histogram<u64> {
-        self.latency.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn latency(&self) -> &Latency {
+        &self.latency
     }
 
     /// Asks the engine to store what it receives before `end` at once, without waiting for the
@@ -253,13 +249,6 @@ impl Status {
         });
     }
 
-    /// Records how long a commit waited until it was durable.
-    pub(super) fn record_latency(&self, waited: Duration) {
-        let micros = u64::try_from(waited.as_micros()).unwrap_or(LATENCY_MAX_MICROS);
-        let mut latency = self.latency.lock().unwrap_or_else(PoisonError::into_inner);
-        latency.saturating_record(micros.clamp(1, LATENCY_MAX_MICROS));
-    }
-
     /// The gap of a range that will not be stored.
     pub(super) fn gap(
         timeline: TimelineId,
@@ -298,16 +287,6 @@ mod tests {
         status.request_flush(Lsn(9));
         status.request_flush(Lsn(5));
         assert_eq!(*requests.borrow(), Lsn(9));
-    }
-
-    #[test]
-    fn latencies_beyond_the_scale_are_kept_as_the_greatest() {
-        let status = Status::new();
-        status.record_latency(Duration::from_micros(1500));
-        status.record_latency(Duration::from_secs(100_000));
-        let latency = status.latency();
-        assert_eq!(latency.len(), 2);
-        assert!(latency.max() >= LATENCY_MAX_MICROS);
     }
 
     #[test]

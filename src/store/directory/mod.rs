@@ -30,10 +30,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::{
-    Capabilities, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace, RequestCounts,
-    Requests, Store, VersionTag, checked_range, probe,
+    Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
+    RequestCounts, Requests, Store, VersionTag, checked_range, probe,
 };
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::error::{Context, Error, Kind, Result};
 
 mod incoming;
@@ -60,6 +60,7 @@ struct Inner {
     root: PathBuf,
     clock: Clock,
     requests: Requests,
+    latencies: Latencies,
     /// The root as first seen: a different one means that it was unmounted or replaced under us.
     root_id: Mutex<Option<FolderId>>,
     /// Folders whose own entry is known to be durable.
@@ -81,6 +82,7 @@ impl Directory {
             root: root.into(),
             clock: clock.clone(),
             requests: Requests::default(),
+            latencies: Latencies::default(),
             root_id: Mutex::new(None),
             durable: Mutex::new(HashMap::new()),
         }))
@@ -213,6 +215,10 @@ impl Store for Directory {
     fn requests(&self) -> RequestCounts {
         self.0.requests.counts()
     }
+
+    fn latencies(&self) -> &Latencies {
+        &self.0.latencies
+    }
 }
 
 impl Inner {
@@ -221,9 +227,30 @@ impl Inner {
     }
 
     fn put(&self, name: &ObjectName, body: &[u8]) -> Result<PutOutcome> {
+        let begun = self.clock.instant();
         let mut incoming = self.incoming()?;
         incoming.file_mut().write_all(body).context(|| "unable to write a new file")?;
-        self.publish(incoming, name)
+        let outcome = self.publish(incoming, name)?;
+        self.note_upload(begun);
+        Ok(outcome)
+    }
+
+    fn note_upload(&self, begun: Instant) {
+        self.latencies.upload.record(self.clock.instant().saturating_duration_since(begun));
+    }
+
+    /// fsync, with a note of how long it took.
+    fn sync(&self, file: &File) -> std::io::Result<()> {
+        let begun = self.clock.instant();
+        file.sync_all()?;
+        self.latencies.fsync.record(self.clock.instant().saturating_duration_since(begun));
+        Ok(())
+    }
+
+    fn sync_folder(&self, folder: &Path) -> Result<()> {
+        File::open(folder)
+            .and_then(|folder| self.sync(&folder))
+            .context(|| format!("unable to fsync folder '{}'", folder.display()))
     }
 
     /// A new file in the making, in the root that we know.
@@ -235,7 +262,7 @@ impl Inner {
     /// Gives the file its name unless that is taken. What was written is fsynced first, the way to it
     /// afterwards, whether or not it was ours: see the module's head.
     fn publish(&self, incoming: Incoming, name: &ObjectName) -> Result<PutOutcome> {
-        incoming.file().sync_all().context(|| "unable to fsync a new file")?;
+        self.sync(incoming.file()).context(|| "unable to fsync a new file")?;
         let target = self.path(name);
         let folder = parent(&target);
         // A delete may remove the folder as empty between making it and filling it.
@@ -313,14 +340,16 @@ impl Inner {
         if found.as_ref() != expected {
             return Ok(Replace::Lost);
         }
+        let begun = self.clock.instant();
         let mut incoming = self.incoming()?;
         incoming.file_mut().write_all(body).context(|| "unable to write a new file")?;
-        incoming.file().sync_all().context(|| "unable to fsync a new file")?;
+        self.sync(incoming.file()).context(|| "unable to fsync a new file")?;
         let target = self.path(name);
         let folder = parent(&target);
         self.make_folders(folder)?;
         incoming.rename(&target).context(|| "unable to name a new file")?;
         self.make_durable(folder)?;
+        self.note_upload(begun);
         Ok(Replace::Done(tag_of(body)))
     }
 
@@ -363,7 +392,7 @@ impl Inner {
         folders.sort();
         folders.dedup();
         for folder in &folders {
-            sync_folder(folder)?;
+            self.sync_folder(folder)?;
             self.remove_empty(folder);
         }
         Ok(())
@@ -417,7 +446,7 @@ impl Inner {
     /// crash. A folder seen durable once stays so; it is known by its inode too, in case another
     /// process removed it and made a new one of its name.
     fn make_durable(&self, folder: &Path) -> Result<()> {
-        sync_folder(folder)?;
+        self.sync_folder(folder)?;
         let mut folder = folder;
         while folder != self.root {
             let metadata = fs::metadata(folder)
@@ -426,7 +455,7 @@ impl Inner {
             if self.durable_folders().get(folder) == Some(&id) {
                 return Ok(());
             }
-            sync_folder(parent(folder))?;
+            self.sync_folder(parent(folder))?;
             let mut durable = self.durable_folders();
             if durable.len() >= DURABLE_FOLDERS_MAX {
                 durable.clear();
@@ -468,12 +497,6 @@ fn is_missing(error: &std::io::Error) -> bool {
 
 fn make_with_parents(folder: &Path) -> std::io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o750).create(folder)
-}
-
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .context(|| format!("unable to fsync folder '{}'", folder.display()))
 }
 
 /// The tag of a mutable object's content.

@@ -72,9 +72,11 @@ impl Multipart for DirectoryMultipart {
         let (file, offset) = self.0.place(number, body.len() as u64)?;
         let upload = Arc::clone(&self.0);
         blocking(move || {
+            let begun = upload.store.clock.instant();
             let attempted = || format!("unable to write part {number} of object '{}'", upload.name);
             file.file().write_all_at(&body, offset).context(attempted)?;
             upload.written(number);
+            upload.store.note_upload(begun);
             Ok(())
         })
         .await

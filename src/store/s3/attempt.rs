@@ -13,6 +13,7 @@ use super::client::Client;
 use super::failure::{Failure, Verdict};
 use crate::clock::Instant;
 use crate::error::{Error, Result};
+use crate::metrics::Latency;
 use crate::store::BODY_BYTES_PER_SECOND_MIN;
 use crate::store::requests::Counter;
 
@@ -29,6 +30,8 @@ pub(super) struct Call<'a> {
     pub(super) counter: &'a Counter,
     pub(super) sent_bytes: u64,
     pub(super) expected_bytes: u64,
+    /// Where it is noted how long it took, should it succeed.
+    pub(super) latency: Option<&'a Latency>,
     pub(super) tries: Tries,
 }
 
@@ -63,11 +66,21 @@ impl Gate {
 
 impl<'a> Call<'a> {
     pub(super) fn new(counter: &'a Counter) -> Self {
-        Self { counter, sent_bytes: 0, expected_bytes: 0, tries: Tries::AsConfigured }
+        Self {
+            counter,
+            sent_bytes: 0,
+            expected_bytes: 0,
+            latency: None,
+            tries: Tries::AsConfigured,
+        }
     }
 
     pub(super) fn sending(self, bytes: usize) -> Self {
         Self { sent_bytes: bytes as u64, ..self }
+    }
+
+    pub(super) fn timed(self, latency: &'a Latency) -> Self {
+        Self { latency: Some(latency), ..self }
     }
 
     pub(super) fn expecting(self, bytes: u64) -> Self {
@@ -101,7 +114,12 @@ impl S3 {
         loop {
             self.wait_at_gate().await?;
             let failure = match self.try_once(call, request(client)).await {
-                Ok(done) => return Ok(Tried { result: Ok(done), maybe_done_before }),
+                Ok(done) => {
+                    if let Some(latency) = call.latency {
+                        latency.record(self.clock.instant().saturating_duration_since(begun));
+                    }
+                    return Ok(Tried { result: Ok(done), maybe_done_before });
+                }
                 Err(failure) => failure,
             };
             let verdict = self.judge(&failure, attempt);

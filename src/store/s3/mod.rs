@@ -32,8 +32,9 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
-    Capabilities, GET_BYTES_MAX, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
-    RequestCounts, Requests, Store, StoreOptions, VersionTag, asked_bytes, probe, too_short,
+    Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo, ObjectName,
+    PutOutcome, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag, asked_bytes,
+    probe, too_short,
 };
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -75,6 +76,7 @@ struct S3 {
     options: StoreOptions,
     clock: Clock,
     requests: Requests,
+    latencies: Latencies,
     client: OnceCell<Client>,
     gate: Gate,
     /// With the checksum `auto`: the server refused it once.
@@ -101,6 +103,7 @@ impl Bucket {
             options: options.clone(),
             clock: clock.clone(),
             requests: Requests::default(),
+            latencies: Latencies::default(),
             client: OnceCell::new(),
             gate: Gate::default(),
             checksum_refused: AtomicBool::new(false),
@@ -507,5 +510,9 @@ impl Store for Bucket {
 
     fn requests(&self) -> RequestCounts {
         self.0.requests.counts()
+    }
+
+    fn latencies(&self) -> &Latencies {
+        &self.0.latencies
     }
 }

@@ -180,6 +180,7 @@ impl Multipart for Upload {
         }
         let sum = self.algorithm.map(|algorithm| Sum { algorithm, value: algorithm.sum(&body) });
         let call = Call::new(&self.store.requests.parts).sending(body.len());
+        let call = call.timed(&self.store.latencies.upload);
         let tried = self
             .store
             .attempt(call, |client| {

@@ -210,6 +210,7 @@ impl S3 {
             let algorithm = self.algorithm();
             let sum = algorithm.map(|algorithm| Sum { algorithm, value: algorithm.sum(body) });
             let call = Call::new(&self.requests.puts).sending(body.len());
+            let call = call.timed(&self.latencies.upload);
             let tried = self
                 .attempt(call, |client| {
                     let request = self.put_request(client, name, id, condition);
