@@ -16,7 +16,8 @@
 //!    tenth is far more than their drift. Monotonic clocks may stand still while a machine is
 //!    suspended, so the holder also stops when its wall clock says that the time has passed.
 //! 2. *A lost lease stays lost.* Nothing renews after a loss was signalled; a new acquisition has a
-//!    new token and a greater epoch.
+//!    new token and a greater epoch. [`Lease::retake`] is one, for a holder that could not renew: it
+//!    succeeds only while the object is the one that this holder left, so nobody wrote in between.
 //! 3. *An unknown answer is looked up, not assumed.* A renewal that failed in an unclear way, or
 //!    that the store refused, is followed by a read: our own token in it means that our write won.
 //!
@@ -56,6 +57,9 @@ const TTL_MIN: Duration = Duration::from_secs(5);
 const TTL_MAX: Duration = Duration::from_secs(3600);
 /// Time to live by default: at a third of it, one small request a minute.
 pub const TTL_DEFAULT: Duration = Duration::from_secs(180);
+/// Longest pause between two tries to take a lost lease again: the longest that a store which came back
+/// waits for us.
+const RETAKE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Longest time that giving the lease back may take before we leave it to expire.
 const RELEASE_MAX: Duration = Duration::from_secs(10);
 
@@ -403,14 +407,54 @@ impl fmt::Debug for Guard {
 
 /// The right to be the one writer of a cluster; renews itself until dropped, released or lost.
 pub struct Lease {
+    holding: Mutex<Holding>,
+    /// As whom and where it is taken again.
+    candidate: Candidate,
+    look_first: bool,
+}
+
+/// One acquisition and the task that renews it.
+struct Holding {
     shared: Arc<Shared>,
     stop: tokio_util::sync::CancellationToken,
     renewing: Option<JoinHandle<Holder>>,
 }
 
+impl Holding {
+    fn begin(candidate: &Candidate, taken: Taken, look_first: bool) -> Self {
+        let Taken { contents, tag, term } = taken;
+        let ttl = candidate.options.ttl;
+        tokens_held().insert(contents.token.clone());
+        let shared = Arc::new(Shared {
+            clock: candidate.clock.clone(),
+            epoch: contents.epoch,
+            token: contents.token.clone(),
+            term: ttl - ttl / 10,
+            held: Mutex::new(term),
+            state: watch::Sender::new(LeaseState::Held),
+            progress: Mutex::new(None),
+            key_id: Mutex::new(contents.key_id.clone()),
+        });
+        let stop = tokio_util::sync::CancellationToken::new();
+        let holder = Holder {
+            store: Arc::clone(&candidate.store),
+            name: candidate.name.clone(),
+            shared: Arc::clone(&shared),
+            attempt: contents.renewals,
+            contents,
+            tag,
+            ttl,
+            in_doubt: Vec::new(),
+            look_first,
+        };
+        let renewing = Some(tokio::spawn(holder.keep(stop.clone())));
+        Self { shared, stop, renewing }
+    }
+}
+
 impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Lease(epoch {})", self.shared.epoch)
+        write!(f, "Lease(epoch {})", self.epoch())
     }
 }
 
@@ -457,63 +501,101 @@ impl Lease {
             )
             .hint("Use a store that enforces If-Match, or accept in the configuration that a second writer is not excluded."));
         }
-        let token = clock.random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect();
-        let candidate =
-            Candidate { store: Arc::clone(store), name, clock: clock.clone(), options, token };
-        Ok(Self::begin(candidate.take().await?, look_first))
+        let candidate = Candidate {
+            store: Arc::clone(store),
+            name,
+            clock: clock.clone(),
+            options,
+            token: token(clock)?,
+            follows: None,
+        };
+        Ok(Self::begin(candidate.take().await?, candidate, look_first))
     }
 
-    fn begin(taken: Taken, look_first: bool) -> Self {
-        let Taken { candidate, contents, tag, term } = taken;
-        let ttl = candidate.options.ttl;
-        tokens_held().insert(candidate.token.clone());
-        let shared = Arc::new(Shared {
-            clock: candidate.clock.clone(),
-            epoch: contents.epoch,
-            token: candidate.token.clone(),
-            term: ttl - ttl / 10,
-            held: Mutex::new(term),
-            state: watch::Sender::new(LeaseState::Held),
-            progress: Mutex::new(None),
-            key_id: Mutex::new(contents.key_id.clone()),
-        });
-        let stop = tokio_util::sync::CancellationToken::new();
-        let holder = Holder {
-            store: candidate.store,
-            name: candidate.name,
-            shared: Arc::clone(&shared),
-            attempt: contents.renewals,
-            contents,
-            tag,
-            ttl,
-            in_doubt: Vec::new(),
-            look_first,
+    fn begin(taken: Taken, candidate: Candidate, look_first: bool) -> Self {
+        let holding = Mutex::new(Holding::begin(&candidate, taken, look_first));
+        Self { holding, candidate, look_first }
+    }
+
+    fn holding(&self) -> MutexGuard<'_, Holding> {
+        self.holding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.holding().shared)
+    }
+
+    /// Takes the lease again after it was lost because it could not be renewed: the guards of before
+    /// stay lost, those made from here on are of the new acquisition. For as long as the store does not
+    /// let us, whatever its reason, it is asked again and `told` hears why; a lease that is held is left
+    /// alone.
+    ///
+    /// Whoever calls this must have stopped writing under the old guards. What the holder sealed with is
+    /// still named by the lease, and nobody else wrote: the same data key and the same books may be used.
+    ///
+    /// # Errors
+    /// `conflict` when somebody else took the lease meanwhile, even if it is free now, or when it is gone;
+    /// `corrupt` and `unsupported` when it cannot be read.
+    ///
+    /// # Cancel safety
+    /// As [`Lease::acquire`].
+    pub async fn retake(&self, told: &(dyn Fn(&Error) + Send + Sync)) -> Result<()> {
+        let before = self.shared();
+        if before.ensure_held().is_ok() {
+            return Ok(());
+        }
+        self.holding().stop.cancel();
+        let key_id = before.key_id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let options = LeaseOptions { key_id, ..self.candidate.options.clone() };
+        let candidate = Candidate {
+            options,
+            token: token(&before.clock)?,
+            follows: Some(before.token.clone()),
+            ..self.candidate.clone()
         };
-        let renewing = Some(tokio::spawn(holder.keep(stop.clone())));
-        Self { shared, stop, renewing }
+        let mut look = Look::begin(&before.clock);
+        let taken = loop {
+            match candidate.step(&mut look).await {
+                Ok(Some(taken)) => break taken,
+                Ok(None) => {}
+                Err(error) if is_beyond_patience(error.kind()) => return Err(error),
+                Err(error) => {
+                    told(&error);
+                    tokio::time::sleep(candidate.look_interval().min(RETAKE_PAUSE_MAX)).await;
+                }
+            }
+        };
+        let holding = Holding::begin(&candidate, taken, self.look_first);
+        let progress = *before.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        *holding.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+        *self.holding() = holding;
+        Ok(())
     }
 
     /// Number of this acquisition, greater than that of every earlier one.
     #[must_use]
     pub fn epoch(&self) -> u64 {
-        self.shared.epoch
+        self.holding().shared.epoch
     }
 
     /// A guard for those who must stop when the lease is lost.
     #[must_use]
     pub fn guard(&self) -> Guard {
-        Guard { shared: Arc::clone(&self.shared), watch: self.shared.state.subscribe() }
+        let shared = self.shared();
+        Guard { watch: shared.state.subscribe(), shared }
     }
 
     /// What the next renewal publishes.
     pub fn report(&self, progress: Progress) {
-        *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+        let shared = self.shared();
+        *shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 
     /// Names the data key that the holder seals with from now on, so that a sweep keeps it; published
     /// with the next renewal.
     pub fn seals_with(&self, key_id: String) {
-        *self.shared.key_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(key_id);
+        let shared = self.shared();
+        *shared.key_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(key_id);
     }
 
     /// Gives the lease back, so that the next writer need not wait; at most ten seconds. A store
@@ -521,12 +603,16 @@ impl Lease {
     ///
     /// # Durability
     /// The renewal task has ended before the last write is sent, so no renewal can follow it.
-    pub async fn release(mut self) {
-        self.stop.cancel();
-        let Some(renewing) = self.renewing.take() else { return };
+    pub async fn release(self) {
+        let (shared, renewing) = {
+            let mut holding = self.holding();
+            holding.stop.cancel();
+            (Arc::clone(&holding.shared), holding.renewing.take())
+        };
+        let Some(renewing) = renewing else { return };
         let Ok(holder) = renewing.await else { return };
-        let was_held = self.shared.ensure_held().is_ok();
-        self.shared.lose("it was given back");
+        let was_held = shared.ensure_held().is_ok();
+        shared.lose("it was given back");
         if was_held {
             match tokio::time::timeout(RELEASE_MAX, holder.give_back()).await {
                 Ok(Ok(())) => {}
@@ -539,22 +625,36 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.stop.cancel();
-        self.shared.lose("it was dropped");
+        let holding = self.holding();
+        holding.stop.cancel();
+        holding.shared.lose("it was dropped");
     }
 }
 
+/// A token that no other acquisition has.
+fn token(clock: &Clock) -> Result<String> {
+    Ok(clock.random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Whether waiting does not make it better: the rest is an outage, or what the operator repairs while
+/// the server keeps the WAL.
+fn is_beyond_patience(kind: Kind) -> bool {
+    matches!(kind, Kind::Conflict | Kind::Corrupt | Kind::Unsupported | Kind::Usage | Kind::Bug)
+}
+
 /// Who wants the lease.
+#[derive(Clone)]
 struct Candidate {
     store: Arc<dyn Store>,
     name: ObjectName,
     clock: Clock,
     options: LeaseOptions,
     token: String,
+    /// Token of the acquisition that this one must follow directly.
+    follows: Option<String>,
 }
 
 struct Taken {
-    candidate: Candidate,
     contents: Contents,
     tag: VersionTag,
     term: Term,
@@ -571,13 +671,18 @@ struct Look {
     told: bool,
 }
 
+impl Look {
+    fn begin(clock: &Clock) -> Self {
+        Self { begun: clock.instant(), observed: None, sent: None, told: false }
+    }
+}
+
 impl Candidate {
-    async fn take(self) -> Result<Taken> {
-        let mut look =
-            Look { begun: self.clock.instant(), observed: None, sent: None, told: false };
+    async fn take(&self) -> Result<Taken> {
+        let mut look = Look::begin(&self.clock);
         loop {
             match self.step(&mut look).await {
-                Ok(Some(taken)) => return Ok(self.taken(taken)),
+                Ok(Some(taken)) => return Ok(taken),
                 Ok(None) => {}
                 // One who waits outlives a store that is away for a while.
                 Err(error) if error.is_transient() && self.may_wait_on(&look) => {
@@ -590,16 +695,25 @@ impl Candidate {
     }
 
     /// One look at the lease and what follows from it; `None` to look again.
-    async fn step(&self, look: &mut Look) -> Result<Option<(Contents, VersionTag, Term)>> {
+    async fn step(&self, look: &mut Look) -> Result<Option<Taken>> {
         let Some((body, tag)) = self.store.read_versioned(&self.name).await? else {
-            return self.try_take(0, None, &mut look.sent).await;
+            return match self.follows {
+                Some(_) => Err(lost("its object was deleted")),
+                None => self.try_take(0, None, &mut look.sent).await,
+            };
         };
         let contents = Contents::decode(&self.name, &body)?;
         if let (true, Some(term)) = (contents.token == self.token, look.sent) {
-            return Ok(Some((contents, tag, term)));
+            return Ok(Some(Taken { contents, tag, term }));
         }
         // Whatever we tried lost: it named a version that is gone.
         look.sent = None;
+        if let Some(before) = &self.follows {
+            return match contents.token == *before && !contents.is_free() {
+                true => self.try_take(contents.epoch, Some(tag), &mut look.sent).await,
+                false => Err(lost(&format!("another writer took it: {}", contents.who()))),
+            };
+        }
         let now = self.clock.instant();
         let unchanged_since = match &look.observed {
             Some((seen, since)) if *seen == body => *since,
@@ -617,10 +731,6 @@ impl Candidate {
         }
         self.pause(&contents, look).await?;
         Ok(None)
-    }
-
-    fn taken(self, (contents, tag, term): (Contents, VersionTag, Term)) -> Taken {
-        Taken { candidate: self, contents, tag, term }
     }
 
     fn may_take(&self, contents: &Contents, unchanged_since: Instant) -> bool {
@@ -693,7 +803,7 @@ impl Candidate {
         epoch: u64,
         expected: Option<VersionTag>,
         sent: &mut Option<Term>,
-    ) -> Result<Option<(Contents, VersionTag, Term)>> {
+    ) -> Result<Option<Taken>> {
         let term = Term { sent: self.clock.instant(), sent_time: self.clock.now() };
         let contents = Contents {
             format: LEASE_FORMAT,
@@ -715,7 +825,7 @@ impl Candidate {
         // The time counts from the first try: whichever of several won, it was not sent earlier.
         let term = *sent.get_or_insert(term);
         match self.store.replace_if(&self.name, contents.encode()?, expected).await {
-            Ok(Replace::Done(tag)) => Ok(Some((contents, tag, term))),
+            Ok(Replace::Done(tag)) => Ok(Some(Taken { contents, tag, term })),
             Ok(Replace::Lost) => {
                 // A short rest, so that rivals never spin.
                 tokio::time::sleep(self.options.ttl / 100).await;
@@ -727,7 +837,7 @@ impl Candidate {
                     Some((body, tag)) => {
                         let found = Contents::decode(&self.name, &body)?;
                         if found.token == self.token {
-                            Ok(Some((found, tag, term)))
+                            Ok(Some(Taken { contents: found, tag, term }))
                         } else {
                             Err(error)
                         }
@@ -1056,6 +1166,85 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_lease_lost_in_an_outage_is_taken_again_when_nobody_else_had_it() {
+        let clock = clock(13);
+        let memory = Memory::new(&clock);
+        let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
+        let progress = Progress {
+            timeline: TimelineId::FIRST,
+            durable_end_lsn: Lsn(0x100),
+            caught_up_time: None,
+        };
+        lease.report(progress);
+        lease.seals_with("abc".into());
+        let old = lease.guard();
+        memory.set_faults(Faults { down: true, ..Faults::default() });
+        old.clone().lost().await;
+        let told = std::sync::atomic::AtomicUsize::new(0);
+        let tell = |_: &Error| {
+            told.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        };
+        let back = tokio::time::sleep(TTL * 50);
+        let (retaken, ()) = tokio::join!(lease.retake(&tell), async {
+            back.await;
+            memory.set_faults(Faults::default());
+        });
+        retaken.unwrap();
+        assert!(told.into_inner() > 100, "it asked all the time");
+        assert_eq!(lease.epoch(), 2);
+        assert!(old.ensure_held().is_err(), "what was lost stays lost");
+        let guard = lease.guard();
+        tokio::time::sleep(TTL * 5).await;
+        guard.ensure_held().unwrap();
+        let info = read(&memory, &name()).await.unwrap().unwrap();
+        assert_eq!((info.epoch, info.key_id.as_deref()), (2, Some("abc")));
+        assert_eq!(info.progress, Some(progress));
+        lease.release().await;
+        assert!(read(&memory, &name()).await.unwrap().unwrap().released);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_lease_that_a_rival_had_is_not_taken_again_even_when_it_is_free() {
+        for gives_back in [false, true] {
+            let clock = clock(14);
+            let memory = Memory::new(&clock);
+            let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
+            memory.set_faults(Faults { down: true, ..Faults::default() });
+            lease.guard().lost().await;
+            memory.set_faults(Faults::default());
+            let rival = take(&memory, &clock, on_host("beta", Wait::Forever)).await.unwrap();
+            if gives_back {
+                rival.release().await;
+            }
+            let before = read(&memory, &name()).await.unwrap();
+            let error = lease.retake(&|_| ()).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Conflict);
+            assert!(error.message().contains("another writer took it"), "{error}");
+            assert!(lease.guard().ensure_held().is_err());
+            assert_eq!(read(&memory, &name()).await.unwrap(), before);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn taking_a_lease_again_survives_answers_that_are_lost() {
+        let clock = clock(15);
+        let memory = Memory::new(&clock);
+        let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
+        for epoch in 2..20 {
+            memory.set_faults(Faults { down: true, ..Faults::default() });
+            lease.guard().lost().await;
+            memory.set_faults(Faults {
+                seed: epoch,
+                before_ppm: 300_000,
+                after_ppm: 300_000,
+                ..Faults::default()
+            });
+            lease.retake(&|_| ()).await.unwrap();
+            assert_eq!(lease.epoch(), epoch);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_renewal_that_hangs_does_not_delay_the_signal() {
         let clock = clock(8);
         let memory = Memory::new(&clock);
@@ -1097,8 +1286,9 @@ mod tests {
             clock: clock.clone(),
             options: on_host("alpha", Wait::Refuse),
             token: "ours".into(),
+            follows: None,
         };
-        let lease = Lease::begin(candidate.take().await.unwrap(), false);
+        let lease = Lease::begin(candidate.take().await.unwrap(), candidate, false);
         assert_eq!(lease.epoch(), 1);
         for _ in 0..20 {
             memory.fail_next(Call::Put, Outcome::FailsAfter);
@@ -1124,7 +1314,7 @@ mod tests {
         let memory = Memory::new(&clock);
         let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
         // Monotonic time stood still: the renewal seems recent, the wall clock knows better.
-        lease.shared.held().sent_time =
+        lease.shared().held().sent_time =
             clock.now().checked_sub(SignedDuration::from_secs(55)).unwrap();
         assert!(lease.guard().ensure_held().is_err());
     }
@@ -1180,15 +1370,20 @@ mod tests {
             let store: Arc<dyn Store> = Arc::new(memory.clone());
             let token = format!("{host} {:?}", clock.random::<8>().unwrap());
             let options = on_host(host, Wait::AtMost(TTL * 10));
-            let candidate = Candidate { store, name: name(), clock: clock.clone(), options, token };
+            let (name, clock) = (name(), clock.clone());
+            let candidate = Candidate { store, name, clock, options, token, follows: None };
             let Ok(taken) = candidate.take().await else {
                 tokio::time::sleep(Duration::from_secs(dice)).await;
                 continue;
             };
-            let lease = Lease::begin(taken, dice % 2 == 0);
+            let lease = Lease::begin(taken, candidate, dice % 2 == 0);
             guards.lock().unwrap().push(lease.guard());
             let mut guard = lease.guard();
-            let _ = tokio::time::timeout(Duration::from_secs(dice * 3), guard.lost()).await;
+            let lost = tokio::time::timeout(Duration::from_secs(dice * 3), guard.lost()).await;
+            if lost.is_ok() && lease.retake(&|_| ()).await.is_ok() {
+                guards.lock().unwrap().push(lease.guard());
+                tokio::time::sleep(Duration::from_secs(dice)).await;
+            }
             if dice % 3 == 0 {
                 lease.release().await;
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tidemark::repo::Catalog;
 use tidemark::repo::retention::RetentionOptions;
 
+use crate::net::Weather;
 use crate::work::Settings;
 use crate::world::World;
 
@@ -67,6 +68,30 @@ fn a_sign_of_life_in_front_of_a_commit_does_not_say_that_all_is_stored() {
     assert!(!world.server.state().answers_first, "the answer came first");
     world.run(seconds(10), STEP);
     assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
+/// A store that is away for longer than the lease lives: nobody else took it, so the same process goes on
+/// when the store is back, and the base backup under way in it is not lost.
+#[test]
+fn a_sidecar_outlives_an_outage_that_is_longer_than_its_lease() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    world.order_backup(0);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.net.set_weather(Weather::DOWN);
+    world.run(seconds(60), STEP);
+    let told = world.server.state().slot;
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(240), STEP);
+    world.net.set_weather(Weather::FAIR);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(world.counts.processes, 1);
+    assert!(!world.processes.is_empty(), "{:?}", world.log);
+    assert!(world.server.state().slot > told);
 }
 
 /// The end of a backup is known by the clock of the host that took it. A commit of that very moment may

@@ -123,27 +123,86 @@ pub struct Stream {
 }
 
 /// Streams WAL until `cancel` (then what was received is stored and acknowledged, and the result is
-/// `Ok`), until the lease is lost, or until going on makes no sense. Restarts of the server, broken
-/// connections and an unavailable repository are waited out.
+/// `Ok`), until somebody else has the lease, or until going on makes no sense. Restarts of the server,
+/// broken connections and an unavailable repository are waited out.
+///
+/// A lease that could not be renewed, for the repository was away or this machine stood still, ends what
+/// streams at once: nothing more is acknowledged. It is then taken again as soon as that is possible and
+/// nobody else had it in between, and the stream begins anew from the books.
 ///
 /// # Errors
-/// `conflict` when the lease is lost, the server is another cluster or was rolled back; `unavailable`
-/// when a stop ran out of time; `config` and `denied` when the first connection is refused so.
+/// `conflict` when somebody else took the lease, the server is another cluster or was rolled back;
+/// `unavailable` when a stop ran out of time; `config` and `denied` when the first connection is refused
+/// so.
 ///
 /// # Durability
 /// The server is told a flush position only for WAL that the repository holds; killed at any moment,
 /// a later call goes on where the books in the repository end.
 pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
-    let outcome = match engine::Engine::start(stream, lease) {
-        _ if !is_slot_name(&stream.options.slot_name) => Err(bad_slot_name(&stream.options)),
-        Ok(mut engine) => engine.run(cancel).await,
-        Err(error) => Err(error),
+    let outcome = loop {
+        let outcome = run_while_held(stream, lease, cancel).await;
+        let lapsed = lease.guard().ensure_held().is_err() && !cancel.is_cancelled();
+        match outcome {
+            Err(lost) if lapsed && lost.kind() == Kind::Conflict => {
+                if let Err(error) = take_lease_again(stream, lease, &lost, cancel).await {
+                    break Err(error);
+                }
+            }
+            ended => break ended,
+        }
     };
     stream.status.update(|now| {
         now.phase = Phase::Stopped;
         now.server_error = outcome.as_ref().err().map(ToString::to_string);
     });
     outcome
+}
+
+/// As [`run`], until the lease is lost.
+async fn run_while_held(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
+    match engine::Engine::start(stream, lease) {
+        _ if !is_slot_name(&stream.options.slot_name) => Err(bad_slot_name(&stream.options)),
+        Ok(mut engine) => engine.run(cancel).await,
+        Err(error) => Err(error),
+    }
+}
+
+async fn take_lease_again(
+    stream: &Stream,
+    lease: &Lease,
+    lost: &Error,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    tracing::warn!("{lost}; nothing is acknowledged until it can be taken again");
+    let show = |cause: &Error| {
+        stream.status.update(|now| {
+            now.phase = Phase::WaitingForRepository;
+            now.repository_error = Some(cause.to_string());
+            // What was on its way is streamed again.
+            (now.uploads_in_flight, now.unstored_bytes) = (0, 0);
+        });
+    };
+    show(lost);
+    let told = |error: &Error| {
+        tracing::debug!("unable to take the lease again for now: {error}");
+        show(error);
+    };
+    tokio::select! {
+        biased;
+        () = cancel.cancelled() => {
+            let cause = stream.status.snapshot().repository_error.unwrap_or_default();
+            let message = format!("stopped before the lease could be taken again: {cause}");
+            return Err(Error::new(Kind::Unavailable, message)
+                .hint("Nothing is lost: the server keeps the WAL in the replication slot."));
+        }
+        retaken = lease.retake(&told) => retaken?,
+    }
+    tracing::info!("the lease was taken again, epoch {}: nobody else had it", lease.epoch());
+    stream.status.update(|now| {
+        now.phase = Phase::Connecting;
+        now.repository_error = None;
+    });
+    Ok(())
 }
 
 fn bad_slot_name(options: &StreamOptions) -> Error {
