@@ -43,6 +43,8 @@ struct Shared {
 struct State {
     objects: BTreeMap<String, Object>,
     uploads: BTreeMap<u64, Upload>,
+    /// How uploads that are complete came out.
+    completed: BTreeMap<u64, PutOutcome>,
     last_id: u64,
     faults: Faults,
     dice: Option<Clock>,
@@ -432,13 +434,18 @@ impl Multipart for MemoryMultipart {
         let fate = self.memory.fate(Call::Complete).await?;
         let outcome = {
             let mut state = self.memory.state();
+            if let Some(outcome) = state.completed.get(&self.id).copied() {
+                return fate.tell(outcome);
+            }
             let upload = state.uploads.remove(&self.id).ok_or_else(|| gone(&self.name))?;
             joined(&self.name, upload.parts.keys().copied())?;
             let body = upload.parts.values().fold(BytesMut::new(), |mut body, part| {
                 body.extend_from_slice(part);
                 body
             });
-            self.memory.publish(&mut state, &self.name, body.freeze())
+            let outcome = self.memory.publish(&mut state, &self.name, body.freeze());
+            state.completed.insert(self.id, outcome);
+            outcome
         };
         fate.tell(outcome)
     }

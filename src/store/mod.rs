@@ -146,7 +146,8 @@ pub trait Multipart: Send + Sync {
 
     /// Publishes the parts, joined in the order of their numbers, unless an object of that name is
     /// there already. The numbers must be 1 to the count of parts. When it fails for good the parts
-    /// are discarded as by [`Multipart::abort`], as far as the store can be reached.
+    /// are discarded as by [`Multipart::abort`], as far as the store can be reached. After an error
+    /// that is transient it may be called again, and then knows whether the call before has won.
     async fn complete(&self) -> Result<PutOutcome>;
 
     /// Discards the parts.

@@ -113,7 +113,33 @@ async fn an_error_in_the_body_of_a_200_is_an_error() {
     let error = upload(&store, "never").await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
     assert_eq!(store.head(&name("never")).await.unwrap(), None);
-    assert_eq!(server.upload_count("tidemark"), 0, "what failed for good is discarded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_an_outage_stopped_is_called_again() {
+    let server = memory();
+    let mut options = s3_server::options(&server);
+    options.attempts_max = 1;
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let error = |effect, op| server.faults().add(Fault::new(effect).on(op).times(1));
+    for (key, done) in [("undone", false), ("done", true)] {
+        let upload = store.begin_multipart(&name(key)).await.unwrap();
+        upload.put_part(1, bytes("body")).await.unwrap();
+        error(
+            match done {
+                true => Effect::ErrorAfter { status: 503, code: "SlowDown".into() },
+                false => Effect::ErrorIn200 { code: "InternalError".into() },
+            },
+            Op::CompleteMultipartUpload,
+        );
+        // Nobody tells what became of it.
+        error(Effect::error(503, "SlowDown"), Op::HeadObject);
+        let failed = upload.complete().await.unwrap_err();
+        assert_eq!(failed.kind(), Kind::Unavailable, "{failed}");
+        assert_eq!(upload.complete().await.unwrap(), PutOutcome::Created, "{key}");
+        assert_eq!(store.get(&name(key), None).await.unwrap(), "body");
+    }
+    assert_eq!(server.upload_count("tidemark"), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

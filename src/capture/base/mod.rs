@@ -46,6 +46,9 @@ use wal::{Feed, NeededWal};
 
 pub use progress::{BaseBackupPhase, BaseBackupProgress, Progress};
 
+/// How long a manifest that is being put may still take when the backup is asked to stop.
+const COMMIT_GRACE: Duration = Duration::from_secs(5);
+
 /// Most damaged pages named in an error.
 const NAMED_FAILURES_MAX: usize = 5;
 
@@ -197,8 +200,14 @@ async fn take(
         return Err(error);
     }
     let from = ended.label.from;
-    let manifest = packed.commit(ended.into_manifest_facts()).await?;
-    Ok((manifest, from))
+    let impatience = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(COMMIT_GRACE).await;
+    };
+    tokio::select! {
+        () = impatience => Err(cancelled()),
+        manifest = packed.commit(ended.into_manifest_facts()) => Ok((manifest?, from)),
+    }
 }
 
 fn cancelled() -> Error {

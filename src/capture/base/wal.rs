@@ -138,7 +138,18 @@ impl Feed {
         let mut best = Lsn::INVALID;
         let mut since = clock.instant();
         loop {
-            let stored_end = stored_end(repository, needed).await?;
+            let stored_end = match stored_end(repository, needed).await {
+                // An outage now must not cost the whole backup.
+                Err(error)
+                    if error.is_transient()
+                        && clock.instant().saturating_duration_since(since) < stall_max =>
+                {
+                    tracing::debug!("unable to list the WAL of the backup for now: {error}");
+                    tokio::time::sleep(LOOK_PAUSE).await;
+                    continue;
+                }
+                asked => asked?,
+            };
             if stored_end >= end {
                 return Ok(());
             }

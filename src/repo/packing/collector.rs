@@ -12,10 +12,11 @@ use bytes::Bytes;
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 
+use super::patience::{self, outlast};
 use super::worker::{PartBuffer, PartFrame};
 use super::{Event, Item, ItemKind, OpenPack, PieceDone, Shared};
-use crate::clock::Instant;
-use crate::error::{Context, Error, Kind, Result};
+use crate::clock::{Clock, Instant};
+use crate::error::{Error, Kind, Result};
 use crate::pg::crc32c_combine;
 use crate::pipeline::budget::PART_BYTES_MIN;
 use crate::pipeline::codec::Compressor;
@@ -95,6 +96,7 @@ struct Upload {
 /// Where the parts of a pack go; the multipart upload is begun by the first of them.
 struct Target {
     store: Arc<dyn Store>,
+    clock: Clock,
     object: ObjectName,
     multipart: OnceCell<Box<dyn Multipart>>,
 }
@@ -224,6 +226,7 @@ impl Collector {
     fn open(&mut self, pack: Arc<OpenPack>, unfinished: Permit) {
         let target = Target {
             store: Arc::clone(self.shared.writer.repository().store()),
+            clock: self.shared.writer.repository().clock().clone(),
             object: pack.object.clone(),
             multipart: OnceCell::new(),
         };
@@ -273,8 +276,11 @@ impl Collector {
         self.tasks.spawn(async move {
             let bytes = body.len() as u64;
             let attempted = || format!("unable to put part {part_number} of '{}'", target.object);
-            let multipart = target.multipart().await.context(attempted)?;
-            multipart.put_part(part_number, body).await.context(attempted)?;
+            let (place, part) = (&target, &body);
+            outlast(&target.clock, attempted, || async move {
+                place.multipart().await?.put_part(part_number, part.clone()).await
+            })
+            .await?;
             drop(permits);
             Ok(Outcome::Part { pack, bytes })
         });
@@ -364,8 +370,8 @@ impl Collector {
             let target = Arc::clone(&upload.target);
             self.tasks.spawn(async move {
                 let bytes = body.len() as u64;
-                let put = target.store.put_if_absent(&target.object, body).await;
-                let outcome = put.context(|| format!("unable to put '{}'", target.object))?;
+                let Target { store, clock, object, .. } = &*target;
+                let outcome = patience::put(&**store, clock, object, body).await?;
                 drop(permits);
                 Ok(Outcome::Put { pack, bytes, outcome })
             });
@@ -385,9 +391,10 @@ impl Collector {
         }
         let target = Arc::clone(&upload.target);
         self.tasks.spawn(async move {
-            let complete = async { target.multipart().await?.complete().await };
-            let outcome =
-                complete.await.context(|| format!("unable to complete '{}'", target.object))?;
+            let attempted = || format!("unable to complete '{}'", target.object);
+            let place = &target;
+            let complete = || async move { place.multipart().await?.complete().await };
+            let outcome = outlast(&target.clock, attempted, complete).await?;
             Ok(Outcome::Put { pack, bytes: 0, outcome })
         });
         Ok(())

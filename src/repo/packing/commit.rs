@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Shared;
 use super::collector::Collected;
+use super::patience::{self, outlast};
 use crate::error::{Context, Error, Kind, Result};
 use crate::repo::manifest::{BackupKind, ChecksumFailure, Manifest, ManifestFacts, PublicManifest};
 use crate::repo::names::{BackupId, Object, PackName};
@@ -74,7 +75,8 @@ impl PackedBackup {
         let id = self.shared.backup;
         let attempted = || format!("unable to commit backup '{id}'");
         self.check_age().context(attempted)?;
-        self.check_packs().await.context(attempted)?;
+        let clock = self.shared.writer.repository().clock().clone();
+        outlast(&clock, attempted, || self.check_packs()).await?;
         let writer = self.shared.writer.clone();
         let repository = writer.repository().clone();
         let manifest = self.manifest(facts);
@@ -85,7 +87,7 @@ impl PackedBackup {
         .map_err(|error| Error::new(Kind::Bug, format!("sealing a manifest: {error}")))?
         .context(attempted)?;
         let name = repository.name(&Object::Manifest(id))?;
-        match repository.store().put_if_absent(&name, body).await.context(attempted)? {
+        match patience::put(&**repository.store(), &clock, &name, body).await.context(attempted)? {
             PutOutcome::Created => Ok(manifest),
             PutOutcome::AlreadyThere => Err(Error::new(
                 Kind::Conflict,

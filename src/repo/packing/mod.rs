@@ -31,6 +31,7 @@
 
 mod collector;
 mod commit;
+mod patience;
 #[cfg(test)]
 mod tests;
 mod worker;

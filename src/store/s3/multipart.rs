@@ -2,11 +2,12 @@
 //!
 //! # Invariants
 //! Nothing is visible before the completion, and the completion is believed only after the object was
-//! looked at: it must carry our id, or at least have our size. A completion that failed for good takes
-//! its parts with it, as far as the server can be reached; what cannot be aborted is found by
+//! looked at: it must carry our id, or at least have our size. A completion that failed for good (one
+//! that an outage stopped can be called again) takes its parts with it, as far as the server can be reached; what cannot be aborted is found by
 //! `abort_stale_multiparts`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use bytes::Bytes;
 
 use super::attempt::{Call, Tries};
 use super::client::Client;
-use super::failure::Failure;
+use super::failure::{Failure, Verdict};
 use super::upload::{
     Algorithm, CONTENT_TYPE, ID_KEY, Owner, Sum, encryption, storage_class, tries_after,
 };
@@ -38,6 +39,8 @@ pub(super) struct Upload {
     id: String,
     algorithm: Option<Algorithm>,
     parts: Mutex<BTreeMap<u32, Part>>,
+    /// A completion failed in a way that does not tell whether it was done.
+    in_doubt: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -58,7 +61,8 @@ impl Upload {
             match tried.await?.result {
                 Ok(upload) => {
                     let (name, parts) = (name.clone(), Mutex::default());
-                    return Ok(Self { store, name, upload, id, algorithm, parts });
+                    let in_doubt = AtomicBool::new(false);
+                    return Ok(Self { store, name, upload, id, algorithm, parts, in_doubt });
                 }
                 Err(failure) if store.give_up_checksum(&failure, algorithm) => {}
                 Err(failure) => return Err(failure.into_error(store.unable("begin", name))),
@@ -130,12 +134,17 @@ impl Upload {
     /// The completion failed, or an earlier answer to it was lost.
     async fn resolve(&self, failure: Failure, size_bytes: u64) -> Result<PutOutcome> {
         let taken = failure.is_precondition() || failure.is("NoSuchUpload", 404);
+        let may_be_called_again = failure.verdict() != Verdict::Final;
         let outcome = match self.look(tries_after(&failure)).await {
             Ok((Owner::Us, found)) if found == size_bytes => return Ok(PutOutcome::Created),
             Ok((Owner::Rival | Owner::Us, _)) if taken => Ok(PutOutcome::AlreadyThere),
             _ => Err(failure.into_error(self.store.unable("complete", &self.name))),
         };
-        self.discard().await;
+        if outcome.is_err() && may_be_called_again {
+            self.in_doubt.store(true, Ordering::Relaxed);
+        } else {
+            self.discard().await;
+        }
         outcome
     }
 
@@ -201,9 +210,10 @@ impl Multipart for Upload {
         let call = Call::new(&self.store.requests.multipart_completes);
         let tried =
             self.store.attempt(call, |client| self.complete_once(client, parts.clone())).await?;
+        let maybe_done_before = tried.maybe_done_before || self.in_doubt.load(Ordering::Relaxed);
         match tried.result {
             Ok(()) => self.verify(size_bytes).await,
-            Err(failure) if failure.is_precondition() && !tried.maybe_done_before => {
+            Err(failure) if failure.is_precondition() && !maybe_done_before => {
                 self.discard().await;
                 Ok(PutOutcome::AlreadyThere)
             }
