@@ -86,8 +86,10 @@ fn late(plan: &Plan) -> bool {
 fn explains_exit(plan: &Plan, exit: &Exit) -> bool {
     match exit.code {
         Some(0) => exit.asked,
-        // Unavailable: the store, while the sidecar starts or stores its last WAL.
-        Some(4) => store(plan),
+        // Config: it starts while there is no bucket of that name.
+        Some(3) => plan.has(Kind::S3BucketGone),
+        // Unavailable: the store, while the sidecar starts or stores its last WAL, or the lease.
+        Some(4) => store(plan) || late(plan),
         // Denied.
         Some(5) => plan.has(Kind::S3Expired) || plan.has(Kind::S3Skew),
         // Not found.

@@ -65,6 +65,7 @@ fn make_one(stage: &Stage, fault: &Fault) {
         SlotLost => lose_slot(stage, fault.lasts),
         SwitchStorm => switch_storm(stage, fault),
         WalDiskFull => fill_wal_disk(stage, fault.lasts),
+        S3Outage => outage(stage, fault),
         _ if fault.kind.name().starts_with("net-") => net(stage, fault),
         _ => store(stage, fault),
     }
@@ -72,6 +73,7 @@ fn make_one(stage: &Stage, fault: &Fault) {
 
 fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
     let Some(pid) = stage.sidecar.signal("STOP") else { return };
+    let told_before = losses_told(stage);
     std::thread::sleep(lasts);
     if !stage.sidecar.is_running(pid) {
         return;
@@ -85,12 +87,20 @@ fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
     if !beyond_lease {
         return;
     }
-    // Nobody could have told it that it still has the lease: it must end, whether a rival came or not.
-    if stage.wait(REFUSAL_MAX, || !stage.sidecar.is_running(pid)) {
+    // Nobody could have told it that it still has the lease: it must say that it lost it, whether a
+    // rival came or not, and may go on only with a new one.
+    let noticed = || losses_told(stage) > told_before || !stage.sidecar.is_running(pid);
+    if stage.wait(REFUSAL_MAX, noticed) {
         stage.fenced.lock().unwrap().push(Kind::SidecarFreeze);
     } else {
         stage.complain("a sidecar that was frozen for longer than its lease lives went on");
     }
+}
+
+/// How often sidecars have said that they lost the lease.
+fn losses_told(stage: &Stage) -> usize {
+    let log = std::fs::read(stage.tidemark.home().join("run.log")).unwrap_or_default();
+    String::from_utf8_lossy(&log).matches("the lease of the cluster was lost").count()
 }
 
 fn second_sidecar(stage: &Stage, lasts: Duration) {
@@ -385,6 +395,22 @@ fn net(stage: &Stage, fault: &Fault) {
     way.set(NetFault::None);
 }
 
+/// Nobody else is there to take the lease, so the sidecar that lost it goes on with a new one.
+fn outage(stage: &Stage, fault: &Fault) {
+    let pid = stage.sidecar.pid();
+    let told_before = losses_told(stage);
+    store(stage, fault);
+    // One that has not begun yet, or is ended by another fault, shows nothing.
+    let undisturbed = !stage.plan.setup.early && !stage.plan.any(Kind::hits_sidecar);
+    let Some(pid) = pid.filter(|_| undisturbed) else { return };
+    if !stage.wait(REFUSAL_MAX, || losses_told(stage) > told_before) {
+        stage.complain("a sidecar that could not renew its lease did not say that it lost it");
+    }
+    if !stage.sidecar.is_running(pid) {
+        stage.complain("the sidecar did not live through an outage longer than its lease");
+    }
+}
+
 fn store(stage: &Stage, fault: &Fault) {
     let faults = stage.s3.server().faults();
     faults.seed(stage.plan.seed ^ u64::from(stage.plan.round));
@@ -399,6 +425,7 @@ fn store(stage: &Stage, fault: &Fault) {
             half(Effect::LostReply),
             half(Effect::ErrorAfter { status: 500, code: "InternalError".into() }),
         ],
+        Kind::S3Outage => vec![error(503, "ServiceUnavailable")],
         Kind::S3HangAfter => [Op::PutObject, Op::UploadPart, Op::CompleteMultipartUpload]
             .map(|op| StoreFault::new(Effect::HangAfter).chance_ppm(chance).on(op))
             .to_vec(),

@@ -30,7 +30,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// `TIDEMARK_CHAOS_ROUNDS`, `_SEED`, `_ROUND`, `_FAULTS`, `_JOBS`, `_JSON`, `_EVIDENCE`, `_PLAN`.
+    /// `TIDEMARK_CHAOS_ROUNDS`, `_FROM`, `_SEED`, `_ROUND`, `_FAULTS`, `_JOBS`, `_JSON`, `_EVIDENCE`,
+    /// `_PLAN`.
     /// Without rounds and seed: two rounds that are always the same and one that is drawn.
     pub fn of_environment() -> Self {
         let text = |name: &str| {
@@ -44,6 +45,7 @@ impl Options {
         };
         let drawn = UNIX_EPOCH.elapsed().unwrap().as_secs() % 1_000_000;
         let (count, seed, one) = (number("ROUNDS"), number("SEED"), number("ROUND"));
+        let from = number("FROM").unwrap_or(0) as u32;
         let rounds = match (count, seed, one) {
             (None, None, None) => {
                 let always = (0..ROUNDS_ALWAYS).map(|round| (SEED_ALWAYS, round));
@@ -52,7 +54,7 @@ impl Options {
             (_, seed, Some(round)) => vec![(seed.unwrap_or(drawn), round as u32)],
             (count, seed, None) => {
                 let (count, seed) = (count.unwrap_or(10) as u32, seed.unwrap_or(drawn));
-                (0..count).map(|round| (seed, round)).collect()
+                (from..count).map(|round| (seed, round)).collect()
             }
         };
         let named = |name: &str| {

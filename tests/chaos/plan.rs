@@ -64,6 +64,8 @@ pub enum Kind {
     NetStoreReset,
     /// Bursts of 500 and 503.
     S3Errors,
+    /// Nothing but 503 for longer than the lease lives: the sidecar must live through it.
+    S3Outage,
     /// What was asked for is done, and answered by an error or a closed connection.
     S3LostReply,
     /// What was asked for is done, and never answered.
@@ -115,6 +117,7 @@ impl Kind {
         (Self::NetStoreSlow, "net-store-slow"),
         (Self::NetStoreReset, "net-store-reset"),
         (Self::S3Errors, "s3-errors"),
+        (Self::S3Outage, "s3-outage"),
         (Self::S3LostReply, "s3-lost-reply"),
         (Self::S3HangAfter, "s3-hang-after"),
         (Self::S3CompleteError, "s3-complete-error"),
@@ -341,7 +344,7 @@ impl Plan {
             target_permille: random.within(0..=1000),
             expire: random.percent(50),
         };
-        if has(Kind::SidecarFreeze) || has(Kind::Takeover) {
+        if has(Kind::SidecarFreeze) || has(Kind::Takeover) || has(Kind::S3Outage) {
             setup.lease_ttl = Duration::from_secs(10);
         }
         if has(Kind::SidecarStop) {
@@ -420,6 +423,7 @@ impl Fault {
             S3Errors | S3LostReply => {
                 (ms(random, 1500, 6000), random.one_of(&[150_000, 500_000, 900_000]))
             }
+            S3Outage => (setup.lease_ttl + ms(random, 500, 8000), 0),
             S3HangAfter => (ms(random, 1500, 5000), random.one_of(&[150_000, 500_000])),
             S3CompleteError | S3LosePart => (ms(random, 6000, 9000), 700_000),
             S3SlowList => (ms(random, 3000, 7000), random.within(500..=4000)),

@@ -170,6 +170,11 @@ impl Supervised {
         Some(process.pid())
     }
 
+    /// The id of the process that runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.inner().process.as_ref().map(Process::pid)
+    }
+
     /// Whether a process of this id is the one that runs.
     pub fn is_running(&self, pid: u32) -> bool {
         self.inner().process.as_ref().is_some_and(|process| process.pid() == pid)

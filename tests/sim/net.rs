@@ -11,6 +11,7 @@ use std::fmt;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -254,7 +255,12 @@ impl Store for Wire {
         let wanted = name.clone();
         let upload = self.look(move |memory| async move { memory.begin_multipart(&wanted).await });
         let upload = Arc::from(upload.await?);
-        Ok(Box::new(WireMultipart { wire: self.clone(), name: name.clone(), upload }))
+        Ok(Box::new(WireMultipart {
+            wire: self.clone(),
+            name: name.clone(),
+            upload,
+            is_made: Arc::default(),
+        }))
     }
 
     async fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes> {
@@ -344,6 +350,8 @@ struct WireMultipart {
     wire: Wire,
     name: ObjectName,
     upload: Arc<dyn Multipart>,
+    /// A completion may be asked for twice, and makes its object once.
+    is_made: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -355,10 +363,12 @@ impl Multipart for WireMultipart {
 
     async fn complete(&self) -> Result<PutOutcome> {
         let (upload, name) = (Arc::clone(&self.upload), self.name.clone());
+        let is_made = Arc::clone(&self.is_made);
         self.wire
             .ask(move |_| async move {
                 let outcome = upload.complete().await;
-                let changes = made(&outcome, &name);
+                let mut changes = made(&outcome, &name);
+                changes.retain(|_| !is_made.swap(true, Ordering::Relaxed));
                 (outcome, changes)
             })
             .await
