@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-/// After a failure a backup is tried again so much later, or after its interval when that is shorter.
-const RETRY_PAUSE: Duration = Duration::from_secs(600);
+/// After the first failure a backup is tried again so much later; each further one in a row doubles it.
+/// Short: while WAL was lost, or for the first backup, every minute without one cannot be restored.
+const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
+/// The longest pause, or the interval of backups when that is shorter.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
 
 /// What is known about base backups.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,6 +17,8 @@ pub struct BackupHistory {
     pub newest_start: Option<Timestamp>,
     /// When the last attempt failed, if it did.
     pub failed: Option<Timestamp>,
+    /// How many attempts in a row failed.
+    pub failure_count: u32,
     /// WAL was lost after the newest backup: without a new one nothing later can be restored.
     pub needed_at_once: bool,
 }
@@ -31,9 +36,14 @@ fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Ti
         _ => now,
     };
     match history.failed {
-        Some(failed) => due.max(later(failed, RETRY_PAUSE.min(interval))),
+        Some(failed) => due.max(later(failed, retry_pause(history.failure_count).min(interval))),
         None => due,
     }
+}
+
+fn retry_pause(failure_count: u32) -> Duration {
+    let doublings = failure_count.saturating_sub(1).min(16);
+    RETRY_PAUSE_FIRST.saturating_mul(1 << doublings).min(RETRY_PAUSE_MAX)
 }
 
 /// `length` after `time`, or the end of time.
@@ -63,12 +73,16 @@ mod tests {
     }
 
     #[test]
-    fn lost_wal_makes_a_backup_due_at_once_and_a_failure_makes_it_wait() {
+    fn lost_wal_makes_a_backup_due_at_once_and_failures_make_it_wait_longer_and_longer() {
         let newest_start = Some(at(100));
-        let mut history = BackupHistory { newest_start, failed: None, needed_at_once: true };
+        let mut history =
+            BackupHistory { newest_start, needed_at_once: true, ..BackupHistory::default() };
         assert_eq!(next_backup(history, DAY, at(500)), at(500));
         history.failed = Some(at(490));
-        assert_eq!(next_backup(history, DAY, at(500)), at(490 + 600));
+        for (failure_count, pause) in [(1, 10), (2, 20), (3, 40), (7, 600), (u32::MAX, 600)] {
+            history.failure_count = failure_count;
+            assert_eq!(next_backup(history, DAY, at(490)), at(490 + pause));
+        }
         assert_eq!(next_backup(history, Duration::from_secs(60), at(500)), at(490 + 60));
     }
 }

@@ -169,6 +169,7 @@ impl<'a> Chores<'a> {
             Err(_) if stop.is_cancelled() => return,
             Err(_) => {
                 history.failed = Some(self.clock.now());
+                history.failure_count = history.failure_count.saturating_add(1);
                 self.backups = Some(history);
             }
         }
@@ -194,7 +195,8 @@ impl<'a> Chores<'a> {
         let reached = streamed
             .timeline
             .is_none_or(|timeline| catalog.reaches(timeline, streamed.durable_end_lsn));
-        Ok(BackupHistory { newest_start, failed: None, needed_at_once: !reached })
+        let needed_at_once = !reached;
+        Ok(BackupHistory { newest_start, needed_at_once, ..BackupHistory::default() })
     }
 
     async fn take_backup(&self, stop: &CancellationToken) -> Result<base::BackupReport> {

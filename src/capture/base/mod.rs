@@ -137,6 +137,10 @@ pub async fn backup(base: &Base, cancel: &CancellationToken) -> Result<BackupRep
         feed.backup_taken(manifest.public.start_lsn);
     }
     let closed = feed.close().await;
+    if outcome.is_err() {
+        // Nobody is to read on that it still waits for something.
+        base.progress.enter(BaseBackupPhase::Preparing);
+    }
     let (manifest, from) = outcome?;
     if let Err(error) = closed {
         tracing::warn!("the backup is complete, but the WAL stream ended badly: {error}");
