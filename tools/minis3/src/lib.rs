@@ -204,6 +204,12 @@ impl Server {
         self.shared.keys(bucket)
     }
 
+    /// Bytes of the current objects of a bucket.
+    #[must_use]
+    pub fn stored_bytes(&self, bucket: &str) -> u64 {
+        self.shared.stored_bytes(bucket)
+    }
+
     /// Count of multipart uploads begun and neither completed nor aborted.
     #[must_use]
     pub fn upload_count(&self, bucket: &str) -> usize {

@@ -133,6 +133,13 @@ impl Shared {
         bucket.keys.keys().filter(|key| bucket.current(key).is_some()).cloned().collect()
     }
 
+    pub(crate) fn stored_bytes(&self, bucket: &str) -> u64 {
+        let state = self.state();
+        let Some(bucket) = state.buckets.get(bucket) else { return 0 };
+        let current = bucket.keys.keys().filter_map(|key| bucket.current(key));
+        current.map(|version| version.size).sum()
+    }
+
     pub(crate) fn upload_count(&self, bucket: &str) -> usize {
         self.state().buckets.get(bucket).map_or(0, |bucket| bucket.uploads.len())
     }
