@@ -13,11 +13,8 @@ libfuzzer_sys::fuzz_target!(
         let name = std::env::var("TIDEMARK_FUZZ_TARGET").unwrap_or_default();
         let target = tidemark::fuzz::TARGETS.iter().find(|target| target.name == name);
         let Some(target) = target else {
-            // What `tools/fuzz` reads: each target and the longest input to make for it.
-            for target in tidemark::fuzz::TARGETS {
-                println!("{} {}", target.name, target.input_bytes_max);
-            }
-            std::process::exit(if name.is_empty() { 0 } else { 2 });
+            eprintln!("no target '{name}' in TIDEMARK_FUZZ_TARGET");
+            std::process::exit(2);
         };
         let _ = TARGET.set(target.run);
     },

@@ -63,3 +63,22 @@ fn every_folder_belongs_to_a_target() {
         assert!(!twice, "two targets are called '{}'", target.name);
     }
 }
+
+#[test]
+fn the_tool_knows_every_target_and_the_ledger_no_other() {
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/fuzz");
+    let listed = std::process::Command::new(tool).arg("--list").output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let names: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
+    assert_eq!(listed.lines().collect::<Vec<_>>(), names);
+
+    let ledger = std::fs::read_to_string(folder("LEDGER.tsv")).unwrap();
+    for row in ledger.lines().skip(1) {
+        let fields: Vec<&str> = row.split('\t').collect();
+        let [target, seconds, runs, _coverage, _since, _until, _day] = fields[..] else {
+            panic!("{row:?} has {} fields", fields.len());
+        };
+        assert!(names.contains(&target), "{row:?}");
+        assert!(seconds.parse::<u64>().is_ok() && runs.parse::<u64>().is_ok(), "{row:?}");
+    }
+}
