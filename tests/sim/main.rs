@@ -28,9 +28,10 @@
 //! compaction deletes extents that it did not join; expire takes WAL that a backup needs (with and without
 //! the second check of the plan); the first sign of life counts as caught up.
 //!
-//! Not noticed by 60 seeds: expire forgets the base of the recovery window; every listed backup counts as
-//! restorable (nothing incomplete is ever listed); a rival's pack is taken for ours (two backups of one
-//! second). Unit tests have to.
+//! Not noticed by the seeds tried: expire forgets the base of the recovery window; a gap is not told by the
+//! status (the listing knows it by names); a server's history is not stored at the first meeting; every
+//! listed backup counts as restorable (nothing incomplete is ever listed); the sweep takes keys that are in
+//! use; a rival's pack is taken for ours.
 #![allow(unreachable_pub)]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
