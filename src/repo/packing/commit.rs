@@ -1,5 +1,6 @@
 //! The last step of a backup: its manifest.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -126,18 +127,18 @@ impl PackedBackup {
         let repository = self.shared.writer.repository();
         let prefix = repository.cluster().backup_prefix(self.shared.backup);
         let objects = repository.store().list_all(&prefix).await?;
-        let found = |number: u32| {
-            objects.iter().find_map(|object| {
-                match Object::parse(repository.cluster(), &object.name) {
-                    Some(Object::Pack(pack)) if pack.number == number => Some(object.size_bytes),
-                    _ => None,
-                }
+        // By number: a backup of 10 TB has thousands.
+        let found: HashMap<u32, u64> = objects
+            .iter()
+            .filter_map(|object| match Object::parse(repository.cluster(), &object.name) {
+                Some(Object::Pack(pack)) => Some((pack.number, object.size_bytes)),
+                _ => None,
             })
-        };
+            .collect();
         for pack in &self.collected.packs {
             let (number, expected) = (pack.number, pack.stored_bytes);
-            let what = match found(number) {
-                Some(size) if size == expected => continue,
+            let what = match found.get(&number) {
+                Some(size) if *size == expected => continue,
                 Some(size) => format!("pack {number} has {size} bytes, {expected} were put"),
                 None => format!("pack {number} is gone"),
             };
