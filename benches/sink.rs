@@ -49,7 +49,8 @@ impl Store for Sink {
     }
 
     async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome> {
-        self.0.put_if_absent(name, body).await
+        // A copy: the body of a small pack is the front of a buffer made for a large one.
+        self.0.put_if_absent(name, Bytes::copy_from_slice(&body)).await
     }
 
     async fn begin_multipart(&self, _: &ObjectName) -> Result<Box<dyn Multipart>> {
