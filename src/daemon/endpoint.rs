@@ -6,8 +6,8 @@
 //!
 //! # Invariants
 //! Nothing of what is sent here is kept or believed: of a request only the first line is looked at, it
-//! may have [`REQUEST_BYTES_MAX`], it must come within [`REQUEST_TIME_MAX`], and at most
-//! [`CONNECTIONS_MAX`] are listened to at a time.
+//! may have `REQUEST_BYTES_MAX`, it must come within `REQUEST_TIME_MAX`, and at most
+//! `CONNECTIONS_MAX` are listened to at a time.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
