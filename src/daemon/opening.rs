@@ -63,9 +63,20 @@ pub async fn repository_for(
 /// # Errors
 /// Why it cannot be reached or does not let us in.
 pub async fn identify_server(config: &Config, clock: &Clock) -> Result<SystemIdentification> {
-    let mut server =
-        Connection::connect(&config.connect_options()?, Session::Physical, clock).await?;
-    server.identify_system().await
+    connect(config, clock).await?.identify_system().await
+}
+
+/// The name of our slot, if the server has it.
+///
+/// # Errors
+/// As [`identify_server`].
+pub async fn find_slot<'a>(config: &'a Config, clock: &Clock) -> Result<Option<&'a str>> {
+    let name = config.slot_name();
+    Ok(connect(config, clock).await?.read_slot(name).await?.map(|_kept| name))
+}
+
+async fn connect(config: &Config, clock: &Clock) -> Result<Connection> {
+    Connection::connect(&config.connect_options()?, Session::Physical, clock).await
 }
 
 /// Refuses to read settings of one cluster for another.

@@ -27,15 +27,37 @@ pub struct Writing {
 
 /// The repository, made when it is missing. The server is only asked then: a stream starts while
 /// it is down.
+///
+/// # Durability
+/// A slot of ours on the server means that its WAL went to a repository before. If that one is not
+/// there (a share that is not mounted, another bucket or prefix), a new one in its place would take WAL,
+/// the server would be told so and forget it, and the old repository would have a gap: so only
+/// `tidemark init` makes one then.
 async fn repository(config: &Config, clock: &Clock) -> Result<Repository> {
     let cluster = ClusterName::new(config.cluster())?;
-    match Repository::open(opening::store(config, clock)?, cluster, clock).await {
+    let store = opening::store(config, clock)?;
+    let place = store.describe();
+    match Repository::open(store, cluster, clock).await {
         Err(error) if error.kind() == Kind::NotFound => {
+            if let Some(slot) = opening::find_slot(config, clock).await? {
+                return Err(vanished(&place, config.cluster(), slot));
+            }
             let server = opening::identify_server(config, clock).await?;
             opening::repository_for(config, clock, server.system_id).await
         }
         opened => opened,
     }
+}
+
+fn vanished(place: &str, cluster: &str, slot: &str) -> Error {
+    let message = format!(
+        "nothing of cluster '{cluster}' is in {place}, but the server has replication slot '{slot}', \
+         by which its WAL was streamed before"
+    );
+    Error::new(Kind::NotFound, message).hint(
+        "Is the repository mounted, and are --repository and --cluster as they were? To begin a new \
+         one, run 'tidemark init'.",
+    )
 }
 
 /// A writer that needs no lease of its own: for base backups, whose names no rival can take.

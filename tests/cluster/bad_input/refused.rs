@@ -96,6 +96,32 @@ fn a_server_that_refuses_is_explained() {
     );
 }
 
+/// A share that is not mounted looks like an empty folder; WAL acknowledged into it would be missing in
+/// the repository that comes back.
+#[test]
+fn a_repository_that_is_gone_is_not_begun_anew_while_its_slot_is_there() {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    let conninfo = server.conninfo();
+    let tidemark = Tidemark::with_directory();
+    let init = ["init", "--quiet", "--postgres", &conninfo];
+    tidemark.run(&init).ok();
+    server.psql("select pg_create_physical_replication_slot('tidemark', true)");
+    let repository = std::path::Path::new(tidemark.url());
+    std::fs::rename(repository, repository.with_extension("elsewhere")).unwrap();
+    let text: String = ["stream", "run", "backup"]
+        .iter()
+        .map(|command| {
+            let args = [command, "--quiet", "--postgres", &conninfo];
+            tidemark.run(&args).transcript(&args)
+        })
+        .collect();
+    let text = text.replace(tidemark.url(), "[REPOSITORY]");
+    golden_error("repository-gone", &text, &[]);
+    assert!(!repository.exists(), "nothing is made where it was");
+    tidemark.run(&init).ok();
+    tidemark.run(&["backup", "--quiet", "--postgres", &conninfo]).ok();
+}
+
 #[test]
 fn a_store_that_refuses_is_explained() {
     let s3 = S3::start();
