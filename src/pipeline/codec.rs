@@ -4,8 +4,10 @@
 //! Plain blocks come as slices of whatever buffers they arrived in; compressed bytes are appended to
 //! the caller's buffer, which is never moved while it has room ([`compressed_bytes_max`]).
 
+use std::io::Cursor;
+
 use bytes::Bytes;
-use zstd::zstd_safe::{self, CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirective};
+use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
 use crate::error::{Error, Kind, Result};
 
@@ -73,10 +75,12 @@ pub fn compressed_bytes_max(plain_len: usize) -> usize {
     zstd_safe::compress_bound(plain_len)
 }
 
-/// A compression context; costs about 1.3 MiB at level 1 and 1 MiB blocks, 19 MiB at level 19.
+/// A compression context; costs about 1.5 MiB at level 1 and 1 MiB blocks, 19 MiB at level 19.
 pub struct Compressor {
     context: CCtx<'static>,
     level: Level,
+    /// The slices of a block, put together.
+    gathered: Vec<u8>,
 }
 
 impl Compressor {
@@ -90,7 +94,7 @@ impl Compressor {
             .set_parameter(CParameter::CompressionLevel(level.0))
             .and_then(|_| context.set_parameter(CParameter::ContentSizeFlag(true)))
             .map_err(|code| failed("set the level of", code))?;
-        Ok(Self { context, level })
+        Ok(Self { context, level, gathered: Vec::new() })
     }
 
     /// The level.
@@ -102,7 +106,7 @@ impl Compressor {
     /// Bytes this context holds now.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.context.sizeof()
+        self.context.sizeof() + self.gathered.capacity()
     }
 
     /// Appends the `plain` slices, one after the other, to `out`: compressed, or as they are when
@@ -114,7 +118,7 @@ impl Compressor {
         let start = out.len();
         let plain_len: usize = plain.iter().map(Bytes::len).sum();
         out.reserve(compressed_bytes_max(plain_len));
-        self.compress(plain, plain_len, out).map_err(|code| failed("compress", code))?;
+        self.compress(plain, out).map_err(|code| failed("compress", code))?;
         if out.len() - start < plain_len {
             return Ok(Codec::Zstd);
         }
@@ -125,29 +129,22 @@ impl Compressor {
         Ok(Codec::Stored)
     }
 
-    fn compress(
-        &mut self,
-        plain: &[Bytes],
-        plain_len: usize,
-        out: &mut Vec<u8>,
-    ) -> zstd_safe::SafeResult {
-        self.context.reset(ResetDirective::SessionOnly)?;
-        self.context.set_pledged_src_size(Some(plain_len as u64))?;
-        let start = out.len();
-        let mut output = OutBuffer::around_pos(out, start);
-        for slice in plain {
-            let mut input = InBuffer::around(slice);
-            while input.pos() < slice.len() {
-                self.context.compress_stream(&mut output, &mut input)?;
+    /// In one piece, not slice by slice: zstd copies what it is given in pieces as well, into a ring
+    /// whose ends it then has to match across, and that takes a tenth to a quarter longer.
+    fn compress(&mut self, plain: &[Bytes], out: &mut Vec<u8>) -> zstd_safe::SafeResult {
+        let whole: &[u8] = match plain {
+            [only] => only,
+            slices => {
+                self.gathered.clear();
+                self.gathered.reserve(slices.iter().map(Bytes::len).sum());
+                slices.iter().for_each(|slice| self.gathered.extend_from_slice(slice));
+                &self.gathered
             }
-        }
-        loop {
-            // The room was reserved, so this ends with 0 left to flush.
-            let left = self.context.end_stream(&mut output)?;
-            if left == 0 {
-                return Ok(0);
-            }
-        }
+        };
+        let end = out.len() as u64;
+        let mut behind = Cursor::new(out);
+        behind.set_position(end);
+        self.context.compress2(&mut behind, whole)
     }
 }
 

@@ -8,7 +8,7 @@ use std::io::Read;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::hkdf;
 
-use crate::golden::{files, folder, wal};
+use crate::golden::{ROOTS, files, folder, wal};
 
 const SYSTEM: u64 = 7_300_000_000_000_000_001;
 const BACKUP: &str = "base/20261122T100000Z-00000001-0000000002000028";
@@ -223,7 +223,7 @@ fn read_manifest(root: &str) -> (serde_json::Value, serde_json::Value) {
 
 #[test]
 fn a_reader_made_from_the_text_alone_reads_all_objects() {
-    for root in ["plain", "encrypted"] {
+    for root in ROOTS.iter().flat_map(|(plain, encrypted)| [*plain, *encrypted]) {
         assert_eq!(read_wal(root), 4);
         let found = read_pack(root);
         for (name, content) in files() {
