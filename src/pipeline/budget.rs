@@ -9,8 +9,8 @@
 //! | command | limit | what it is spent on |
 //! |---|---|---|
 //! | backup | 128 MiB | threads × (context + part being filled) + parts being uploaded + blocks waiting |
-//! | stream | 48 MiB | extent being filled (twice, while the next begins) + extents being uploaded |
-//! | restore | 96 MiB | batches being fetched (twice, while the driver joins them) + threads × (context + block) + WAL segments |
+//! | stream | 48 MiB | extent being filled + extents being uploaded, each at most as much as the other |
+//! | restore | 96 MiB | batches being fetched, and what their connections hold + threads × (context + block) + WAL segments |
 //!
 //! A passphrase as recipient costs 128 MiB once at start on top, for about 0.3 s: that is what makes
 //! it expensive to guess (scrypt). X25519 recipients cost nothing.
@@ -33,18 +33,22 @@ pub const PROCESS_BYTES: u64 = 24 * MIB;
 /// made when all files are written and the allocator still keeps what the batches held.
 pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 
-/// Kept out of the shares of `stream`: the buffer of the extent being filled grows by doubling, and
-/// a repository that is away leaves its client with retries in hand. Measured with WAL that does not
+/// Kept out of the shares of `stream`: the block being compressed and the context for it, and what a
+/// repository that is away leaves its client with, retries in hand. Measured with WAL that does not
 /// compress and a repository that was away: without it the process peaked at its limit.
 const GROWTH_BYTES: u64 = 8 * MIB;
 
 /// Smallest part all stores take.
 pub const PART_BYTES_MIN: u64 = 5 * MIB;
-/// Part size unless memory is short: large enough that a request's latency is small beside its
-/// transfer, small enough that several fit.
-pub const PART_BYTES_DEFAULT: u64 = 8 * MIB;
-/// Batch of frames fetched by one request.
+/// Part size where memory allows a thread for every core with it: so large that a request's latency
+/// and its price are small beside its transfer.
+pub const PART_BYTES_DEFAULT: u64 = 12 * MIB;
+/// Part size where it does not.
+pub const PART_BYTES_SMALL: u64 = 8 * MIB;
+/// Frames of a restore that are opened together.
 pub const BATCH_BYTES: u64 = 4 * MIB;
+/// What a connection holds of an answer that is not wanted yet.
+const ANSWER_BYTES: u64 = MIB;
 /// Most threads one command uses unless told otherwise: the rest of the machine is the database's.
 pub const THREADS_MAX: u64 = 16;
 
@@ -76,40 +80,57 @@ impl Budget {
         // Two blocks are with the feeder: the one of a large file, and the one small files share.
         let data = limit_bytes.saturating_sub(PROCESS_BYTES + 2 * BLOCK_BYTES as u64);
         let data = data.max(4 * PART_BYTES_MIN);
-        let part = if data >= 6 * PART_BYTES_DEFAULT { PART_BYTES_DEFAULT } else { PART_BYTES_MIN };
+        let with = |part_bytes| Self::backup_with(data, cores, level, part_bytes);
+        let large = with(PART_BYTES_DEFAULT);
+        let small = with(PART_BYTES_SMALL);
+        // Where there is memory for neither: one thread, and two parts on their way.
+        let least = with(PART_BYTES_MIN).unwrap_or(Self {
+            part_bytes: to_count(PART_BYTES_MIN),
+            parts_max: 3,
+            blocks_max: 2,
+            ..Self::none()
+        });
+        match (large, small) {
+            (Some(large), Some(small)) if large.thread_count < small.thread_count => small,
+            (large, small) => large.or(small).unwrap_or(least),
+        }
+    }
+
+    /// Shares with parts of `part_bytes`, `None` where not even one thread fits.
+    fn backup_with(data: u64, cores: usize, level: Level, part_bytes: u64) -> Option<Self> {
         // A part runs over by at most one frame before it is handed on.
-        let part_whole = part + frame_bytes_max();
+        let part_whole = part_bytes + frame_bytes_max();
         let thread = context_bytes(level) + part_whole + 2 * BLOCK_BYTES as u64;
         // Uploads get two fifths or more.
         let uploads = (data * 2 / 5 / part_whole).max(2);
         let threads = data.saturating_sub(uploads * part_whole) / thread;
-        let threads = threads.clamp(1, THREADS_MAX.min(cores.max(1) as u64));
+        let threads = threads.min(THREADS_MAX.min(cores.max(1) as u64));
         // What the threads do not need goes to uploads: as many as there are threads at least, which
         // the packing needs so that workers never wait for each other.
         let uploads_for = |threads| (data.saturating_sub(threads * thread) / part_whole).min(32);
         let enough = |threads: &u64| uploads_for(*threads) >= (*threads).max(2);
-        let threads = (1..=threads).rev().find(enough).unwrap_or(1);
-        let uploads = uploads_for(threads).max(2);
-        Self {
+        let threads = (1..=threads).rev().find(enough)?;
+        Some(Self {
             thread_count: to_count(threads),
-            part_bytes: to_count(part),
-            parts_max: to_count(threads + uploads),
+            part_bytes: to_count(part_bytes),
+            parts_max: to_count(threads + uploads_for(threads)),
             blocks_max: to_count(2 * threads),
             ..Self::none()
-        }
+        })
     }
 
     /// Shares for `stream` within `limit_bytes`.
     #[must_use]
     pub fn stream(limit_bytes: u64) -> Self {
         let data = limit_bytes.saturating_sub(PROCESS_BYTES + GROWTH_BYTES).max(8 * MIB);
-        // A quarter for the extent being filled, the rest for those on their way.
-        let cut = (data / 4).clamp(MIB, 16 * MIB);
+        // A little less than half for the extent being filled: by default a segment that shrinks to
+        // 44 % is one object. The rest for those on their way: several, or one as large as may be.
+        let cut = (data / 2 - MIB).clamp(MIB, 16 * MIB);
         Self {
             thread_count: 1,
             blocks_max: 2,
             extent_bytes_cut: to_count(cut),
-            extent_bytes_in_flight: data - cut - context_bytes(Level::default()),
+            extent_bytes_in_flight: data - cut,
             ..Self::none()
         }
     }
@@ -120,8 +141,7 @@ impl Budget {
         let fixed = PROCESS_BYTES + RESTORE_WAL_BYTES;
         let data = limit_bytes.saturating_sub(fixed).max(4 * BATCH_BYTES);
         let threads = (cores.max(1) as u64).clamp(1, THREADS_MAX.min(data / 4 / (2 * MIB)));
-        // A batch exists twice while the driver joins the pieces of a response.
-        let batches = (data - threads * 2 * MIB) / (2 * BATCH_BYTES);
+        let batches = (data - threads * 2 * MIB) / (BATCH_BYTES + ANSWER_BYTES);
         Self {
             thread_count: to_count(threads),
             batch_bytes: to_count(BATCH_BYTES),
@@ -196,7 +216,9 @@ mod tests {
             }
         }
         let usual = Budget::backup(BACKUP_BYTES, 2, Level::default());
-        assert_eq!((usual.thread_count, usual.part_bytes), (2, 8 << 20));
+        assert_eq!((usual.thread_count, usual.part_bytes), (2, 12 << 20));
+        let many_cores = Budget::backup(BACKUP_BYTES, 16, Level::default());
+        assert_eq!((many_cores.thread_count, many_cores.part_bytes), (4, 8 << 20));
     }
 
     #[test]
@@ -220,8 +242,9 @@ mod tests {
         assert!(used <= STREAM_BYTES && stream.extent_bytes_in_flight > 8 * MIB);
         for cores in [1, 2, 64] {
             let restore = Budget::restore(RESTORE_BYTES, cores);
-            let batches = restore.batches_max as u64 * 2 * restore.batch_bytes as u64;
-            let used = batches + restore.thread_count as u64 * 2 * MIB + PROCESS_BYTES;
+            let batches = restore.batches_max as u64 * (restore.batch_bytes as u64 + ANSWER_BYTES);
+            let threads = restore.thread_count as u64 * 2 * MIB;
+            let used = batches + threads + PROCESS_BYTES + RESTORE_WAL_BYTES;
             assert!(used <= RESTORE_BYTES, "{restore:?}");
         }
     }

@@ -35,7 +35,7 @@ use crate::pipeline::Worker;
 use crate::pipeline::cipher::{Cipher, DataKey, ObjectKey};
 use crate::pipeline::codec::Decompressor;
 use crate::pipeline::frame::{self, Expected, FrameHeader, Last};
-use crate::store::ObjectName;
+use crate::store::{ObjectName, Reading};
 
 /// Opens what a [`Writer`](super::Writer) sealed. Cheap to clone.
 #[derive(Clone)]
@@ -64,6 +64,10 @@ impl PackHandle {
     #[must_use]
     pub fn object(&self) -> &ObjectName {
         &self.object
+    }
+
+    fn unable(&self, batch: &FrameBatch) -> String {
+        format!("unable to read pack '{}' at byte {}", self.object, batch.range.start)
     }
 }
 
@@ -110,6 +114,28 @@ impl FrameBatch {
         }
         batches
     }
+
+    /// Groups batches that follow one another in one pack into runs of about `bytes_max`, each to be
+    /// read by one request ([`Reader::read_run`]); one batch at least is in each.
+    #[must_use]
+    pub fn runs(batches: Vec<Self>, bytes_max: u64) -> Vec<Vec<Self>> {
+        let mut runs: Vec<Vec<Self>> = Vec::new();
+        for batch in batches {
+            let follows = |run: &&mut Vec<Self>| match (run.first(), run.last()) {
+                (Some(first), Some(last)) => {
+                    last.source == batch.source
+                        && last.range.end == batch.range.start
+                        && batch.range.end - first.range.start <= bytes_max
+                }
+                _ => false,
+            };
+            match runs.last_mut().filter(follows) {
+                Some(run) => run.push(batch),
+                None => runs.push(vec![batch]),
+            }
+        }
+        runs
+    }
 }
 
 /// How much is checked when frames are opened, besides their tags.
@@ -119,6 +145,28 @@ pub enum Check {
     Tags,
     /// The hash of each plain block as well.
     Hashes,
+}
+
+/// Batches of one pack, being read one after the other by one request.
+pub struct Run<'a> {
+    pack: &'a PackHandle,
+    batches: std::vec::IntoIter<FrameBatch>,
+    reading: Box<dyn Reading + 'a>,
+}
+
+impl Run<'_> {
+    /// The next batch, `None` after the last.
+    ///
+    /// # Errors
+    /// As [`Reader::fetch`].
+    pub async fn next(&mut self) -> Result<Option<FetchedBatch>> {
+        let Some(batch) = self.batches.next() else { return Ok(None) };
+        let length = batch.range.end.saturating_sub(batch.range.start);
+        let length = usize::try_from(length)
+            .map_err(|_too_long| Error::new(Kind::Bug, format!("a batch of {length} bytes")))?;
+        let bytes = self.reading.next(length).await.context(|| self.pack.unable(&batch))?;
+        Ok(Some(FetchedBatch { pack: self.pack.clone(), batch, bytes }))
+    }
 }
 
 /// A batch of frames as fetched, still sealed.
@@ -432,10 +480,28 @@ impl Reader {
     /// `corrupt` when the pack ends before, or what the store reports.
     pub async fn fetch(&self, pack: &PackHandle, batch: FrameBatch) -> Result<FetchedBatch> {
         let range = Some(batch.range.clone());
-        let bytes = self.repository().store().get(&pack.object, range).await.context(|| {
-            format!("unable to read pack '{}' at byte {}", pack.object, batch.range.start)
-        })?;
+        let store = self.repository().store();
+        let bytes = store.get(&pack.object, range).await.context(|| pack.unable(&batch))?;
         Ok(FetchedBatch { pack: pack.clone(), batch, bytes })
+    }
+
+    /// Begins to read a run of batches (see [`FrameBatch::runs`]) of `pack`, which must be the one that
+    /// their [`FrameBatch::source`] means.
+    ///
+    /// # Errors
+    /// As [`Reader::fetch`].
+    pub async fn read_run<'a>(
+        &'a self,
+        pack: &'a PackHandle,
+        batches: Vec<FrameBatch>,
+    ) -> Result<Run<'a>> {
+        let empty = || Error::new(Kind::Bug, "a run without batches");
+        let first = batches.first().ok_or_else(empty)?;
+        let end = batches.last().ok_or_else(empty)?.range.end;
+        let store = self.repository().store();
+        let range = first.range.start..end;
+        let reading = store.read(&pack.object, range).await.context(|| pack.unable(first))?;
+        Ok(Run { pack, batches: batches.into_iter(), reading })
     }
 
     /// Fetches the object of a WAL extent and the keys of all extents in it.

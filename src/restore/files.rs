@@ -1,10 +1,11 @@
 //! The files of a base backup, from packs to their places.
 //!
-//! Packs are taken one after the other; of each the footer first, then its frames by large ranged GETs,
-//! several at once. Worker threads open and decompress them and write each block to its place.
+//! Packs are taken one after the other; of each the footer first, then its frames by a few long ranged
+//! GETs at once, each read a batch at a time. Worker threads open and decompress the batches and write
+//! each block to its place.
 //!
 //! # Shape
-//! Memory is the [`Budget`] of a restore: so many batches on their way, a block for each thread, the
+//! Memory is the [`Budget`] of a restore: a batch of each request, a block for each thread, the
 //! footers of the pack being written and of the next, and the [`Cover`]s of files that are not whole yet.
 //! It does not grow with the number or size of files.
 //!
@@ -54,6 +55,8 @@ const SIGNAL_FILES: [&str; 2] = ["standby.signal", "recovery.signal"];
 const TABLESPACE_LINKS: &str = "pg_tblspc";
 /// Entries whose files are made in one job.
 const ENTRIES_PER_JOB: usize = 512;
+/// A request for less of a pack than this costs more than its bytes.
+const RUN_BYTES_MIN: u64 = 16 << 20;
 /// Text of the `backup_manifest` collected before it is written.
 const MANIFEST_TEXT_BYTES: usize = 256 << 10;
 
@@ -176,31 +179,40 @@ async fn restore_pack(
         }
     }
     let batches = FrameBatch::plan(&pack.footer, budget.batch_bytes, |_| true);
-    futures::stream::iter(batches.into_iter().map(Ok))
-        .try_for_each_concurrent(budget.batches_max, |batch| {
-            restore_batch(reader, pool, tree, pack, batch)
+    // As many requests as are read at a time, so that all end with the pack.
+    let bytes: u64 = batches.iter().map(|batch| batch.range.end - batch.range.start).sum();
+    let even_bytes = bytes.div_ceil(budget.batches_max as u64) + budget.batch_bytes as u64;
+    let runs = FrameBatch::runs(batches, even_bytes.max(RUN_BYTES_MIN));
+    futures::stream::iter(runs.into_iter().map(Ok))
+        .try_for_each_concurrent(budget.batches_max, |run| {
+            restore_run(reader, pool, tree, pack, run)
         })
         .await
 }
 
-async fn restore_batch(
+/// Writes batches that lie side by side: while one is opened, the connection gathers the next.
+async fn restore_run(
     reader: &Reader,
     pool: &Pool,
     tree: &Arc<Tree>,
     pack: &Arc<OpenPack>,
-    batch: FrameBatch,
+    run: Vec<FrameBatch>,
 ) -> Result<()> {
-    let source = pack.sources.get(batch.source as usize).ok_or_else(|| {
-        Error::new(Kind::Bug, format!("a batch of source {} that no footer names", batch.source))
+    let number = run.first().map_or(0, |batch| batch.source);
+    let source = pack.sources.get(number as usize).ok_or_else(|| {
+        Error::new(Kind::Bug, format!("a batch of source {number} that no footer names"))
     })?;
-    let fetched = reader.fetch(source, batch).await?;
-    let (tree, pack) = (Arc::clone(tree), Arc::clone(pack));
-    pool.run(move |worker| {
-        fetched.open(&pack.footer, Check::Tags, worker, |frame, block| {
-            tree.write_block(&pack.footer, frame, block)
+    let mut run = reader.read_run(source, run).await?;
+    while let Some(fetched) = run.next().await? {
+        let (tree, pack) = (Arc::clone(tree), Arc::clone(pack));
+        pool.run(move |worker| {
+            fetched.open(&pack.footer, Check::Tags, worker, |frame, block| {
+                tree.write_block(&pack.footer, frame, block)
+            })
         })
-    })
-    .await?
+        .await??;
+    }
+    Ok(())
 }
 
 /// What is known of a file that is not whole yet.

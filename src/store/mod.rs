@@ -48,6 +48,7 @@ pub mod memory;
 mod name;
 mod options;
 mod probe;
+mod reading;
 mod requests;
 pub mod s3;
 
@@ -56,6 +57,7 @@ pub use options::{
     Addressing, BODY_BYTES_PER_SECOND_MIN, Checksum, ServerSideEncryption, StaticCredentials,
     StoreOptions,
 };
+pub use reading::Reading;
 pub use requests::{Latencies, RequestCounts, Requests};
 
 /// Longest range one [`Store::get`] may ask for, and longest object it returns whole: the largest WAL
@@ -84,6 +86,18 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The bytes of an object, or exactly those of `range`. `not found` when there is no such object,
     /// `corrupt` when it ends before the range does.
     async fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes>;
+
+    /// Begins to read `range` of an object from front to back: by one request where requests cost
+    /// something, and holding no more of it than is asked for at a time. Errors as [`Store::get`], at
+    /// the latest with the piece they concern.
+    async fn read<'a>(
+        &'a self,
+        name: &'a ObjectName,
+        range: Range<u64>,
+    ) -> Result<Box<dyn Reading + 'a>> {
+        asked_bytes(name, &range)?;
+        Ok(Box::new(reading::Piecewise { store: self, name, left: range }))
+    }
 
     /// Size and time of an object, `None` when it does not exist.
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>>;

@@ -110,6 +110,28 @@ async fn what_was_put_is_read_back_whole_and_by_range() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_range_is_read_in_pieces_of_any_size() {
+    everywhere(async |place| {
+        place.put("a", "0123456789").await;
+        let name = place.name("a");
+        let mut reading = place.store.read(&name, 1..9).await.unwrap();
+        for expected in ["12", "", "3", "45678"] {
+            assert_eq!(reading.next(expected.len()).await.unwrap(), expected);
+        }
+        let mut reading = place.store.read(&name, 1..9).await.unwrap();
+        assert_eq!(reading.next(9).await.unwrap_err().kind(), Kind::Bug);
+        assert!(place.store.read(&name, 4..4).await.unwrap().next(0).await.unwrap().is_empty());
+        for (name, range, kind) in [("a", 5..11, Kind::Corrupt), ("nowhere", 0..6, Kind::NotFound)]
+        {
+            let name = place.name(name);
+            let read = async { place.store.read(&name, range).await?.next(6).await };
+            assert_eq!(read.await.unwrap_err().kind(), kind);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_empty_object_is_an_object() {
     everywhere(async |place| {
         assert_eq!(place.put("empty", "").await, PutOutcome::Created);

@@ -199,6 +199,43 @@ async fn a_download_that_breaks_off_is_begun_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_is_read_in_pieces_goes_on_where_the_answer_broke_off() {
+    let server = memory();
+    let store = open(&server, "p");
+    let body = Bytes::from((0..3_000_000_u32).map(|at| (at % 251) as u8).collect::<Vec<u8>>());
+    let name = name("big");
+    store.put_if_absent(&name, body.clone()).await.unwrap();
+    for (after_bytes, gets) in [(0, 2), (1, 2), (1_000_000, 2), (2_899_999, 2), (2_900_000, 1)] {
+        let fault = Fault::new(Effect::CutDownload { after_bytes }).on(Op::GetObject).times(1);
+        server.faults().add(fault);
+        let before = store.requests();
+        let mut reading = store.read(&name, 50_000..2_950_000).await.unwrap();
+        let mut from = 50_000;
+        for piece in [1, 699_999, 2_000_000, 0, 200_000] {
+            let got = reading.next(piece).await.unwrap();
+            assert!(got == body.slice(from..from + piece), "{piece} from {from}");
+            from += piece;
+        }
+        assert_eq!(reading.next(1).await.unwrap_err().kind(), Kind::Bug);
+        let since = store.requests().since(&before);
+        assert_eq!(
+            (since.gets, since.received_bytes),
+            (gets, 2_900_000),
+            "cut after {after_bytes}"
+        );
+    }
+    let mut options = s3_server::options(&server);
+    options.attempts_max = 3;
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    server.faults().add(Fault::new(Effect::CutDownload { after_bytes: 10 }).on(Op::GetObject));
+    let before = store.requests();
+    let read = async { store.read(&name, 0..2_500_000).await?.next(2_500_000).await };
+    let error = read.await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["unable to read object 'big'"], "");
+    assert!(store.requests().since(&before).gets <= 3 * 3, "tries are bounded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_slow_down_is_waited_out_by_all() {
     let server = memory();
     let store = open(&server, "p");

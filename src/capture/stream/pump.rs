@@ -371,9 +371,11 @@ impl<'e, 'a> Pump<'e, 'a> {
     async fn cut_what_is_due(&mut self) -> Result<()> {
         let now = self.engine.clock.instant();
         let budget = &self.engine.stream.options.budget;
-        let large = self.engine.sealer.held_bytes() >= budget.extent_bytes_cut as u64
-            && self.engine.uploads.unstored_bytes() < budget.extent_bytes_in_flight;
-        if large {
+        let held = self.engine.sealer.held_bytes();
+        let unstored = self.engine.uploads.unstored_bytes();
+        // One that is as large as it may be goes alone.
+        let fits = unstored == 0 || unstored + held <= budget.extent_bytes_in_flight;
+        if held >= budget.extent_bytes_cut as u64 && fits {
             return self.cut(CutReason::Budget).await;
         }
         match self.intake.cutter().due(now) {

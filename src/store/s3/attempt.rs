@@ -14,8 +14,8 @@ use super::failure::{Failure, Verdict};
 use crate::clock::Instant;
 use crate::error::{Error, Result};
 use crate::metrics::Latency;
-use crate::store::BODY_BYTES_PER_SECOND_MIN;
 use crate::store::requests::Counter;
+use crate::store::{BODY_BYTES_PER_SECOND_MIN, ObjectName};
 
 /// First pause after an ordinary failure, and after being told to slow down.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
@@ -138,6 +138,27 @@ impl S3 {
             attempt += 1;
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Waits before an answer that broke off for the `broken`-th time in one piece is asked for again.
+    ///
+    /// # Errors
+    /// The failure, when that has happened as often as a call is tried, or asking again is vain.
+    pub(super) async fn pause_after_break(
+        &self,
+        failure: Failure,
+        broken: u32,
+        name: &ObjectName,
+    ) -> Result<()> {
+        let verdict = self.judge(&failure, broken);
+        if verdict == Verdict::Final || broken >= self.options.attempts_max.max(1) {
+            return Err(failure.into_error(self.unable("read", name)));
+        }
+        let pause = self.pause(verdict, broken)?;
+        tracing::debug!(broken, ?failure, ?pause, "an answer broke off, asking for the rest");
+        self.requests.retries.one();
+        tokio::time::sleep(pause).await;
+        Ok(())
     }
 
     async fn try_once<T>(

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
-use aws_sdk_s3::primitives::DateTime;
+use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -33,8 +33,8 @@ use tokio::sync::OnceCell;
 
 use super::{
     Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo, ObjectName,
-    PutOutcome, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag, asked_bytes,
-    probe, too_short,
+    PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag,
+    asked_bytes, probe, too_short,
 };
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -44,11 +44,13 @@ mod client;
 mod failure;
 mod inspect;
 mod multipart;
+mod reading;
 mod upload;
 
 use attempt::{Call, Gate, Tries};
 use client::Client;
 use failure::Failure;
+use reading::{Begun, broke_off};
 
 /// Names of one DeleteObjects request, S3's own limit.
 const DELETE_NAMES_MAX: usize = 1000;
@@ -182,63 +184,60 @@ impl S3 {
         name: &ObjectName,
         range: Option<Range<u64>>,
     ) -> std::result::Result<Got, Failure> {
-        let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
-        let header = range.as_ref().map(|range| format!("bytes={}-{}", range.start, range.end - 1));
-        let answer = match request.set_range(header).send().await.map_err(Failure::from) {
-            Ok(answer) => answer,
-            Err(failure) if range.is_some() && failure.is("InvalidRange", 416) => {
-                let size = self.head_once(client, name).await?.map_or(0, |found| found.size_bytes);
-                return Ok(Got::TooShort(size));
-            }
-            Err(failure) => return Err(failure),
-        };
-        let whole_bytes = match &range {
-            Some(range) => match size_of_whole(&answer) {
-                None => return Err(Failure::nonsense("the server ignores ranges")),
-                Some(size_bytes) if size_bytes < range.end => return Ok(Got::TooShort(size_bytes)),
-                Some(_) => range.end - range.start,
-            },
-            None => match answer.content_length().and_then(|size| u64::try_from(size).ok()) {
-                Some(size) if size <= GET_BYTES_MAX => size,
-                Some(size) => {
-                    let message = format!("it has {size} bytes, at most {GET_BYTES_MAX} are read");
-                    return Err(Failure::nonsense(message));
+        let (answer, whole_bytes) = match range {
+            Some(range) => {
+                let bytes = range.end - range.start;
+                match self.begin_once(client, name, range).await? {
+                    Begun::Answer(answer) => (*answer, bytes),
+                    Begun::TooShort(size_bytes) => return Ok(Got::TooShort(size_bytes)),
                 }
-                None => return Err(Failure::nonsense("the answer does not say its length")),
-            },
+            }
+            None => {
+                let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
+                let answer = request.send().await.map_err(Failure::from)?;
+                let whole_bytes = whole_bytes(&answer)?;
+                (answer, whole_bytes)
+            }
         };
         let tag = answer.e_tag().unwrap_or_default().to_owned();
         Ok(Got::Body(self.body(answer, whole_bytes).await?, tag))
     }
 
-    /// Receives exactly `expected_bytes`. Each piece must come in the time that a whole try has.
+    /// Receives exactly `expected_bytes`.
     async fn body(
         &self,
         answer: GetObjectOutput,
         expected_bytes: u64,
     ) -> std::result::Result<Bytes, Failure> {
-        let patience = self.options.attempt_timeout;
         let mut stream = answer.body;
         let reserve = usize::try_from(expected_bytes.min(BODY_RESERVE_BYTES_MAX)).unwrap_or(0);
         let mut body = BytesMut::with_capacity(reserve);
-        loop {
-            let piece = match tokio::time::timeout(patience, stream.next()).await {
-                Err(_elapsed) => return Err(Failure::timed_out(patience.as_secs())),
-                Ok(None) => break,
-                Ok(Some(Err(error))) => {
-                    return Err(Failure::transport(format!("the answer broke off: {error}")));
-                }
-                Ok(Some(Ok(piece))) => piece,
-            };
+        while let Some(piece) = self.piece_of(&mut stream).await? {
             if (body.len() + piece.len()) as u64 > expected_bytes {
                 return Err(Failure::nonsense("the answer is longer than it said"));
             }
             body.extend_from_slice(&piece);
         }
         if (body.len() as u64) < expected_bytes {
-            return Err(Failure::transport("the answer broke off".to_owned()));
+            return Err(broke_off());
         }
         Ok(body.freeze())
+    }
+
+    /// The next piece of a body, which must come in the time that a whole try has.
+    async fn piece_of(
+        &self,
+        stream: &mut ByteStream,
+    ) -> std::result::Result<Option<Bytes>, Failure> {
+        let patience = self.options.attempt_timeout;
+        match tokio::time::timeout(patience, stream.next()).await {
+            Err(_elapsed) => Err(Failure::timed_out(patience.as_secs())),
+            Ok(None) => Ok(None),
+            Ok(Some(Err(error))) => {
+                Err(Failure::transport(format!("the answer broke off: {error}")))
+            }
+            Ok(Some(Ok(piece))) => Ok(Some(piece)),
+        }
     }
 
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>> {
@@ -420,6 +419,18 @@ fn size_of_whole(answer: &GetObjectOutput) -> Option<u64> {
     answer.content_range()?.rsplit_once('/')?.1.parse().ok()
 }
 
+/// The size of an object that is sent whole.
+fn whole_bytes(answer: &GetObjectOutput) -> std::result::Result<u64, Failure> {
+    match answer.content_length().and_then(|size| u64::try_from(size).ok()) {
+        Some(size) if size <= GET_BYTES_MAX => Ok(size),
+        Some(size) => {
+            let message = format!("it has {size} bytes, at most {GET_BYTES_MAX} are read");
+            Err(Failure::nonsense(message))
+        }
+        None => Err(Failure::nonsense("the answer does not say its length")),
+    }
+}
+
 fn size(size: Option<i64>) -> u64 {
     size.and_then(|size| u64::try_from(size).ok()).unwrap_or(0)
 }
@@ -473,6 +484,14 @@ impl Store for Bucket {
 
     async fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes> {
         self.0.get(name, range).await
+    }
+
+    async fn read<'a>(
+        &'a self,
+        name: &'a ObjectName,
+        range: Range<u64>,
+    ) -> Result<Box<dyn Reading + 'a>> {
+        Ok(Box::new(self.0.read(name, range).await?))
     }
 
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>> {
