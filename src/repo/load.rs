@@ -63,8 +63,8 @@ impl Catalog {
             for object in &page.objects {
                 self.add_backup_object(repository, object, &mut found);
             }
-            after = page.objects.last().map(|object| object.name.clone());
-            if !page.more || after.is_none() {
+            after = page.next_after()?;
+            if after.is_none() {
                 break;
             }
         }
@@ -382,8 +382,8 @@ fn what_is_left(
     page: &ListPage,
     idle: usize,
 ) -> Result<Vec<Rest>> {
-    let Some(last) = page.objects.last().filter(|_| page.more) else { return Ok(Vec::new()) };
-    let after = Some(last.name.clone());
+    let after = page.next_after()?;
+    let Some(last) = page.objects.last().filter(|_| after.is_some()) else { return Ok(Vec::new()) };
     let Some((timeline, last_start)) = extent_start(repository, last) else {
         return Ok(vec![Rest { after, scope }]);
     };

@@ -255,7 +255,7 @@ async fn scan_below(
     let mut after: Option<ObjectName> = None;
     loop {
         let page = repository.store().list(prefix, after.as_ref()).await?;
-        after = page.objects.last().map(|object| object.name.clone());
+        after = page.next_after()?;
         // Owned, so that the future can run in a task of its own.
         let new = page.objects.into_iter().filter(|object| seen.is_new(&object.name));
         let mut scans = stream::iter(new.collect::<Vec<ObjectInfo>>())
@@ -267,7 +267,7 @@ async fn scan_below(
         while let Some((object, keys)) = scans.next().await {
             evidence.take(&object, keys)?;
         }
-        if !page.more || after.is_none() {
+        if after.is_none() {
             return Ok(());
         }
     }

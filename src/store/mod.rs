@@ -89,18 +89,22 @@ pub trait Store: Send + Sync + fmt::Debug {
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>>;
 
     /// One page of the objects whose name begins with `prefix` (any text, a folder by a slash at its
-    /// end, empty for all), in ascending byte order of names, those after `after` only.
+    /// end, empty for all), in ascending byte order of names, those after `after` only. No name of
+    /// that order is left out before the last one of the page, and [`ListPage::next_after`] says
+    /// whether there are others behind it. A place that lists otherwise is refused with an error: it
+    /// is never taken for an end.
     async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage>;
 
     /// Every page of [`Store::list`] in one vector: for places whose number of objects is bounded by
     /// retention, such as the catalog of one cluster.
     async fn list_all(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
         let mut all: Vec<ObjectInfo> = Vec::new();
+        let mut after = None;
         loop {
-            let page = self.list(prefix, all.last().map(|object| &object.name)).await?;
-            let progressed = !page.objects.is_empty();
+            let page = self.list(prefix, after.as_ref()).await?;
+            after = page.next_after()?;
             all.extend(page.objects);
-            if !(page.more && progressed) {
+            if after.is_none() {
                 return Ok(all);
             }
         }
@@ -204,10 +208,28 @@ pub struct ObjectInfo {
 /// A bounded piece of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListPage {
-    /// In ascending byte order of names.
+    /// In ascending byte order of names; empty only on the last page.
     pub objects: Vec<ObjectInfo>,
-    /// Whether there are names after the last of these.
+    /// Whether there may be names after the last of these.
     pub more: bool,
+}
+
+impl ListPage {
+    /// The name after which the next page begins, `None` when this is the last one.
+    ///
+    /// # Errors
+    /// `bug` when the page says that there is more and names nothing: to stop there would hide
+    /// objects, to ask again would never end.
+    pub fn next_after(&self) -> Result<Option<ObjectName>> {
+        match self.objects.last() {
+            _ if !self.more => Ok(None),
+            Some(last) => Ok(Some(last.name.clone())),
+            None => Err(Error::new(
+                Kind::Bug,
+                "unable to go on with a listing: the store says that there is more and names nothing",
+            )),
+        }
+    }
 }
 
 /// What a place really does, found out by trying. `None` where the driver has no such thing or the
@@ -374,6 +396,21 @@ mod tests {
             assert_eq!(error.kind(), Kind::Config, "{url}");
             assert!(error.hint_text().is_some());
         }
+    }
+
+    #[test]
+    fn a_page_that_promises_more_and_names_nothing_is_not_the_last() {
+        let object = ObjectInfo {
+            name: ObjectName::new("a").unwrap(),
+            size_bytes: 1,
+            modified: Timestamp::UNIX_EPOCH,
+        };
+        let page = |objects: &[ObjectInfo], more| ListPage { objects: objects.to_vec(), more };
+        let named = [object.clone()];
+        assert_eq!(page(&named, true).next_after().unwrap(), Some(object.name));
+        assert_eq!(page(&named, false).next_after().unwrap(), None);
+        assert_eq!(page(&[], false).next_after().unwrap(), None);
+        assert_eq!(page(&[], true).next_after().unwrap_err().kind(), Kind::Bug);
     }
 
     #[test]

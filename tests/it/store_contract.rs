@@ -404,6 +404,19 @@ async fn listings_are_complete_ordered_and_bounded() {
             assert_eq!(listed.len(), below(prefix), "{}: {prefix}", place.name);
         }
 
+        let mut after = None;
+        loop {
+            let page = place.store.list(&place.folder, after.as_ref()).await.unwrap();
+            let page_names = page.objects.iter().map(|object| &object.name);
+            let in_order: Vec<&ObjectName> = after.iter().chain(page_names).collect();
+            assert!(in_order.is_sorted_by(|a, b| a < b), "{}: each page goes on", place.name);
+            assert!(!(page.more && page.objects.is_empty()), "{}", place.name);
+            after = page.next_after().unwrap();
+            if after.is_none() {
+                break;
+            }
+        }
+
         let after = place.name("wal/00002000");
         let prefix = format!("{}wal/", place.folder);
         let page = place.store.list(&prefix, Some(&after)).await.unwrap();

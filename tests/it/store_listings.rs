@@ -1,0 +1,81 @@
+//! What the S3 store makes of listings that do not say all, or do not say it in order.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use minis3::{EmptyListToken, Quirks, Server};
+use tidemark::error::{Error, Kind};
+use tidemark::store::{ObjectName, Store};
+
+use crate::s3_server::{memory, open};
+
+fn name(text: &str) -> ObjectName {
+    ObjectName::new(text).unwrap()
+}
+
+/// A server with three objects of a store.
+async fn three() -> (Server, Arc<dyn Store>) {
+    let server = memory();
+    let store = open(&server, "p");
+    for text in ["wal/1", "wal/2", "wal/3"] {
+        store.put_if_absent(&name(text), Bytes::from_static(b"body")).await.unwrap();
+    }
+    (server, store)
+}
+
+async fn names(store: &Arc<dyn Store>) -> Vec<String> {
+    let listed = store.list_all("wal/").await.unwrap();
+    listed.into_iter().map(|object| object.name.to_string()).collect()
+}
+
+/// Both ways to list fail for good, and say this.
+async fn refused(store: &Arc<dyn Store>, words: &str) -> Error {
+    store.list("wal/", None).await.unwrap_err();
+    let error = store.list_all("wal/").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported, "{error:?}");
+    assert!(error.message().starts_with("unable to list 'wal/' in s3://tidemark/p: "), "{error:?}");
+    assert!(error.message().contains(words), "{error:?}");
+    error
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_name_nothing_do_not_end_a_listing() {
+    let (server, store) = three().await;
+    server.set_quirks(Quirks { empty_list_pages: 3, ..Quirks::default() });
+    assert_eq!(names(&store).await, ["wal/1", "wal/2", "wal/3"]);
+    let page = store.list("wal/", Some(&name("wal/2"))).await.unwrap();
+    assert_eq!((page.objects.len(), page.more), (1, false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_to_come_without_a_way_to_it_is_an_error_and_no_end() {
+    let (server, store) = three().await;
+    server.set_quirks(Quirks {
+        empty_list_pages: 1,
+        empty_list_token: EmptyListToken::Missing,
+        ..Quirks::default()
+    });
+    refused(&store, "there is more, but not how to get there").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_leads_nowhere_is_not_followed_for_ever() {
+    let (server, store) = three().await;
+    server.set_quirks(Quirks {
+        empty_list_pages: 1,
+        empty_list_token: EmptyListToken::Same,
+        ..Quirks::default()
+    });
+    refused(&store, "its continuation token leads nowhere").await;
+    assert!(store.requests().lists <= 4, "{:?}", store.requests());
+    server.set_quirks(Quirks { empty_list_pages: u32::MAX, ..Quirks::default() });
+    refused(&store, "1000 pages in a row name nothing").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_out_of_order_are_refused_since_others_would_be_passed_over() {
+    let (server, store) = three().await;
+    server.set_quirks(Quirks { list_backwards: true, ..Quirks::default() });
+    let error = refused(&store, "lists 'p/wal/2' after 'p/wal/3'").await;
+    assert!(error.hint_text().unwrap().contains("byte order"), "{error:?}");
+}
