@@ -17,7 +17,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{
     Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PART_NUMBER_MAX,
-    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, joined,
+    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, folder_prefix,
+    is_stale, joined,
 };
 use crate::clock::{Clock, Instant};
 use crate::error::{Error, Kind, Result};
@@ -374,15 +375,15 @@ impl Store for Memory {
         })
     }
 
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         let fate = self.fate(Call::Any).await?;
-        let now = self.clock.now();
+        let (prefix, now) = (folder_prefix(folder), self.clock.now());
         let aborted = {
             let mut state = self.state();
             let before = state.uploads.len();
             state.uploads.retain(|_, upload| {
-                let age = Duration::try_from(now.duration_since(upload.begun)).unwrap_or_default();
-                !upload.name.as_str().starts_with(prefix) || age < older_than
+                let inside = upload.name.as_str().starts_with(&prefix);
+                !(inside && is_stale(upload.begun, now, older_than))
             });
             before - state.uploads.len()
         };

@@ -129,9 +129,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Finds out by trying what the place really does; writes and deletes a few tiny objects.
     async fn probe(&self) -> Result<Capabilities>;
 
-    /// Removes what abandoned uploads below `prefix` left behind, if they were begun longer ago than
-    /// `older_than`; says how many.
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64>;
+    /// Removes what abandoned uploads in `folder` (with or without the slash at its end, empty for
+    /// the whole root) left behind, if they are known to have begun `older_than` ago or longer; says
+    /// how many. One of unknown age stays, and so does whatever lies outside of the root: it may be
+    /// the upload of a living writer, and what it has sent so far would be lost.
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64>;
 
     /// Requests made so far, by kind.
     fn requests(&self) -> RequestCounts;
@@ -312,6 +314,20 @@ impl Place {
         }
         Ok(Self::Directory(PathBuf::from(path)))
     }
+}
+
+/// What the names of all objects in `folder` begin with.
+fn folder_prefix(folder: &str) -> String {
+    match folder.trim_end_matches('/') {
+        "" => String::new(),
+        folder => format!("{folder}/"),
+    }
+}
+
+/// Whether what began at `begun` is known to have an age of `least` at `now`. Younger than nothing is
+/// what two clocks make of something just begun.
+fn is_stale(begun: Timestamp, now: Timestamp, least: Duration) -> bool {
+    Duration::try_from(now.duration_since(begun)).unwrap_or_default() >= least
 }
 
 /// The part of an object of `size_bytes` that `range` asks for, as indexes.

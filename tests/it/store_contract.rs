@@ -361,6 +361,25 @@ async fn stale_uploads_are_swept_and_young_ones_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn stale_uploads_are_swept_in_one_folder_and_not_in_those_whose_names_go_on() {
+    everywhere(async |place| {
+        for text in ["main/a", "main-2/a"] {
+            let upload = place.store.begin_multipart(&place.name(text)).await.unwrap();
+            upload.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+        }
+        let sweep = async |text: &str| {
+            let folder = format!("{}{text}", place.folder);
+            place.store.abort_stale_multiparts(&folder, Duration::ZERO).await.unwrap()
+        };
+        // A directory's unfinished files went with their owners.
+        let expected = if place.name == "directory" { [0, 0] } else { [1, 1] };
+        assert_eq!([sweep("main").await, sweep("main-2/").await], expected, "{}", place.name);
+        assert_eq!(sweep("").await, 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn listings_are_complete_ordered_and_bounded() {
     everywhere(async |place| {
         let mut names: BTreeSet<String> = BTreeSet::new();

@@ -1,6 +1,7 @@
 //! What the S3 store makes of listings that do not say all, or do not say it in order.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use minis3::{EmptyListToken, Quirks, Server};
@@ -78,4 +79,51 @@ async fn names_out_of_order_are_refused_since_others_would_be_passed_over() {
     server.set_quirks(Quirks { list_backwards: true, ..Quirks::default() });
     let error = refused(&store, "lists 'p/wal/2' after 'p/wal/3'").await;
     assert!(error.hint_text().unwrap().contains("byte order"), "{error:?}");
+}
+
+/// Begins an upload and leaves it.
+async fn abandon(store: &Arc<dyn Store>, text: &str) {
+    let upload = store.begin_multipart(&name(text)).await.unwrap();
+    upload.put_part(1, Bytes::from_static(b"part")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_of_unknown_age_is_never_stale() {
+    let server = memory();
+    let store = open(&server, "p");
+    abandon(&store, "main/a").await;
+    server.set_quirks(Quirks { uploads_without_time: true, ..Quirks::default() });
+    assert_eq!(store.abort_stale_multiparts("main/", Duration::ZERO).await.unwrap(), 0);
+    server.set_quirks(Quirks::default());
+    assert_eq!(store.abort_stale_multiparts("main/", Duration::ZERO).await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_of_others_stay_even_when_the_server_lists_them() {
+    let server = memory();
+    let (ours, beside) = (open(&server, "p"), open(&server, "p-other"));
+    for (store, text) in [(&ours, "main/a"), (&ours, "main-other/a"), (&beside, "main/a")] {
+        abandon(store, text).await;
+    }
+    server.set_quirks(Quirks { list_all_uploads: true, ..Quirks::default() });
+    assert_eq!(ours.abort_stale_multiparts("main/", Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(ours.abort_stale_multiparts("", Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(server.upload_count("tidemark"), 1, "that of the other root");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listing_of_uploads_that_does_not_end_is_an_error() {
+    let server = memory();
+    let store = open(&server, "p");
+    server.set_quirks(Quirks { endless_uploads: true, ..Quirks::default() });
+    let day = Duration::from_secs(24 * 3600);
+    let refused = async |words: &str| {
+        let error = store.abort_stale_multiparts("main/", day).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported, "{error:?}");
+        assert!(error.message().contains(words), "{error:?}");
+    };
+    refused("there is more, but not how to get there").await;
+    abandon(&store, "main/a").await;
+    refused("its markers lead nowhere").await;
+    assert!(store.requests().lists <= 3, "{:?}", store.requests());
 }

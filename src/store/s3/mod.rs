@@ -46,6 +46,7 @@ mod failure;
 mod inspect;
 mod listing;
 mod multipart;
+mod stale;
 mod upload;
 
 use attempt::{Call, Gate, Tries};
@@ -260,7 +261,7 @@ impl S3 {
         match request.send().await.map_err(Failure::from) {
             Ok(answer) => Ok(Some(Found {
                 size_bytes: size(answer.content_length()),
-                modified: timestamp(answer.last_modified()),
+                modified: timestamp(answer.last_modified()).unwrap_or(Timestamp::UNIX_EPOCH),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
                 etag: answer.e_tag().map(str::to_owned),
             })),
@@ -382,10 +383,11 @@ fn size(size: Option<i64>) -> u64 {
     size.and_then(|size| u64::try_from(size).ok()).unwrap_or(0)
 }
 
-fn timestamp(time: Option<&DateTime>) -> Timestamp {
-    let nanoseconds = time.map(|time| i32::try_from(time.subsec_nanos()).unwrap_or(0));
-    time.and_then(|time| Timestamp::new(time.secs(), nanoseconds.unwrap_or(0)).ok())
-        .unwrap_or(Timestamp::UNIX_EPOCH)
+/// What the server says of a time, if it says one.
+fn timestamp(time: Option<&DateTime>) -> Option<Timestamp> {
+    let time = time?;
+    let nanoseconds = i32::try_from(time.subsec_nanos()).unwrap_or(0);
+    Timestamp::new(time.secs(), nanoseconds).ok()
 }
 
 fn lacks_bulk_delete(failure: &Failure) -> bool {
@@ -462,8 +464,8 @@ impl Store for Bucket {
         self.0.inspect(probe::probe(self, &self.0.clock).await?).await
     }
 
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
-        self.0.abort_stale(prefix, older_than).await
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
+        self.0.abort_stale(folder, older_than).await
     }
 
     fn requests(&self) -> RequestCounts {

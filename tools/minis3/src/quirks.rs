@@ -28,6 +28,13 @@ pub struct Quirks {
     pub empty_list_pages: u32,
     /// How those say where the listing goes on.
     pub empty_list_token: EmptyListToken,
+    /// Lists the uploads of the whole bucket, whatever prefix is asked for.
+    pub list_all_uploads: bool,
+    /// Says of every page of uploads that there is more: behind its last upload, or where it was asked
+    /// to begin.
+    pub endless_uploads: bool,
+    /// Does not say when an upload was begun.
+    pub uploads_without_time: bool,
     /// Does not return user metadata.
     pub drop_metadata: bool,
     /// Answers CompleteMultipartUpload without an ETag (Ceph 16).
