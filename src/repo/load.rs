@@ -284,8 +284,13 @@ impl Found {
     }
 
     fn add(&mut self, pack: Option<u32>, object: &ObjectInfo) {
+        let is_first = self.packs.is_empty() && !self.has_manifest;
+        self.objects.newest = match (self.objects.newest, object.modified) {
+            (_, modified) if is_first => modified,
+            (Some(newest), Some(modified)) => Some(newest.max(modified)),
+            _ => None,
+        };
         self.objects.stored_bytes += object.size_bytes;
-        self.objects.newest = self.objects.newest.max(object.modified);
         match pack {
             Some(number) => {
                 self.objects.pack_count += 1;

@@ -54,7 +54,8 @@ struct State {
 
 struct Object {
     body: Bytes,
-    modified: Timestamp,
+    /// `None` once it was forgotten.
+    modified: Option<Timestamp>,
     tag: u64,
 }
 
@@ -140,6 +141,11 @@ impl Memory {
         Ok(())
     }
 
+    /// From here on nobody is told when an object was made that is there now.
+    pub fn forget_times(&self) {
+        self.state().objects.values_mut().for_each(|object| object.modified = None);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -177,7 +183,7 @@ impl Memory {
     fn store(&self, state: &mut State, name: &ObjectName, body: Bytes) -> VersionTag {
         state.last_id += 1;
         let tag = state.last_id;
-        let object = Object { body, modified: self.clock.now(), tag };
+        let object = Object { body, modified: Some(self.clock.now()), tag };
         state.objects.insert(name.as_str().to_owned(), object);
         VersionTag::new(tag.to_string())
     }

@@ -203,8 +203,9 @@ pub struct ObjectInfo {
     pub name: ObjectName,
     /// Its size.
     pub size_bytes: u64,
-    /// When it was made, by the store's clock.
-    pub modified: Timestamp,
+    /// When it was made, by the store's clock; `None` when the store does not say. Then nobody knows
+    /// how old it is, and nobody may take it for old enough to be deleted.
+    pub modified: Option<Timestamp>,
 }
 
 /// A bounded piece of a listing.
@@ -416,11 +417,8 @@ mod tests {
 
     #[test]
     fn a_page_that_promises_more_and_names_nothing_is_not_the_last() {
-        let object = ObjectInfo {
-            name: ObjectName::new("a").unwrap(),
-            size_bytes: 1,
-            modified: Timestamp::UNIX_EPOCH,
-        };
+        let object =
+            ObjectInfo { name: ObjectName::new("a").unwrap(), size_bytes: 1, modified: None };
         let page = |objects: &[ObjectInfo], more| ListPage { objects: objects.to_vec(), more };
         let named = [object.clone()];
         assert_eq!(page(&named, true).next_after().unwrap(), Some(object.name));

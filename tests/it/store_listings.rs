@@ -81,6 +81,16 @@ async fn names_out_of_order_are_refused_since_others_would_be_passed_over() {
     assert!(error.hint_text().unwrap().contains("byte order"), "{error:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn no_time_is_made_up_for_an_object_whose_time_is_not_told() {
+    let (server, store) = three().await;
+    server.set_quirks(Quirks { objects_without_time: true, ..Quirks::default() });
+    for listed in store.list_all("wal/").await.unwrap() {
+        assert_eq!(listed.modified, None);
+        assert_eq!(store.head(&listed.name).await.unwrap().unwrap().modified, None);
+    }
+}
+
 /// Begins an upload and leaves it.
 async fn abandon(store: &Arc<dyn Store>, text: &str) {
     let upload = store.begin_multipart(&name(text)).await.unwrap();

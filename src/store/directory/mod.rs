@@ -506,7 +506,7 @@ fn tag_of(body: &[u8]) -> VersionTag {
 
 fn object_info(name: ObjectName, metadata: &fs::Metadata) -> Result<ObjectInfo> {
     let modified = modified(metadata).context(|| format!("unable to look at object '{name}'"))?;
-    Ok(ObjectInfo { name, size_bytes: metadata.len(), modified })
+    Ok(ObjectInfo { name, size_bytes: metadata.len(), modified: Some(modified) })
 }
 
 fn modified(metadata: &fs::Metadata) -> Result<Timestamp> {

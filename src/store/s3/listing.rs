@@ -92,7 +92,7 @@ impl S3 {
         Some(ObjectInfo {
             name: ObjectName::new(name).ok()?,
             size_bytes: size(object.size()),
-            modified: timestamp(object.last_modified()).unwrap_or(jiff::Timestamp::UNIX_EPOCH),
+            modified: timestamp(object.last_modified()),
         })
     }
 }

@@ -261,7 +261,7 @@ impl S3 {
         match request.send().await.map_err(Failure::from) {
             Ok(answer) => Ok(Some(Found {
                 size_bytes: size(answer.content_length()),
-                modified: timestamp(answer.last_modified()).unwrap_or(Timestamp::UNIX_EPOCH),
+                modified: timestamp(answer.last_modified()),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
                 etag: answer.e_tag().map(str::to_owned),
             })),
@@ -369,7 +369,7 @@ enum Got {
 /// What a HEAD says.
 struct Found {
     size_bytes: u64,
-    modified: Timestamp,
+    modified: Option<Timestamp>,
     upload_id: Option<String>,
     etag: Option<String>,
 }

@@ -64,7 +64,8 @@ impl Shared {
                 None => page.objects.push(Object {
                     e_tag: Some(ETag::Strong(version.etag.clone())),
                     key: Some(key.clone()),
-                    last_modified: Some(timestamp(version.modified_ms)),
+                    last_modified: (!quirks.objects_without_time)
+                        .then(|| timestamp(version.modified_ms)),
                     size: Some(signed(version.size)),
                     ..Object::default()
                 }),

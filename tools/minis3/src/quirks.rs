@@ -35,6 +35,8 @@ pub struct Quirks {
     pub endless_uploads: bool,
     /// Does not say when an upload was begun.
     pub uploads_without_time: bool,
+    /// Does not say when an object was made.
+    pub objects_without_time: bool,
     /// Does not return user metadata.
     pub drop_metadata: bool,
     /// Answers CompleteMultipartUpload without an ETag (Ceph 16).
