@@ -506,3 +506,37 @@ impl Feeder {
         Ok(chain.cut(wanted.end()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::handover::tests::settings;
+    use super::*;
+
+    /// Asks a data directory with these notes for a segment that is on the way to the target.
+    async fn asked(notes: &str) -> Result<WalGet> {
+        let data = tempfile::tempdir().unwrap();
+        let wal = data.path().join("pg_wal");
+        let folder = Folder::of(&wal);
+        folder.create(&settings()).unwrap();
+        fs::write(folder.path().join("wal-get.json"), notes).unwrap();
+        let name = settings().segment_name(0x33).unwrap();
+        fs::write(folder.spooled(&name), "wal").unwrap();
+        let request = WalGetRequest { name, path: wal.join("RECOVERYXLOG") };
+        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
+        wal_get(&request, &Clock::system(), None, never).await
+    }
+
+    #[tokio::test]
+    async fn a_hole_in_the_notes_is_an_error_and_not_the_end_of_the_wal() {
+        let whole = serde_json::to_value(settings()).unwrap();
+        assert_eq!(asked(&whole.to_string()).await.unwrap(), WalGet::Found);
+        let mut holed = whole.clone();
+        holed["path"].as_array_mut().unwrap().pop();
+        let error = asked(&holed.to_string()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        let truncated = whole.to_string();
+        let error = asked(&truncated[..truncated.len() / 2]).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        assert!(error.hint_text().unwrap().contains("restore again"), "{error:?}");
+    }
+}
