@@ -15,6 +15,7 @@ use futures::StreamExt as _;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
@@ -476,8 +477,8 @@ impl Feeder {
     fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
         let wal_directory = wal_directory_of(path)?;
         let control = wal_directory.join("..").join(crate::pg::control::XLOG_CONTROL_FILE);
-        let bytes =
-            fs::read(&control).context(|| format!("unable to read '{}'", control.display()))?;
+        let bytes = file::read(&control, crate::pg::control::PG_CONTROL_FILE_SIZE as u64)
+            .context(|| format!("unable to read '{}'", control.display()))?;
         Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
     }
 

@@ -32,6 +32,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, SystemId, TimelineId};
 
@@ -336,15 +337,10 @@ fn remove_if_there(path: &Path) -> Result<()> {
 
 /// A small text file, `None` when it is not there.
 fn read_note(path: &Path, bytes_max: u64) -> Result<Option<String>> {
-    use std::io::Read as _;
-    let attempted = || format!("unable to read '{}'", path.display());
-    let file = match File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => other.context(attempted)?,
-    };
-    let mut text = String::new();
-    file.take(bytes_max).read_to_string(&mut text).context(attempted)?;
-    Ok(Some(text))
+    match file::read_to_string(path, bytes_max) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some).context(|| format!("unable to read '{}'", path.display())),
+    }
 }
 
 #[cfg(test)]
