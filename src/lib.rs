@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod error;
+mod file;
 pub mod metrics;
 
 pub mod pg;

@@ -77,13 +77,7 @@ impl File {
                 .with_kind(Kind::Config)
                 .hint("Name an existing file with --config or TIDEMARK_CONFIG, or none at all.")
         })?;
-        if metadata.len() > FILE_BYTES_MAX {
-            return Err(Error::new(
-                Kind::Config,
-                format!("{}: {} bytes, at most {FILE_BYTES_MAX}", attempted(), metadata.len()),
-            ));
-        }
-        let text = std::fs::read_to_string(&path)
+        let text = crate::file::read_to_string(&path, FILE_BYTES_MAX)
             .map_err(|error| Error::io(attempted(), &error).with_kind(Kind::Config))?;
         let world_readable = metadata.permissions().mode() & 0o004 != 0;
         Ok(Self { entries: decode(&text, &path)?, path, world_readable })

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -24,6 +24,9 @@ const APPLICATION_NAME: &str = "tidemark";
 
 /// Least memory a command can work with: the process itself and two parts being uploaded.
 const MEMORY_BYTES_MIN: u64 = 48 << 20;
+
+/// Longest passphrase file that is read; its first line is what counts.
+const PASSPHRASE_FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Whether what is written is sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +185,7 @@ impl Config {
             (Some(text), None) => Ok(Some(text.to_owned().into())),
             (None, Some(path)) => {
                 let attempted = format!("unable to read the passphrase file '{path}'");
-                let text = std::fs::read_to_string(path)
+                let text = crate::file::read_to_string(Path::new(path), PASSPHRASE_FILE_BYTES_MAX)
                     .map_err(|error| Error::io(&attempted, &error).with_kind(Kind::Config))?;
                 let line = text.lines().next().unwrap_or_default();
                 if line.is_empty() {

@@ -10,6 +10,7 @@ use secrecy::ExposeSecret;
 use crate::clock::Clock;
 use crate::config::{Config, Sealing};
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::repo::{DecryptionIdentity, Encryption, Reader, Recipient, Repository};
 
 /// An identity file longer than this is something else.
@@ -135,11 +136,7 @@ pub fn read_identity_file(path: &Path) -> Result<Vec<DecryptionIdentity>> {
              be able to read it.",
         )
     };
-    let length = std::fs::metadata(path).map_err(|error| refused(&error))?.len();
-    if length > IDENTITY_FILE_BYTES_MAX {
-        return Err(Error::new(Kind::Config, format!("{}: it has {length} bytes", attempted())));
-    }
-    let text = std::fs::read_to_string(path).map_err(|error| refused(&error))?;
+    let text = file::read_to_string(path, IDENTITY_FILE_BYTES_MAX).map_err(|e| refused(&e))?;
     DecryptionIdentity::parse_file(&text).context(attempted)
 }
 
@@ -241,6 +238,13 @@ mod tests {
         let config = config(&[("HOME", home.path().to_str().unwrap())]);
         assert_eq!(seal(&config, &repository).await.unwrap_err().kind(), Kind::Config);
         assert!(!config.identity_file().unwrap().exists());
+    }
+
+    #[test]
+    fn an_identity_file_without_end_is_refused() {
+        let error = read_identity_file(Path::new("/dev/zero")).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.message().ends_with("it has more than 1048576 bytes"), "{error}");
     }
 
     #[test]

@@ -68,6 +68,7 @@ pub const TARGETS: &[Target] = &[
     target("data_page", 8192, pg::data_page),
     target("recovery_settings", 8192, restore::recovery_settings),
     target("server_log", 8192, restore::server_log),
+    target("restore_notes", 4096, restore::notes),
     // Objects of a repository.
     target("frame", 65_536, repo::frame),
     target("object_header", 256, repo::object_header),

@@ -6,7 +6,8 @@ use jiff::tz::TimeZone;
 use super::input::{Input, pieces};
 use crate::pg::control::StandbyLimits;
 use crate::pg::{Lsn, TimelineId};
-use crate::restore::directory::TablespaceMapping;
+use crate::restore::directory::{Marker, TablespaceMapping};
+use crate::restore::handover::Settings;
 use crate::restore::limits;
 use crate::restore::server_log::ServerLog;
 use crate::restore::settings::{Action, RecoverySettings, Stop, Upstream, shell_word};
@@ -35,6 +36,28 @@ pub(super) fn target_time(bytes: &[u8]) {
     assert_eq!(time::parse(&shown, &reading).ok(), Some(instant), "{shown}");
     let rfc_3339 = instant.to_string();
     assert_eq!(time::parse(&rfc_3339, &reading).ok(), Some(instant), "{rfc_3339}");
+}
+
+/// Notes of a restore that are believed say of each segment from the first to the last what it is called,
+/// and of none outside; and they are written as they are read.
+pub(super) fn notes(bytes: &[u8]) {
+    if let Ok(marker) = serde_json::from_slice::<Marker>(bytes) {
+        let again = serde_json::to_vec(&marker).expect("it came from JSON");
+        assert_eq!(serde_json::from_slice(&again).ok(), Some(marker));
+    }
+    let Ok(settings) = Settings::decode(bytes) else { return };
+    let size = settings.wal_segment_bytes;
+    let first = size.number_of(settings.start_lsn);
+    let last = size.number_of(Lsn(settings.end_lsn.0 - 1));
+    for number in [first, first + (last - first) / 2, last] {
+        let name = settings.segment_name(number).expect("a hole in notes that are believed");
+        assert_eq!(size.parse_file_name(&name).map(|(_, number)| number), Some(number), "{name}");
+    }
+    for outside in [first.checked_sub(1), Some(last + 1)].into_iter().flatten() {
+        assert_eq!(settings.segment_name(outside), None);
+    }
+    let again = serde_json::to_vec(&settings).expect("it came from JSON");
+    assert_eq!(Settings::decode(&again).ok(), Some(settings));
 }
 
 /// Arguments other than times: what is understood means what it says.

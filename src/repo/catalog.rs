@@ -48,9 +48,10 @@ pub struct BackupObjects {
     /// Bytes of all of its objects.
     #[serde(rename = "objects_bytes")]
     pub stored_bytes: u64,
-    /// When the newest of them was made, by the store's clock.
+    /// When the newest of them was made, by the store's clock; `None` when the store does not say so
+    /// of all of them, since any of those may be the newest.
     #[serde(rename = "newest_object_time")]
-    pub newest: Timestamp,
+    pub newest: Option<Timestamp>,
     /// Packs that the manifest lists and that are missing or of another size, by number; at most
     /// [`BAD_PACKS_MAX`]. Empty where there is no manifest.
     pub bad_packs: Vec<u32>,
@@ -110,8 +111,8 @@ pub struct DamagedObject {
 pub struct StoredKey {
     /// The key.
     pub id: KeyId,
-    /// When it was put, by the store's clock.
-    pub modified: Timestamp,
+    /// When it was put, by the store's clock, if that says so.
+    pub modified: Option<Timestamp>,
 }
 
 /// What a repository holds of one cluster.
@@ -302,7 +303,7 @@ pub(super) mod tests {
         let objects = BackupObjects {
             pack_count: 1,
             stored_bytes: 12,
-            newest: at_minute(minutes.1),
+            newest: Some(at_minute(minutes.1)),
             bad_packs: Vec::new(),
         };
         BackupSummary { manifest, objects }

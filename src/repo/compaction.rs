@@ -18,7 +18,8 @@
 //!   extent that no other contains is deleted by none of them.
 //! - *A reader never looks in vain.* An extent is deleted only when the one that contains it has been
 //!   in the listing for [`CompactionOptions::settle`]: a reader that listed before still finds the
-//!   small ones for as long, and a listing in several pages sees one or the other.
+//!   small ones for as long, and a listing in several pages sees one or the other. An object of which
+//!   the store does not say when it was made never counts as settled.
 //!
 //! # Durability
 //! Dying before a joint object is put changes nothing. Dying after leaves it beside the small ones:
@@ -144,7 +145,7 @@ struct Joiner<'a> {
 
 impl Joiner<'_> {
     fn is_settled(&self, extent: &StoredExtent) -> bool {
-        extent.modified <= self.settled_before
+        extent.modified.is_some_and(|modified| modified <= self.settled_before)
     }
 
     /// Extents come by start, of one start the longest first: of those before, only the one that

@@ -26,6 +26,9 @@ use super::names::ExtentName;
 const EXTENT_BYTES_MAX: u64 = 1 << 30;
 /// In place of the time of an extent that holds no commit.
 const NO_TIME: i64 = i64::MIN;
+/// In place of the time when an object was made, where the store does not say; also for times after
+/// 2106, which are as little to be believed.
+const NOT_TOLD_S: u32 = u32::MAX;
 
 /// An extent and what the listing says about its object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +37,8 @@ pub struct StoredExtent {
     pub name: ExtentName,
     /// Size of the object.
     pub stored_bytes: u64,
-    /// When the object was made, by the store's clock, to the second.
-    pub modified: Timestamp,
+    /// When the object was made, by the store's clock, to the second; `None` when that does not say.
+    pub modified: Option<Timestamp>,
 }
 
 /// An extent as kept in memory.
@@ -48,7 +51,7 @@ struct Row {
     len_bytes: u32,
     /// Size of the object; one that is larger than can be kept is kept as the greatest size.
     stored_bytes: u32,
-    /// Seconds since 1970.
+    /// Seconds since 1970, or [`NOT_TOLD_S`].
     modified_s: u32,
 }
 
@@ -65,11 +68,16 @@ impl Row {
         (self.time != NO_TIME).then_some(PgTime(self.time))
     }
 
+    fn modified(&self) -> Option<Timestamp> {
+        let told = (self.modified_s != NOT_TOLD_S).then_some(i64::from(self.modified_s));
+        told.and_then(|seconds| Timestamp::from_second(seconds).ok())
+    }
+
     fn stored(&self, timeline: TimelineId) -> StoredExtent {
         StoredExtent {
             name: ExtentName { timeline, range: self.range(), time: self.time() },
             stored_bytes: u64::from(self.stored_bytes),
-            modified: Timestamp::from_second(i64::from(self.modified_s)).unwrap_or_default(),
+            modified: self.modified(),
         }
     }
 
@@ -196,12 +204,13 @@ impl WalCatalog {
         if len_bytes == 0 {
             return;
         }
+        let modified_s = extent.modified.map(|time| time.as_second().max(0));
         self.timelines.entry(timeline).or_default().rows.push(Row {
             start: range.start(),
             time: time.map_or(NO_TIME, |time| time.0),
             len_bytes,
             stored_bytes: u32::try_from(extent.stored_bytes).unwrap_or(u32::MAX),
-            modified_s: u32::try_from(extent.modified.as_second().max(0)).unwrap_or(u32::MAX),
+            modified_s: modified_s.and_then(|s| u32::try_from(s).ok()).unwrap_or(NOT_TOLD_S),
         });
     }
 
@@ -356,7 +365,7 @@ pub(super) mod tests {
                 time: (time != 0).then_some(PgTime(time)),
             },
             stored_bytes: end - start,
-            modified: Timestamp::from_second(1_700_000_000).unwrap(),
+            modified: Some(Timestamp::from_second(1_700_000_000).unwrap()),
         }
     }
 
@@ -371,6 +380,19 @@ pub(super) mod tests {
     #[test]
     fn a_row_is_as_small_as_the_memory_budget_says() {
         assert_eq!(size_of::<Row>(), 32);
+    }
+
+    #[test]
+    fn the_time_of_an_object_is_kept_to_the_second_and_none_is_made_up() {
+        let kept = |modified: Option<&str>| {
+            let modified = modified.map(|time| time.parse().unwrap());
+            let wal = WalCatalog::new([StoredExtent { modified, ..extent(1, 0, 10, 0) }]);
+            wal.extents(timeline(1)).next().unwrap().modified.map(|time| time.to_string())
+        };
+        let time = kept(Some("2026-11-22T10:00:00.9Z"));
+        assert_eq!(time.as_deref(), Some("2026-11-22T10:00:00Z"));
+        assert_eq!(kept(None), None);
+        assert_eq!(kept(Some("2200-01-01T00:00:00Z")), None);
     }
 
     #[test]

@@ -63,8 +63,8 @@ impl Catalog {
             for object in &page.objects {
                 self.add_backup_object(repository, object, &mut found);
             }
-            after = page.objects.last().map(|object| object.name.clone());
-            if !page.more || after.is_none() {
+            after = page.next_after()?;
+            if after.is_none() {
                 break;
             }
         }
@@ -284,8 +284,13 @@ impl Found {
     }
 
     fn add(&mut self, pack: Option<u32>, object: &ObjectInfo) {
+        let is_first = self.packs.is_empty() && !self.has_manifest;
+        self.objects.newest = match (self.objects.newest, object.modified) {
+            (_, modified) if is_first => modified,
+            (Some(newest), Some(modified)) => Some(newest.max(modified)),
+            _ => None,
+        };
         self.objects.stored_bytes += object.size_bytes;
-        self.objects.newest = self.objects.newest.max(object.modified);
         match pack {
             Some(number) => {
                 self.objects.pack_count += 1;
@@ -382,8 +387,8 @@ fn what_is_left(
     page: &ListPage,
     idle: usize,
 ) -> Result<Vec<Rest>> {
-    let Some(last) = page.objects.last().filter(|_| page.more) else { return Ok(Vec::new()) };
-    let after = Some(last.name.clone());
+    let after = page.next_after()?;
+    let Some(last) = page.objects.last().filter(|_| after.is_some()) else { return Ok(Vec::new()) };
     let Some((timeline, last_start)) = extent_start(repository, last) else {
         return Ok(vec![Rest { after, scope }]);
     };

@@ -12,8 +12,8 @@
 //! WAL is kept when any of these holds: it lies after the start of a kept backup that is there to
 //! recover from (all of them without `pitr_days`, else those of the window), towards any timeline
 //! that descends from it; it lies between start and end of any kept backup; it lies after the start
-//! of a backup that is being taken; it was written, or holds a commit, inside the window; or the
-//! ancestors of its timeline are not known.
+//! of a backup that is being taken; it was written, or holds a commit, inside the window; the store
+//! does not say when it was written; or the ancestors of its timeline are not known.
 //!
 //! # Invariants
 //! - A plan leaves alone what it does not understand: damaged manifests, foreign names, backups
@@ -469,6 +469,14 @@ impl<'a> Rules<'a> {
         for damaged in &self.catalog.damaged {
             remarks.push(format!("'{}' cannot be read and is left alone", damaged.object));
         }
+        let timelines = self.catalog.wal.timelines();
+        let extents = timelines.flat_map(|timeline| self.catalog.wal.extents(timeline));
+        let ageless_count = extents.filter(|extent| extent.modified.is_none()).count();
+        if ageless_count > 0 {
+            remarks.push(format!(
+                "the store does not say when {ageless_count} WAL extents were written: they are kept"
+            ));
+        }
         if self.catalog.backups.is_empty() && self.catalog.wal.extent_count() > 0 {
             remarks.push("there is no backup yet: all WAL is kept".to_owned());
         }
@@ -494,10 +502,11 @@ impl DeletedWal {
     }
 }
 
-/// Whether an extent was made, or holds a commit of a time, at or after `start`.
+/// Whether an extent was made, or holds a commit of a time, at or after `start`; of one whose age
+/// nobody knows that must be feared.
 fn is_recent(extent: &StoredExtent, start: Timestamp) -> bool {
     let commit = extent.name.time.and_then(|time| time.to_timestamp());
-    extent.modified >= start || commit.is_some_and(|time| time >= start)
+    extent.modified.is_none_or(|made| made >= start) || commit.is_some_and(|time| time >= start)
 }
 
 /// The same positions in as few ranges as possible.

@@ -9,7 +9,9 @@
 //! parent, which exists only after its own. So packs without a manifest are needed only by a backup
 //! that is still being taken. That one puts packs all the time, and refuses to commit when its last
 //! pack is older than [`COMMIT_TIME_MAX`] or when a pack is missing;
-//! a sweep waits for twice that time since the newest object of the backup, by the store's clock.
+//! a sweep waits for twice that time since the newest object of the backup, by the store's clock. Where
+//! the store does not say when an object was made, nobody knows that so much time has passed: the
+//! backup, or the key, stays.
 //!
 //! # When is a key unused?
 //! A wrapped key is tiny and losing one that is needed loses everything sealed with it, so the burden
@@ -146,23 +148,32 @@ pub fn plan(
     now: Timestamp,
 ) -> SweepPlan {
     let options = options.bounded();
-    let aborted =
-        catalog.incomplete.iter().filter(|b| is_older(b.objects.newest, options.grace, now));
-    let backups = aborted.map(|backup| SweptBackup {
-        id: backup.id,
-        pack_count: backup.objects.pack_count,
-        stored_bytes: backup.objects.stored_bytes,
-        newest: backup.objects.newest,
+    let aborted = catalog.incomplete.iter().filter_map(|backup| {
+        let newest = backup.objects.newest.filter(|time| is_older(*time, options.grace, now))?;
+        Some(SweptBackup {
+            id: backup.id,
+            pack_count: backup.objects.pack_count,
+            stored_bytes: backup.objects.stored_bytes,
+            newest,
+        })
     });
+    let ageless = catalog.incomplete.iter().filter(|backup| backup.objects.newest.is_none());
     let mut plan = SweepPlan {
-        backups: backups.collect(),
+        backups: aborted.collect(),
         upload_grace_s: options.grace.as_secs(),
+        remarks: ageless.map(|backup| ageless_remark(backup.id)).collect(),
         ..SweepPlan::default()
     };
     if let Some(evidence) = evidence {
         plan_keys(catalog, evidence, options, now, &mut plan);
     }
     plan
+}
+
+fn ageless_remark(id: BackupId) -> String {
+    format!(
+        "backup {id} has no manifest and stays: the store does not say when its packs were made"
+    )
 }
 
 fn is_older(time: Timestamp, than: Duration, now: Timestamp) -> bool {
@@ -197,7 +208,7 @@ fn plan_keys(
     let unused = evidence.keys.iter().filter(|key| {
         !evidence.used.contains(&key.id)
             && named != Some(key.id)
-            && is_older(key.modified, options.key_grace, now)
+            && key.modified.is_some_and(|time| is_older(time, options.key_grace, now))
     });
     plan.keys.extend(unused.map(|key| key.id));
 }
@@ -255,7 +266,7 @@ async fn scan_below(
     let mut after: Option<ObjectName> = None;
     loop {
         let page = repository.store().list(prefix, after.as_ref()).await?;
-        after = page.objects.last().map(|object| object.name.clone());
+        after = page.next_after()?;
         // Owned, so that the future can run in a task of its own.
         let new = page.objects.into_iter().filter(|object| seen.is_new(&object.name));
         let mut scans = stream::iter(new.collect::<Vec<ObjectInfo>>())
@@ -267,7 +278,7 @@ async fn scan_below(
         while let Some((object, keys)) = scans.next().await {
             evidence.take(&object, keys)?;
         }
-        if !page.more || after.is_none() {
+        if after.is_none() {
             return Ok(());
         }
     }
@@ -375,7 +386,8 @@ async fn sweep_backup(
     let manifest = repository.name(&Object::Manifest(backup.id))?;
     let listed =
         repository.store().list_all(&repository.cluster().backup_prefix(backup.id)).await?;
-    let alive = |object: &ObjectInfo| object.name == manifest || object.modified > backup.newest;
+    let is_new = |made: Option<Timestamp>| made.is_none_or(|made| made > backup.newest);
+    let alive = |object: &ObjectInfo| object.name == manifest || is_new(object.modified);
     if listed.iter().any(alive) {
         report.saved.push(backup.id);
         return Ok(());

@@ -174,7 +174,7 @@ pub(crate) mod tests {
                 time: (*time != 0).then_some(PgTime(*time)),
             },
             stored_bytes: (end - start) / 2,
-            modified: jiff::Timestamp::UNIX_EPOCH,
+            modified: None,
         }))
     }
 

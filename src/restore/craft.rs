@@ -194,7 +194,7 @@ impl Extents {
         WalCatalog::new(self.bytes.iter().map(|(name, bytes)| StoredExtent {
             name: *name,
             stored_bytes: bytes.len() as u64,
-            modified: Timestamp::UNIX_EPOCH,
+            modified: None,
         }))
     }
 }

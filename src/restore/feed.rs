@@ -15,6 +15,7 @@ use futures::StreamExt as _;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
@@ -476,8 +477,8 @@ impl Feeder {
     fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
         let wal_directory = wal_directory_of(path)?;
         let control = wal_directory.join("..").join(crate::pg::control::XLOG_CONTROL_FILE);
-        let bytes =
-            fs::read(&control).context(|| format!("unable to read '{}'", control.display()))?;
+        let bytes = file::read(&control, crate::pg::control::PG_CONTROL_FILE_SIZE as u64)
+            .context(|| format!("unable to read '{}'", control.display()))?;
         Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
     }
 
@@ -504,5 +505,39 @@ impl Feeder {
             chain = Chain::follow(&wal, path, start);
         }
         Ok(chain.cut(wanted.end()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::handover::tests::settings;
+    use super::*;
+
+    /// Asks a data directory with these notes for a segment that is on the way to the target.
+    async fn asked(notes: &str) -> Result<WalGet> {
+        let data = tempfile::tempdir().unwrap();
+        let wal = data.path().join("pg_wal");
+        let folder = Folder::of(&wal);
+        folder.create(&settings()).unwrap();
+        fs::write(folder.path().join("wal-get.json"), notes).unwrap();
+        let name = settings().segment_name(0x33).unwrap();
+        fs::write(folder.spooled(&name), "wal").unwrap();
+        let request = WalGetRequest { name, path: wal.join("RECOVERYXLOG") };
+        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
+        wal_get(&request, &Clock::system(), None, never).await
+    }
+
+    #[tokio::test]
+    async fn a_hole_in_the_notes_is_an_error_and_not_the_end_of_the_wal() {
+        let whole = serde_json::to_value(settings()).unwrap();
+        assert_eq!(asked(&whole.to_string()).await.unwrap(), WalGet::Found);
+        let mut holed = whole.clone();
+        holed["path"].as_array_mut().unwrap().pop();
+        let error = asked(&holed.to_string()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        let truncated = whole.to_string();
+        let error = asked(&truncated[..truncated.len() / 2]).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        assert!(error.hint_text().unwrap().contains("restore again"), "{error:?}");
     }
 }

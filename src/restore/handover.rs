@@ -17,6 +17,8 @@
 //! - "Not there" is said only of what the restore does not need: a name that is not on the way to the
 //!   target, or WAL at or after the end of the plan. It is known from `wal-get.json` alone. Whatever goes
 //!   wrong on the way to a segment that is needed is an error, never the end of the WAL.
+//! - So the notes are believed only when they are whole: they name a timeline for every position from the
+//!   first to the last that is handed over. With a hole in them, or when they are gone, nothing is served.
 //! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it.
 //!
 //! # Durability
@@ -30,6 +32,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, SystemId, TimelineId};
 
@@ -98,6 +101,51 @@ impl Settings {
         }
     }
 
+    /// The settings in the bytes of `wal-get.json`.
+    ///
+    /// # Errors
+    /// `corrupt` for what is no such file, and for one with a hole: a segment in it would be taken for
+    /// one that the restore does not need, and so for the end of the WAL. `unsupported` for another format.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
+        let settings: Self = serde_json::from_slice(bytes)
+            .map_err(|error| Error::new(Kind::Corrupt, error.to_string()))?;
+        if settings.format != FORMAT {
+            let message = format!("it has format {}, expected {FORMAT}", settings.format);
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        settings.flaw().map_or(Ok(settings), |flaw| Err(Error::new(Kind::Corrupt, flaw)))
+    }
+
+    /// Why these settings do not say of every position whose WAL is handed over.
+    fn flaw(&self) -> Option<String> {
+        let (start, end) = (self.start_lsn, self.end_lsn);
+        if start >= end || self.preplaced_end_lsn > end {
+            let placed = self.preplaced_end_lsn;
+            return Some(format!(
+                "it begins at {start}, is in place to {placed} and ends at {end}"
+            ));
+        }
+        let size = self.wal_segment_bytes;
+        if size.range_of(size.number_of(end)).is_none() {
+            return Some(format!("it ends at {end}, behind the last WAL segment that has a name"));
+        }
+        let mut reached = Some(self.path.first().map_or(Lsn::INVALID, |part| part.start_lsn));
+        let mut before = None;
+        for part in &self.path {
+            if reached != Some(part.start_lsn) || part.end_lsn.is_some_and(|e| e < part.start_lsn) {
+                let timeline = part.timeline;
+                return Some(format!("timeline {timeline} does not follow on what is before it"));
+            }
+            if before.is_some_and(|before| part.timeline <= before) {
+                return Some(format!("timeline {} comes after a later one", part.timeline));
+            }
+            (reached, before) = (part.end_lsn, Some(part.timeline));
+        }
+        let first = self.path.first().filter(|first| first.start_lsn <= start);
+        let whole = first.is_some() && reached.is_none_or(|reached| reached >= end);
+        (!whole).then(|| format!("it names no timeline for all of the WAL from {start} to {end}"))
+    }
+
     /// The path as chains are followed along.
     pub(crate) fn path(&self) -> Vec<PathPart> {
         let part = |stretch: &Stretch| PathPart {
@@ -155,22 +203,25 @@ impl Folder {
         [self.0.clone(), self.0.join(SPOOL), self.0.join(SETTINGS)]
     }
 
-    /// The settings, `None` when this data directory has none.
+    /// The settings, `None` when no restore has made this folder.
+    ///
+    /// # Errors
+    /// `corrupt` when it was made and what it has to say is lost: then nobody knows which WAL is needed.
     pub(crate) fn settings(&self) -> Result<Option<Settings>> {
         let path = self.0.join(SETTINGS);
-        let Some(text) = read_note(&path, SETTINGS_BYTES_MAX)? else { return Ok(None) };
-        let settings: Settings = serde_json::from_str(&text).map_err(|error| {
-            Error::new(Kind::Corrupt, format!("unable to read '{}': {error}", path.display()))
-        })?;
-        if settings.format != FORMAT {
-            let message = format!(
-                "unable to read '{}': it has format {}, expected {FORMAT}",
-                path.display(),
-                settings.format
-            );
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-        Ok(Some(settings))
+        let attempted = || format!("unable to read '{}'", path.display());
+        let hint = "It was written by 'tidemark restore' and says which WAL recovery needs: restore \
+                    again, into an empty directory.";
+        let Some(text) = read_note(&path, SETTINGS_BYTES_MAX)? else {
+            return match self.0.try_exists().context(attempted)? {
+                false => Ok(None),
+                true => {
+                    Err(Error::new(Kind::Corrupt, "it is gone").context(attempted()).hint(hint))
+                }
+            };
+        };
+        let decoded = Settings::decode(text.as_bytes());
+        decoded.map(Some).map_err(|error| error.context(attempted()).hint(hint))
     }
 
     /// Where a segment lies when it is whole.
@@ -286,15 +337,10 @@ fn remove_if_there(path: &Path) -> Result<()> {
 
 /// A small text file, `None` when it is not there.
 fn read_note(path: &Path, bytes_max: u64) -> Result<Option<String>> {
-    use std::io::Read as _;
-    let attempted = || format!("unable to read '{}'", path.display());
-    let file = match File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => other.context(attempted)?,
-    };
-    let mut text = String::new();
-    file.take(bytes_max).read_to_string(&mut text).context(attempted)?;
-    Ok(Some(text))
+    match file::read_to_string(path, bytes_max) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some).context(|| format!("unable to read '{}'", path.display())),
+    }
 }
 
 #[cfg(test)]
@@ -331,6 +377,44 @@ pub(crate) mod tests {
         assert_eq!(names.iter().map(Option::as_deref).collect::<Vec<_>>(), expected);
         let (_, last) = settings.segment(0x34).unwrap();
         assert_eq!(last.end(), Lsn(0x340_0500));
+    }
+
+    #[test]
+    fn notes_with_a_hole_are_refused() {
+        let decoded = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = settings();
+            change(&mut settings);
+            Settings::decode(&serde_json::to_vec(&settings).unwrap()).map_err(|error| error.kind())
+        };
+        assert_eq!(decoded(&|_| {}), Ok(settings()));
+        let changes: [&dyn Fn(&mut Settings); 10] = [
+            &|s| s.path.clear(),
+            &|s| s.path.truncate(1),
+            &|s| s.path = s.path[1..].to_vec(),
+            &|s| s.path[1].start_lsn.0 += 1,
+            &|s| s.path[0].end_lsn = None,
+            &|s| s.path[1].end_lsn = Some(Lsn(s.end_lsn.0 - 1)),
+            &|s| s.path[1].timeline = s.path[0].timeline,
+            &|s| s.end_lsn = s.start_lsn,
+            &|s| s.end_lsn = Lsn(u64::MAX),
+            &|s| s.preplaced_end_lsn = Lsn(s.end_lsn.0 + 1),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            assert_eq!(decoded(change), Err(Kind::Corrupt), "change {index}");
+        }
+        assert_eq!(decoded(&|s| s.format += 1), Err(Kind::Unsupported));
+    }
+
+    #[test]
+    fn notes_that_are_gone_are_not_notes_that_never_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        assert_eq!(folder.settings().unwrap(), None);
+        folder.create(&settings()).unwrap();
+        fs::remove_file(dir.path().join(FOLDER).join(SETTINGS)).unwrap();
+        let error = folder.settings().unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt);
+        assert!(error.message().ends_with("wal-get.json': it is gone"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod craft;
 pub mod directory;
 mod feed;
 mod files;
-mod handover;
+pub(crate) mod handover;
 pub(crate) mod limits;
 pub mod plan;
 pub mod progress;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SystemId};
@@ -33,6 +34,8 @@ use super::target::Target;
 pub const PREPLACED_BYTES_MAX: u64 = 512 << 20;
 
 const AUTO_CONF: &str = "postgresql.auto.conf";
+/// Longest configuration file of a backup that is read: those of PostgreSQL have tens of kilobytes.
+const CONF_BYTES_MAX: u64 = 16 << 20;
 const RECOVERY_SIGNAL: &str = "recovery.signal";
 pub(crate) const STANDBY_SIGNAL: &str = "standby.signal";
 /// A `restore_command` is required even when all WAL is in place already.
@@ -395,11 +398,12 @@ impl Delivery<'_> {
             upstream,
         };
         let path = root.join(AUTO_CONF);
-        let existing = match fs::read_to_string(&path) {
+        let existing = match file::read_to_string(&path, CONF_BYTES_MAX) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             other => other.context(|| format!("unable to read '{}'", path.display()))?,
         };
-        let conf = fs::read_to_string(root.join("postgresql.conf")).unwrap_or_default();
+        let conf = file::read_to_string(&root.join("postgresql.conf"), CONF_BYTES_MAX);
+        let conf = conf.unwrap_or_default();
         let limits = if is_standby || self.options.action == Action::Pause {
             limits::missing(&control.limits, &[&conf, &existing])
         } else {

@@ -19,7 +19,8 @@ use serde::Serialize;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
-use crate::pg::control::{ClusterState, ControlFile, XLOG_CONTROL_FILE};
+use crate::file;
+use crate::pg::control::{ClusterState, ControlFile, PG_CONTROL_FILE_SIZE, XLOG_CONTROL_FILE};
 use crate::pg::{Lsn, Version};
 use crate::repo::Reader;
 
@@ -42,6 +43,8 @@ const STOP_MAX: Duration = Duration::from_secs(60);
 const HEADER_BYTES_MAX: u64 = 48;
 /// Most bytes of the log read at a time.
 const LOG_BYTES_MAX: u64 = 1 << 20;
+/// Longest `PG_VERSION` or `postmaster.pid` that is read: a few lines, some of them paths.
+const SMALL_FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// Who may connect to the server.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -219,7 +222,7 @@ struct Programs {
 impl Programs {
     fn find(into: &Path, given: Option<&Path>) -> Result<Self> {
         let version_file = into.join("PG_VERSION");
-        let text = fs::read(&version_file)
+        let text = file::read(&version_file, SMALL_FILE_BYTES_MAX)
             .context(|| format!("unable to read '{}'", version_file.display()))?;
         let major = Version::from_version_file(&text)?.major();
         let usual = [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin")];
@@ -414,14 +417,19 @@ impl Server {
 
     /// Whether recovery is over, as `pg_control` says; a file that is just being written says nothing.
     fn is_in_production(&self) -> bool {
-        let control = fs::read(self.into.join(XLOG_CONTROL_FILE)).ok();
+        let path = self.into.join(XLOG_CONTROL_FILE);
+        let control = file::read(&path, PG_CONTROL_FILE_SIZE as u64).ok();
         let control = control.and_then(|bytes| ControlFile::decode(&bytes).ok());
         control.is_some_and(|control| control.state == ClusterState::InProduction)
     }
 
+    fn pid_file(&self) -> std::io::Result<String> {
+        file::read_to_string(&self.into.join("postmaster.pid"), SMALL_FILE_BYTES_MAX)
+    }
+
     /// The last line of `postmaster.pid`: `starting`, `standby`, `ready` or `stopping`.
     fn postmaster_state(&self) -> Option<String> {
-        let text = fs::read_to_string(self.into.join("postmaster.pid")).ok()?;
+        let text = self.pid_file().ok()?;
         let ours = text.lines().next()?.trim().parse::<u32>().ok()? == self.child.as_ref()?.id();
         ours.then(|| text.lines().nth(7).map(|line| line.trim().to_owned())).flatten()
     }
@@ -472,7 +480,7 @@ impl Server {
 
     /// Lets the server run on; its process, if it runs.
     fn leave(mut self) -> Option<u32> {
-        let text = fs::read_to_string(self.into.join("postmaster.pid")).ok();
+        let text = self.pid_file().ok();
         let running = text.and_then(|text| text.lines().next()?.trim().parse().ok());
         if let Some(mut child) = self.child.take() {
             // A server that has ended is reaped; another one goes on without us.

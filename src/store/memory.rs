@@ -17,7 +17,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{
     Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PART_NUMBER_MAX,
-    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, joined,
+    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, folder_prefix,
+    is_stale, joined,
 };
 use crate::clock::{Clock, Instant};
 use crate::error::{Error, Kind, Result};
@@ -53,7 +54,8 @@ struct State {
 
 struct Object {
     body: Bytes,
-    modified: Timestamp,
+    /// `None` once it was forgotten.
+    modified: Option<Timestamp>,
     tag: u64,
 }
 
@@ -139,6 +141,11 @@ impl Memory {
         Ok(())
     }
 
+    /// From here on nobody is told when an object was made that is there now.
+    pub fn forget_times(&self) {
+        self.state().objects.values_mut().for_each(|object| object.modified = None);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,7 +183,7 @@ impl Memory {
     fn store(&self, state: &mut State, name: &ObjectName, body: Bytes) -> VersionTag {
         state.last_id += 1;
         let tag = state.last_id;
-        let object = Object { body, modified: self.clock.now(), tag };
+        let object = Object { body, modified: Some(self.clock.now()), tag };
         state.objects.insert(name.as_str().to_owned(), object);
         VersionTag::new(tag.to_string())
     }
@@ -374,15 +381,15 @@ impl Store for Memory {
         })
     }
 
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         let fate = self.fate(Call::Any).await?;
-        let now = self.clock.now();
+        let (prefix, now) = (folder_prefix(folder), self.clock.now());
         let aborted = {
             let mut state = self.state();
             let before = state.uploads.len();
             state.uploads.retain(|_, upload| {
-                let age = Duration::try_from(now.duration_since(upload.begun)).unwrap_or_default();
-                !upload.name.as_str().starts_with(prefix) || age < older_than
+                let inside = upload.name.as_str().starts_with(&prefix);
+                !(inside && is_stale(upload.begun, now, older_than))
             });
             before - state.uploads.len()
         };

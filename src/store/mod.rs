@@ -103,18 +103,22 @@ pub trait Store: Send + Sync + fmt::Debug {
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>>;
 
     /// One page of the objects whose name begins with `prefix` (any text, a folder by a slash at its
-    /// end, empty for all), in ascending byte order of names, those after `after` only.
+    /// end, empty for all), in ascending byte order of names, those after `after` only. No name of
+    /// that order is left out before the last one of the page, and [`ListPage::next_after`] says
+    /// whether there are others behind it. A place that lists otherwise is refused with an error: it
+    /// is never taken for an end.
     async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage>;
 
     /// Every page of [`Store::list`] in one vector: for places whose number of objects is bounded by
     /// retention, such as the catalog of one cluster.
     async fn list_all(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
         let mut all: Vec<ObjectInfo> = Vec::new();
+        let mut after = None;
         loop {
-            let page = self.list(prefix, all.last().map(|object| &object.name)).await?;
-            let progressed = !page.objects.is_empty();
+            let page = self.list(prefix, after.as_ref()).await?;
+            after = page.next_after()?;
             all.extend(page.objects);
-            if !(page.more && progressed) {
+            if after.is_none() {
                 return Ok(all);
             }
         }
@@ -139,9 +143,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Finds out by trying what the place really does; writes and deletes a few tiny objects.
     async fn probe(&self) -> Result<Capabilities>;
 
-    /// Removes what abandoned uploads below `prefix` left behind, if they were begun longer ago than
-    /// `older_than`; says how many.
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64>;
+    /// Removes what abandoned uploads in `folder` (with or without the slash at its end, empty for
+    /// the whole root) left behind, if they are known to have begun `older_than` ago or longer; says
+    /// how many. One of unknown age stays, and so does whatever lies outside of the root: it may be
+    /// the upload of a living writer, and what it has sent so far would be lost.
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64>;
 
     /// Requests made so far, by kind.
     fn requests(&self) -> RequestCounts;
@@ -211,17 +217,36 @@ pub struct ObjectInfo {
     pub name: ObjectName,
     /// Its size.
     pub size_bytes: u64,
-    /// When it was made, by the store's clock.
-    pub modified: Timestamp,
+    /// When it was made, by the store's clock; `None` when the store does not say. Then nobody knows
+    /// how old it is, and nobody may take it for old enough to be deleted.
+    pub modified: Option<Timestamp>,
 }
 
 /// A bounded piece of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListPage {
-    /// In ascending byte order of names.
+    /// In ascending byte order of names; empty only on the last page.
     pub objects: Vec<ObjectInfo>,
-    /// Whether there are names after the last of these.
+    /// Whether there may be names after the last of these.
     pub more: bool,
+}
+
+impl ListPage {
+    /// The name after which the next page begins, `None` when this is the last one.
+    ///
+    /// # Errors
+    /// `bug` when the page says that there is more and names nothing: to stop there would hide
+    /// objects, to ask again would never end.
+    pub fn next_after(&self) -> Result<Option<ObjectName>> {
+        match self.objects.last() {
+            _ if !self.more => Ok(None),
+            Some(last) => Ok(Some(last.name.clone())),
+            None => Err(Error::new(
+                Kind::Bug,
+                "unable to go on with a listing: the store says that there is more and names nothing",
+            )),
+        }
+    }
 }
 
 /// What a place really does, found out by trying. `None` where the driver has no such thing or the
@@ -306,6 +331,20 @@ impl Place {
     }
 }
 
+/// What the names of all objects in `folder` begin with.
+fn folder_prefix(folder: &str) -> String {
+    match folder.trim_end_matches('/') {
+        "" => String::new(),
+        folder => format!("{folder}/"),
+    }
+}
+
+/// Whether what began at `begun` is known to have an age of `least` at `now`. Younger than nothing is
+/// what two clocks make of something just begun.
+fn is_stale(begun: Timestamp, now: Timestamp, least: Duration) -> bool {
+    Duration::try_from(now.duration_since(begun)).unwrap_or_default() >= least
+}
+
 /// The part of an object of `size_bytes` that `range` asks for, as indexes.
 fn checked_range(
     name: &ObjectName,
@@ -388,6 +427,18 @@ mod tests {
             assert_eq!(error.kind(), Kind::Config, "{url}");
             assert!(error.hint_text().is_some());
         }
+    }
+
+    #[test]
+    fn a_page_that_promises_more_and_names_nothing_is_not_the_last() {
+        let object =
+            ObjectInfo { name: ObjectName::new("a").unwrap(), size_bytes: 1, modified: None };
+        let page = |objects: &[ObjectInfo], more| ListPage { objects: objects.to_vec(), more };
+        let named = [object.clone()];
+        assert_eq!(page(&named, true).next_after().unwrap(), Some(object.name));
+        assert_eq!(page(&named, false).next_after().unwrap(), None);
+        assert_eq!(page(&[], false).next_after().unwrap(), None);
+        assert_eq!(page(&[], true).next_after().unwrap_err().kind(), Kind::Bug);
     }
 
     #[test]

@@ -4,7 +4,12 @@
 //! Read from `/etc/passwd`, so users that only a directory service knows are not found: such a user
 //! names `user` and `HOME`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::file;
+
+/// A larger `/etc/passwd` is not read: half a million users.
+const PASSWD_BYTES_MAX: u64 = 64 << 20;
 
 /// One line of `/etc/passwd`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +27,7 @@ pub(super) fn current() -> Option<OsUser> {
 
 /// The user with this id, if `/etc/passwd` knows it.
 pub(super) fn by_id(id: u32) -> Option<OsUser> {
-    find(&std::fs::read_to_string("/etc/passwd").ok()?, id)
+    find(&file::read_to_string(Path::new("/etc/passwd"), PASSWD_BYTES_MAX).ok()?, id)
 }
 
 fn find(passwd: &str, id: u32) -> Option<OsUser> {

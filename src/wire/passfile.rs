@@ -4,12 +4,13 @@
 //! `passwordFromFile` and `pwdfMatchesString` in `src/interfaces/libpq/fe-connect.c`.
 
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use secrecy::{ExposeSecret, SecretString};
 use tracing::warn;
+
+use crate::file;
 
 /// A password file larger than this is not read.
 const PASSFILE_BYTES_MAX: u64 = 4 << 20;
@@ -23,16 +24,16 @@ pub(super) struct Wanted<'a> {
     pub(super) user: &'a str,
 }
 
-/// The password for what is wanted, or `None` when the file is missing, has no line for it, or may
-/// be read by others (which is logged).
+/// The password for what is wanted, or `None` when the file is missing, has no line for it, or is not
+/// used, which is logged: it may be read by others, or is too large.
 pub(super) fn lookup(path: &Path, wanted: Wanted<'_>) -> Option<SecretString> {
     find(read(path)?.expose_secret(), wanted)
 }
 
 /// The file's text, if it is one that libpq would use.
 fn read(path: &Path) -> Option<SecretString> {
-    let mut file = File::open(path).ok()?;
-    let metadata = file.metadata().ok()?;
+    let open = File::open(path).ok()?;
+    let metadata = open.metadata().ok()?;
     if !metadata.is_file() {
         warn!("password file '{}' is not a plain file, and is not used", path.display());
         return None;
@@ -45,7 +46,10 @@ fn read(path: &Path) -> Option<SecretString> {
         return None;
     }
     let mut bytes = Vec::new();
-    file.by_ref().take(PASSFILE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+    if let Err(error) = file::read_into(&mut bytes, open, PASSFILE_BYTES_MAX) {
+        warn!("password file '{}' cannot be read, and is not used: {error}", path.display());
+        return None;
+    }
     Some(SecretString::from(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
@@ -138,5 +142,19 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(lookup(&path, wanted).unwrap().expose_secret(), "p");
         assert!(lookup(directory.path(), wanted).is_none());
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_not_used_up_to_where_it_was_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pass");
+        let wanted = Wanted { host: "h", port: 1, database: "d", user: "u" };
+        for (comment_bytes, used) in [(PASSFILE_BYTES_MAX - 10, true), (PASSFILE_BYTES_MAX, false)]
+        {
+            let comment = "#".repeat(usize::try_from(comment_bytes).unwrap());
+            std::fs::write(&path, format!("*:*:*:*:p\n{comment}")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+            assert_eq!(lookup(&path, wanted).is_some(), used, "{comment_bytes}");
+        }
     }
 }

@@ -8,10 +8,14 @@ use std::path::{Path, PathBuf};
 
 use super::conninfo::{self, Pairs};
 use crate::error::{Error, Kind, Result};
+use crate::file;
 
 /// The system-wide folders looked into when `PGSYSCONFDIR` is not set: Debian's and upstream's.
 const SYSTEM_FOLDERS: [&str; 3] =
     ["/etc/postgresql-common", "/etc/sysconfig/pgsql", "/usr/local/pgsql/etc"];
+
+/// A service file larger than this is not read: thousands of services.
+const SERVICE_FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// Where service definitions are looked for.
 #[derive(Debug, Default)]
@@ -38,7 +42,7 @@ pub(super) fn apply(pairs: &mut Pairs, service: &str, files: &ServiceFiles) -> R
         ),
     }
     for (path, required) in candidates {
-        let text = match std::fs::read_to_string(&path) {
+        let text = match file::read_to_string(&path, SERVICE_FILE_BYTES_MAX) {
             Ok(text) => text,
             Err(error) if !required && error.kind() == std::io::ErrorKind::NotFound => continue,
             Err(error) => {
@@ -124,5 +128,15 @@ mod tests {
         assert_eq!((pairs["host"].as_str(), pairs["user"].as_str()), ("mine", "x"));
         let missing = apply(&mut pairs, "three", &files).unwrap_err();
         assert_eq!(missing.kind(), Kind::Config);
+    }
+
+    #[test]
+    fn a_service_file_without_end_is_refused() {
+        let named = Some(PathBuf::from("/dev/zero"));
+        let files = ServiceFiles { named, ..ServiceFiles::default() };
+        let error = apply(&mut Pairs::new(), "one", &files).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        let expected = "unable to read service file '/dev/zero': it has more than 4194304 bytes";
+        assert_eq!(error.message(), expected);
     }
 }

@@ -22,6 +22,11 @@ use super::certificate;
 use super::transport::Transport;
 use super::verifier::{Certainty, Verifier};
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
+
+/// Longest file of certificates, revocations or a key that is read: the lists of large authorities have
+/// some megabytes.
+const PEM_FILE_BYTES_MAX: u64 = 64 << 20;
 
 /// How much encryption and proof is demanded, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -290,7 +295,7 @@ fn revocations(options: &TlsOptions) -> Result<Vec<CertificateRevocationListDer<
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
-    std::fs::read(path)
+    file::read(path, PEM_FILE_BYTES_MAX)
         .context(|| format!("unable to read {what} '{}'", path.display()))
         .map_err(|error| error.with_kind(Kind::Config))
 }

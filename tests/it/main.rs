@@ -12,6 +12,7 @@ mod minis3_semantics;
 mod s3_server;
 mod store_contract;
 mod store_faults;
+mod store_listings;
 mod stranger;
 #[path = "../harness/transcript.rs"]
 mod transcript;

@@ -103,7 +103,7 @@ async fn what_was_put_is_read_back_whole_and_by_range() {
         }
         let info = place.store.head(&name).await.unwrap().unwrap();
         assert_eq!((info.name, info.size_bytes), (name, 10));
-        let age = Clock::system().now().duration_since(info.modified);
+        let age = Clock::system().now().duration_since(info.modified.unwrap());
         assert!(age.abs() < jiff::SignedDuration::from_mins(5), "{age}");
     })
     .await;
@@ -383,6 +383,25 @@ async fn stale_uploads_are_swept_and_young_ones_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn stale_uploads_are_swept_in_one_folder_and_not_in_those_whose_names_go_on() {
+    everywhere(async |place| {
+        for text in ["main/a", "main-2/a"] {
+            let upload = place.store.begin_multipart(&place.name(text)).await.unwrap();
+            upload.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+        }
+        let sweep = async |text: &str| {
+            let folder = format!("{}{text}", place.folder);
+            place.store.abort_stale_multiparts(&folder, Duration::ZERO).await.unwrap()
+        };
+        // A directory's unfinished files went with their owners.
+        let expected = if place.name == "directory" { [0, 0] } else { [1, 1] };
+        assert_eq!([sweep("main").await, sweep("main-2/").await], expected, "{}", place.name);
+        assert_eq!(sweep("").await, 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn listings_are_complete_ordered_and_bounded() {
     everywhere(async |place| {
         let mut names: BTreeSet<String> = BTreeSet::new();
@@ -424,6 +443,19 @@ async fn listings_are_complete_ordered_and_bounded() {
         ] {
             let listed = place.store.list_all(&format!("{}{prefix}", place.folder)).await.unwrap();
             assert_eq!(listed.len(), below(prefix), "{}: {prefix}", place.name);
+        }
+
+        let mut after = None;
+        loop {
+            let page = place.store.list(&place.folder, after.as_ref()).await.unwrap();
+            let page_names = page.objects.iter().map(|object| &object.name);
+            let in_order: Vec<&ObjectName> = after.iter().chain(page_names).collect();
+            assert!(in_order.is_sorted_by(|a, b| a < b), "{}: each page goes on", place.name);
+            assert!(!(page.more && page.objects.is_empty()), "{}", place.name);
+            after = page.next_after().unwrap();
+            if after.is_none() {
+                break;
+            }
         }
 
         let after = place.name("wal/00002000");

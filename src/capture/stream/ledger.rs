@@ -41,8 +41,8 @@ impl Held {
                 }
             }
             held.join();
-            after = page.objects.last().map(|object| object.name.clone());
-            if !page.more || after.is_none() {
+            after = page.next_after()?;
+            if after.is_none() {
                 return Ok(held);
             }
         }

@@ -29,7 +29,7 @@ fn stored(number: u32, start: u64, end: u64, modified: i64) -> StoredExtent {
             time: Some(PgTime(i64::try_from(end).unwrap())),
         },
         stored_bytes: (end - start) / 4 + 100,
-        modified: at(modified),
+        modified: Some(at(modified)),
     }
 }
 
@@ -95,6 +95,20 @@ fn what_a_larger_extent_holds_is_deleted_when_that_has_settled() {
     assert!(plan(&wal(1001), &options(), at(1600)).prunes.is_empty());
 }
 
+#[test]
+fn an_extent_of_unknown_age_is_not_settled() {
+    let of_age = |modified| {
+        let small = [stored(1, 0, MIB / 2, 0), stored(1, MIB / 2, MIB, 0)];
+        let joint = StoredExtent { modified, ..stored(1, 0, MIB, 0) };
+        let all = small.map(|extent| StoredExtent { modified, ..extent });
+        let merges = plan(&WalCatalog::new(all), &options(), at(10_000)).merges.len();
+        let pruned = WalCatalog::new(small.into_iter().chain([joint]));
+        (merges, plan(&pruned, &options(), at(10_000)).prunes.len())
+    };
+    assert_eq!(of_age(Some(at(0))), (1, 1));
+    assert_eq!(of_age(None), (0, 0));
+}
+
 /// Random cuts of a few segments: several writers' cuts of the same WAL, one over another.
 fn worlds() -> impl Strategy<Value = Vec<StoredExtent>> {
     let cuts = prop::collection::btree_set(0_u64..3 * MIB, 0..40);
@@ -129,7 +143,7 @@ proptest! {
         for _ in 0..20 {
             let wal = WalCatalog::new(extents.iter().copied());
             let plan = plan(&wal, &options(), at(now));
-            if plan.is_empty() && extents.iter().all(|e| e.modified < at(now - 600)) {
+            if plan.is_empty() && extents.iter().all(|e| e.modified < Some(at(now - 600))) {
                 prop_assert!(extents.len() <= count);
                 return Ok(());
             }
@@ -140,7 +154,7 @@ proptest! {
                 prop_assert_eq!(start / MIB, end / MIB, "one segment");
                 let parts = extents.iter().filter(|extent| merge.parts.contains(&extent.name));
                 let stored_bytes = parts.map(|extent| extent.stored_bytes).sum();
-                extents.push(StoredExtent { name: merge.joint, stored_bytes, modified: at(now) });
+                extents.push(StoredExtent { name: merge.joint, stored_bytes, modified: Some(at(now)) });
             }
             let mut gone: Vec<ExtentName> =
                 plan.prunes.iter().flat_map(|prune| prune.held.iter().copied()).collect();

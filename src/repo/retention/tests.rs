@@ -23,7 +23,7 @@ fn wal(number: u32, from: i64, until: i64) -> StoredExtent {
             time: Some(PgTime::from_timestamp(at_minute(until))),
         },
         stored_bytes: 100,
-        modified: at_minute(until),
+        modified: Some(at_minute(until)),
     }
 }
 
@@ -191,6 +191,18 @@ fn a_dead_branch_goes_when_the_window_has_left_it() {
     assert_eq!(kept_days(&plan), [24, 25, 26, 27, 28, 29]);
     let gone: Vec<_> = plan.wal.iter().map(|w| (w.timeline.get(), w.extent_count)).collect();
     assert_eq!(gone, [(1, 12), (2, 14)]);
+}
+
+#[test]
+fn wal_of_which_the_store_tells_no_age_is_kept() {
+    let options = options(Some(7), None, Some(7));
+    let aged = plan(&month(), &options, now(30)).unwrap();
+    assert!(aged.wal[0].extent_count > 10 && aged.remarks.is_empty(), "{aged}");
+    let ageless = |extent| StoredExtent { modified: None, ..extent };
+    let catalog = Catalog { wal: WalCatalog::new(days_of_wal(1, 0, 30).map(ageless)), ..month() };
+    let plan = plan(&catalog, &options, now(30)).unwrap();
+    assert_eq!(plan.wal, []);
+    assert!(plan.remarks[0].contains("30 WAL extents"), "{plan}");
 }
 
 /// The newest backup was taken on timeline 1 after timeline 2 had left it, none on timeline 2 yet.

@@ -92,6 +92,36 @@ async fn a_backup_that_shows_life_after_the_plan_is_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_backup_of_unknown_age_is_not_swept() {
+    let scene = scene().await;
+    scene.put_pack(id(), 1).await;
+    tokio::time::sleep(3 * DAY).await;
+    let plan = scene.plan().await;
+    assert_eq!((plan.backups.len(), plan.remarks.len()), (1, 0));
+    scene.memory.forget_times();
+    let ageless = scene.plan().await;
+    assert_eq!(ageless.backups, []);
+    assert!(ageless.remarks[0].contains(&id().to_string()), "{ageless}");
+    // Nor does a plan go through that was made while the ages were known.
+    let report = apply(&scene.repository, &plan).await.unwrap();
+    assert_eq!((report.pack_count, report.saved), (0, vec![id()]));
+    // One object of unknown age among old ones may be the newest.
+    scene.put_pack(id(), 2).await;
+    tokio::time::sleep(3 * DAY).await;
+    assert_eq!(scene.plan().await.backups, []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_of_unknown_age_is_not_swept() {
+    let scene = scene().await;
+    scene.writer().await;
+    tokio::time::sleep(31 * DAY).await;
+    assert_eq!(scene.plan_keys().await.keys.len(), 1);
+    scene.memory.forget_times();
+    assert_eq!(scene.plan_keys().await.keys, []);
+}
+
+#[tokio::test(start_paused = true)]
 async fn shorter_times_than_are_safe_are_not_taken() {
     let scene = scene().await;
     scene.put_pack(id(), 1).await;

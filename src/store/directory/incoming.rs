@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::{make_with_parents, modified};
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
+use crate::store::is_stale;
 
 /// Name of the folder below the root.
 const FOLDER: &str = ".incoming";
@@ -97,9 +98,8 @@ impl Incoming {
             let path = entry.context(attempted)?.path();
             let Ok(file) = File::open(&path) else { continue };
             let metadata = file.metadata().context(attempted)?;
-            let age = clock.now().duration_since(modified(&metadata)?);
-            let age = Duration::try_from(age).unwrap_or_default();
-            if metadata.is_file() && age >= older_than && file.try_lock().is_ok() {
+            let stale = is_stale(modified(&metadata)?, clock.now(), older_than);
+            if metadata.is_file() && stale && file.try_lock().is_ok() {
                 fs::remove_file(&path).context(attempted)?;
                 swept += 1;
             }

@@ -202,9 +202,9 @@ impl Store for Directory {
         Ok(Capabilities { clock_skew: Some(skew), ..found })
     }
 
-    /// Also sweeps outside of `prefix`: what no living process holds is garbage wherever it was meant
-    /// to go.
-    async fn abort_stale_multiparts(&self, _prefix: &str, older_than: Duration) -> Result<u64> {
+    /// Also sweeps outside of `folder`, though not of the root: what no living process holds is garbage
+    /// wherever it was meant to go.
+    async fn abort_stale_multiparts(&self, _folder: &str, older_than: Duration) -> Result<u64> {
         let aborted =
             self.blocking(move |inner| Incoming::sweep(&inner.root, &inner.clock, older_than));
         let aborted = aborted.await?;
@@ -506,7 +506,7 @@ fn tag_of(body: &[u8]) -> VersionTag {
 
 fn object_info(name: ObjectName, metadata: &fs::Metadata) -> Result<ObjectInfo> {
     let modified = modified(metadata).context(|| format!("unable to look at object '{name}'"))?;
-    Ok(ObjectInfo { name, size_bytes: metadata.len(), modified })
+    Ok(ObjectInfo { name, size_bytes: metadata.len(), modified: Some(modified) })
 }
 
 fn modified(metadata: &fs::Metadata) -> Result<Timestamp> {

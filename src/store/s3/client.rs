@@ -31,6 +31,7 @@ use std::sync::Arc;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
+use crate::file;
 use crate::store::{Addressing, StaticCredentials, StoreOptions};
 
 /// Longest wait for a connection.
@@ -42,6 +43,9 @@ const IDLE_CONNECTIONS_MAX: usize = 64;
 /// Connections unused for this long are closed by us: servers and the boxes between do it at 60 s and
 /// more without a word.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A file of certificates larger than this is not read: a hundred times those of all public authorities.
+const CA_FILE_BYTES_MAX: u64 = 32 << 20;
 
 /// Region signed for when nobody says which.
 const DEFAULT_REGION: &str = "us-east-1";
@@ -128,7 +132,8 @@ fn http_client(options: &StoreOptions) -> Result<SharedHttpClient> {
     let mut trusted = tls::TrustStore::default();
     if let Some(path) = &options.ca_file {
         let attempted = || format!("unable to trust the certificates in '{}'", path.display());
-        let pem = std::fs::read(path).context(attempted).map_err(|e| e.with_kind(Kind::Config))?;
+        let pem = file::read(path, CA_FILE_BYTES_MAX);
+        let pem = pem.context(attempted).map_err(|e| e.with_kind(Kind::Config))?;
         check_certificates(&pem).map_err(|flaw| {
             Error::new(Kind::Config, flaw)
                 .context(attempted())

@@ -10,6 +10,7 @@
 //! - Puts and completions carry `If-None-Match: *`, the lease `If-Match`; each upload carries an id of
 //!   its own as metadata, by which it is recognised after a lost answer.
 //! - One checksum algorithm from the begin of an upload to its completion.
+//! - No listing is believed complete that does not come in order and to a told end (`listing`).
 //! - Nothing is believed done before the server said so: an error in the body of a 200 is an error,
 //!   and a completed upload is looked at once more for its size.
 //!
@@ -43,8 +44,10 @@ mod attempt;
 mod client;
 mod failure;
 mod inspect;
+mod listing;
 mod multipart;
 mod reading;
+mod stale;
 mod upload;
 
 use attempt::{Call, Gate, Tries};
@@ -57,9 +60,6 @@ const DELETE_NAMES_MAX: usize = 1000;
 
 /// Single deletes at a time, where the server knows no DeleteObjects.
 const DELETES_MAX: usize = 16;
-
-/// Objects of one page, S3's own limit.
-const PAGE_OBJECTS: i32 = 1000;
 
 /// Longest mutable object.
 const LEASE_BYTES_MAX: u64 = 1 << 20;
@@ -269,47 +269,6 @@ impl S3 {
         }
     }
 
-    /// One page; keys that are no names of ours are passed over, however many pages that takes.
-    async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage> {
-        let full_prefix = format!("{}{prefix}", self.prefix);
-        let mut start_after = after.map(|after| self.key(after));
-        loop {
-            let call = Call::new(&self.requests.lists);
-            let tried = self
-                .attempt(call, |client| {
-                    client
-                        .sdk
-                        .list_objects_v2()
-                        .bucket(&self.bucket)
-                        .prefix(&full_prefix)
-                        .set_start_after(start_after.clone())
-                        .max_keys(PAGE_OBJECTS)
-                        .send()
-                        .map_err_failure()
-                })
-                .await?;
-            let attempted = || format!("unable to list '{prefix}' in {}", self.describe());
-            let answer = tried.or_error(attempted)?;
-            let more = answer.is_truncated().unwrap_or(false);
-            let objects: Vec<ObjectInfo> =
-                answer.contents().iter().filter_map(|object| self.ours(object)).collect();
-            let last_key = answer.contents().last().and_then(|object| object.key());
-            if !more || !objects.is_empty() || last_key.is_none() {
-                return Ok(ListPage { objects, more: more && last_key.is_some() });
-            }
-            start_after = last_key.map(str::to_owned);
-        }
-    }
-
-    fn ours(&self, object: &aws_sdk_s3::types::Object) -> Option<ObjectInfo> {
-        let name = object.key()?.strip_prefix(&self.prefix)?;
-        Some(ObjectInfo {
-            name: ObjectName::new(name).ok()?,
-            size_bytes: size(object.size()),
-            modified: timestamp(object.last_modified()),
-        })
-    }
-
     async fn delete(&self, names: &[ObjectName]) -> Result<()> {
         for batch in names.chunks(DELETE_NAMES_MAX) {
             if !self.bulk_delete_refused.load(Ordering::Relaxed) {
@@ -409,7 +368,7 @@ enum Got {
 /// What a HEAD says.
 struct Found {
     size_bytes: u64,
-    modified: Timestamp,
+    modified: Option<Timestamp>,
     upload_id: Option<String>,
     etag: Option<String>,
 }
@@ -435,10 +394,11 @@ fn size(size: Option<i64>) -> u64 {
     size.and_then(|size| u64::try_from(size).ok()).unwrap_or(0)
 }
 
-fn timestamp(time: Option<&DateTime>) -> Timestamp {
-    let nanoseconds = time.map(|time| i32::try_from(time.subsec_nanos()).unwrap_or(0));
-    time.and_then(|time| Timestamp::new(time.secs(), nanoseconds.unwrap_or(0)).ok())
-        .unwrap_or(Timestamp::UNIX_EPOCH)
+/// What the server says of a time, if it says one.
+fn timestamp(time: Option<&DateTime>) -> Option<Timestamp> {
+    let time = time?;
+    let nanoseconds = i32::try_from(time.subsec_nanos()).unwrap_or(0);
+    Timestamp::new(time.secs(), nanoseconds).ok()
 }
 
 fn lacks_bulk_delete(failure: &Failure) -> bool {
@@ -523,8 +483,8 @@ impl Store for Bucket {
         self.0.inspect(probe::probe(self, &self.0.clock).await?).await
     }
 
-    async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
-        self.0.abort_stale(prefix, older_than).await
+    async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
+        self.0.abort_stale(folder, older_than).await
     }
 
     fn requests(&self) -> RequestCounts {

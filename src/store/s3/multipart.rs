@@ -3,16 +3,14 @@
 //! # Invariants
 //! Nothing is visible before the completion, and the completion is believed only after the object was
 //! looked at: it must carry our id, or at least have our size. A completion that failed for good (one
-//! that an outage stopped can be called again) takes its parts with it, as far as the server can be reached; what cannot be aborted is found by
-//! `abort_stale_multiparts`.
+//! that an outage stopped can be called again) takes its parts with it, as far as the server can be
+//! reached; what cannot be aborted is found by `abort_stale_multiparts`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_sdk_s3::operation::list_multipart_uploads::ListMultipartUploadsOutput;
 use aws_sdk_s3::operation::upload_part::UploadPartOutput;
 use aws_sdk_s3::operation::upload_part::builders::UploadPartFluentBuilder;
 use aws_sdk_s3::primitives::ByteStream;
@@ -25,7 +23,7 @@ use super::failure::{Failure, Verdict};
 use super::upload::{
     Algorithm, CONTENT_TYPE, ID_KEY, Owner, Sum, encryption, storage_class, tries_after,
 };
-use super::{Found, MapErrFailure, S3, timestamp};
+use super::{Found, MapErrFailure, S3};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Multipart, ObjectName, PART_NUMBER_MAX, PutOutcome, joined};
 
@@ -256,7 +254,7 @@ impl S3 {
         upload.ok_or_else(|| Failure::nonsense("the server began an upload without an id"))
     }
 
-    async fn abort_upload(&self, call: Call<'_>, key: &str, upload: &str) -> Result<()> {
+    pub(super) async fn abort_upload(&self, call: Call<'_>, key: &str, upload: &str) -> Result<()> {
         let tried = self
             .attempt(call, |client| {
                 let request = client.sdk.abort_multipart_upload().bucket(&self.bucket);
@@ -271,52 +269,6 @@ impl S3 {
                 Err(failure.into_error(attempted))
             }
         }
-    }
-
-    /// Aborts the uploads below `prefix` that were begun longer than `older_than` ago, by the server's
-    /// clock as far as it is known.
-    pub(super) async fn abort_stale(&self, prefix: &str, older_than: Duration) -> Result<u64> {
-        let mut aborted = 0;
-        let mut after = (None, None);
-        loop {
-            let page = self.list_uploads(prefix, &after).await?;
-            let skew = self.client().await?.skew.last().unwrap_or_default();
-            let now = self.clock.now().saturating_add(skew).unwrap_or(self.clock.now());
-            for upload in page.uploads() {
-                let age = now.duration_since(timestamp(upload.initiated()));
-                // Younger than nothing is what two clocks make of something just begun.
-                let stale = Duration::try_from(age).unwrap_or_default() >= older_than;
-                if let (true, Some(key), Some(id)) = (stale, upload.key(), upload.upload_id()) {
-                    self.abort_upload(Call::new(&self.requests.multipart_aborts), key, id).await?;
-                    aborted += 1;
-                }
-            }
-            let next = (page.next_key_marker, page.next_upload_id_marker);
-            if !page.is_truncated.unwrap_or(false) || next == after {
-                return Ok(aborted);
-            }
-            after = next;
-        }
-    }
-
-    async fn list_uploads(
-        &self,
-        prefix: &str,
-        after: &(Option<String>, Option<String>),
-    ) -> Result<ListMultipartUploadsOutput> {
-        let call = Call::new(&self.requests.lists);
-        let tried = self
-            .attempt(call, |client| {
-                let request = client.sdk.list_multipart_uploads().bucket(&self.bucket);
-                request
-                    .prefix(format!("{}{prefix}", self.prefix))
-                    .set_key_marker(after.0.clone())
-                    .set_upload_id_marker(after.1.clone())
-                    .send()
-                    .map_err_failure()
-            })
-            .await?;
-        tried.or_error(|| format!("unable to list the uploads in {}", self.describe()))
     }
 }
 

@@ -41,7 +41,7 @@ mod state;
 
 pub use counters::{Counters, Counts};
 pub use faults::{Effect, Fault, FaultState, Faults, Op};
-pub use quirks::Quirks;
+pub use quirks::{EmptyListToken, Quirks};
 
 /// How a server is set up.
 #[derive(Clone, Debug)]

@@ -8,16 +8,22 @@ use s3s::dto::*;
 use s3s::{S3Result, s3_error};
 
 use crate::multipart::page_size;
+use crate::quirks::{EmptyListToken, Quirks};
 use crate::service::{Shared, bucket, now_ms, signed, timestamp};
 
 impl Shared {
     pub(crate) fn list_objects(&self, input: ListObjectsV2Input) -> S3Result<ListObjectsV2Output> {
         let state = self.state();
         let bucket = bucket(&state, &input.bucket)?;
-        let newest_ms = now_ms().saturating_sub(self.quirks().stale_list_ms);
+        let quirks = self.quirks();
+        if let Some(empty) = empty_page(&input, &quirks) {
+            return Ok(empty);
+        }
+        let newest_ms = now_ms().saturating_sub(quirks.stale_list_ms);
         let prefix = input.prefix.clone().unwrap_or_default();
         let delimiter = input.delimiter.clone().unwrap_or_default();
-        let after = match &input.continuation_token {
+        let token = input.continuation_token.as_ref();
+        let after = match token.filter(|token| !token.starts_with(EMPTY_PAGE)) {
             Some(token) => {
                 let invalid = || s3_error!(InvalidArgument, "The continuation token is incorrect");
                 let key =
@@ -58,11 +64,15 @@ impl Shared {
                 None => page.objects.push(Object {
                     e_tag: Some(ETag::Strong(version.etag.clone())),
                     key: Some(key.clone()),
-                    last_modified: Some(timestamp(version.modified_ms)),
+                    last_modified: (!quirks.objects_without_time)
+                        .then(|| timestamp(version.modified_ms)),
                     size: Some(signed(version.size)),
                     ..Object::default()
                 }),
             }
+        }
+        if quirks.list_backwards {
+            page.objects.reverse();
         }
         let count = page.objects.len() + page.folders.len();
         Ok(ListObjectsV2Output {
@@ -147,6 +157,33 @@ impl Shared {
             ..ListObjectVersionsOutput::default()
         })
     }
+}
+
+/// What the tokens of pages without a name begin with; no other token has a dot.
+const EMPTY_PAGE: &str = "empty.";
+
+/// The page without a name that comes next, if one does.
+fn empty_page(input: &ListObjectsV2Input, quirks: &Quirks) -> Option<ListObjectsV2Output> {
+    let number = match &input.continuation_token {
+        Some(token) => token.strip_prefix(EMPTY_PAGE)?.parse().ok()?,
+        None => 0,
+    };
+    if number >= quirks.empty_list_pages {
+        return None;
+    }
+    let next = match quirks.empty_list_token {
+        EmptyListToken::Next => Some(number + 1),
+        EmptyListToken::Same => Some(number),
+        EmptyListToken::Missing => None,
+    };
+    Some(ListObjectsV2Output {
+        name: Some(input.bucket.clone()),
+        prefix: input.prefix.clone(),
+        key_count: Some(0),
+        is_truncated: Some(true),
+        next_continuation_token: next.map(|next| format!("{EMPTY_PAGE}{next}")),
+        ..ListObjectsV2Output::default()
+    })
 }
 
 #[derive(Default)]

@@ -273,9 +273,10 @@ impl Shared {
     ) -> S3Result<ListMultipartUploadsOutput> {
         let state = self.state();
         let bucket = bucket(&state, &input.bucket)?;
-        let prefix = input.prefix.clone().unwrap_or_default();
-        let after =
-            (input.key_marker.unwrap_or_default(), input.upload_id_marker.unwrap_or_default());
+        let quirks = self.quirks();
+        let prefix = input.prefix.clone().filter(|_| !quirks.list_all_uploads).unwrap_or_default();
+        let asked = (input.key_marker, input.upload_id_marker);
+        let after = (asked.0.clone().unwrap_or_default(), asked.1.clone().unwrap_or_default());
         let mut found: Vec<(&String, &String, &Upload)> = bucket
             .uploads
             .iter()
@@ -286,19 +287,22 @@ impl Shared {
             .collect();
         found.sort_by_key(|(key, id, _)| (*key, *id));
         let size = page_size(input.max_uploads);
-        let truncated = found.len() > size;
+        let truncated = found.len() > size || quirks.endless_uploads;
         found.truncate(size);
         let next = found.last().filter(|_| truncated);
+        let next = next.map(|(key, id, _)| (Some((*key).clone()), Some((*id).clone())));
+        let next = next.unwrap_or(if truncated { asked } else { (None, None) });
         Ok(ListMultipartUploadsOutput {
-            next_key_marker: next.map(|(key, _, _)| (*key).clone()),
-            next_upload_id_marker: next.map(|(_, id, _)| (*id).clone()),
+            next_key_marker: next.0,
+            next_upload_id_marker: next.1,
             uploads: Some(
                 found
                     .iter()
                     .map(|(key, id, upload)| MultipartUpload {
                         key: Some((*key).clone()),
                         upload_id: Some((*id).clone()),
-                        initiated: Some(timestamp(upload.begun_ms)),
+                        initiated: (!quirks.uploads_without_time)
+                            .then(|| timestamp(upload.begun_ms)),
                         ..MultipartUpload::default()
                     })
                     .collect(),

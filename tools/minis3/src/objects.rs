@@ -216,7 +216,8 @@ impl Shared {
             content_length: Some(signed(version.size)),
             content_type: attributes.content_type.clone(),
             e_tag: Some(ETag::Strong(version.etag.clone())),
-            last_modified: Some(timestamp(version.modified_ms)),
+            last_modified: (!self.quirks().objects_without_time)
+                .then(|| timestamp(version.modified_ms)),
             metadata: self.shown_metadata(version),
             object_lock_mode: mode(version),
             object_lock_retain_until_date: until(version),

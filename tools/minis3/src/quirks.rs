@@ -22,8 +22,36 @@ pub struct Quirks {
     pub ignore_object_lock: bool,
     /// Objects younger than this are missing from listings.
     pub stale_list_ms: u64,
+    /// Lists a page's names backwards: S3's directory buckets have no order at all.
+    pub list_backwards: bool,
+    /// So many pages without a name come before every listing of objects, as behind many deletions.
+    pub empty_list_pages: u32,
+    /// How those say where the listing goes on.
+    pub empty_list_token: EmptyListToken,
+    /// Lists the uploads of the whole bucket, whatever prefix is asked for.
+    pub list_all_uploads: bool,
+    /// Says of every page of uploads that there is more: behind its last upload, or where it was asked
+    /// to begin.
+    pub endless_uploads: bool,
+    /// Does not say when an upload was begun.
+    pub uploads_without_time: bool,
+    /// Does not say when an object was made.
+    pub objects_without_time: bool,
     /// Does not return user metadata.
     pub drop_metadata: bool,
     /// Answers CompleteMultipartUpload without an ETag (Ceph 16).
     pub complete_without_etag: bool,
+}
+
+/// The continuation tokens of pages without a name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EmptyListToken {
+    /// Each leads to the next page.
+    #[default]
+    Next,
+    /// It leads to the page that it comes with.
+    Same,
+    /// There is none.
+    Missing,
 }
