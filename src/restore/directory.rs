@@ -6,8 +6,9 @@
 //!   `global/pg_control`, without which no PostgreSQL starts. The marker *becomes* `global/pg_control`
 //!   by one rename as the last step: at every instant exactly one of the two exists, so a directory
 //!   that looks finished is finished, and one that does not can be cleared without asking.
-//! - The marker names the tablespace directories of its restore, which were empty when it was written;
-//!   only those are cleared together with the data directory.
+//! - The marker names the tablespace directories of its restore, which were empty when it was written.
+//!   Of those the next restore clears, together with the data directory, what its own plan names too;
+//!   `remains` says what else makes it believe a marker.
 //! - The marker is locked while its restore runs: two never write into one directory.
 //!
 //! # Durability
@@ -16,7 +17,7 @@
 //! error in between is reported there) and only then renamed the marker and synced both folders.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
@@ -27,6 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
 
+mod remains;
+
 /// Name of the file that marks an unfinished restore.
 pub const MARKER: &str = "tidemark.restoring";
 
@@ -36,8 +39,6 @@ pub const CONTROL_FILE: &str = "global/pg_control";
 /// How often, and how long apart, a lock is tried that somebody holds.
 const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
-/// Longest marker read: paths of tablespaces and a few facts.
-const MARKER_BYTES_MAX: u64 = 1 << 20;
 
 /// User and group that own what is restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -254,15 +255,16 @@ impl Directory {
             .context(|| format!("unable to find the directory '{}'", path.display()))?;
         refuse_overlap(&path, &marker.tablespace_directories)?;
         make_directory(&path, owner)?;
-        let marker_path = path.join(MARKER);
-        let file = if marker_path.symlink_metadata().is_ok() {
-            let file = clear_interrupted(&path, &marker_path)?;
-            check_empty_places(&marker.tablespace_directories)?;
-            file
-        } else {
-            check_empty(&path, "restore into")?;
-            check_empty_places(&marker.tablespace_directories)?;
-            create_marker(&marker_path)?
+        let file = match remains::clear(&path, &marker.tablespace_directories, owner)? {
+            Some(file) => {
+                check_empty_places(&marker.tablespace_directories)?;
+                file
+            }
+            None => {
+                check_empty(&path, "restore into")?;
+                check_empty_places(&marker.tablespace_directories)?;
+                create_marker(&path.join(MARKER))?
+            }
         };
         lock(&file, &path)?;
         let mut this = Self { path, marker: file, owner, synced: Vec::new() };
@@ -455,63 +457,6 @@ fn lock(marker: &File, path: &Path) -> Result<()> {
             Error::io(format!("unable to lock '{}'", path.display()), &error)
         }
     })
-}
-
-/// Removes what an interrupted restore left, all but its marker, which is returned locked.
-///
-/// # Durability
-/// The marker stays until the end, so that being interrupted here is the same state again. Nothing of
-/// value can be lost: with the marker there and no `pg_control`, no server ever ran on these files.
-fn clear_interrupted(path: &Path, marker_path: &Path) -> Result<File> {
-    let attempted = || format!("unable to clear the interrupted restore in '{}'", path.display());
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
-    let mut file = options.open(marker_path).context(attempted)?;
-    lock(&file, path)?;
-    if path.join(CONTROL_FILE).exists() || path.join("postmaster.pid").exists() {
-        return Err(Error::new(
-            Kind::Conflict,
-            format!(
-                "{}: it has both '{MARKER}' and '{CONTROL_FILE}' or a running server",
-                attempted()
-            ),
-        )
-        .hint("This is not what an interrupted restore leaves. Name another directory."));
-    }
-    let mut text = Vec::new();
-    (&mut file).take(MARKER_BYTES_MAX).read_to_end(&mut text).context(attempted)?;
-    // A marker that is not readable was interrupted in the last step, when it holds pg_control and
-    // every link to a tablespace is there, or before anything was written.
-    let places = match serde_json::from_slice::<Marker>(&text) {
-        Ok(marker) => marker.tablespace_directories,
-        Err(_) => linked_tablespaces(path),
-    };
-    for place in places.iter().filter(|place| place.is_dir()) {
-        clear(place, None)?;
-    }
-    clear(path, Some(MARKER))?;
-    Ok(file)
-}
-
-fn linked_tablespaces(path: &Path) -> Vec<PathBuf> {
-    let links = fs::read_dir(path.join("pg_tblspc")).into_iter().flatten();
-    links.filter_map(|link| fs::read_link(link.ok()?.path()).ok()).collect()
-}
-
-fn clear(path: &Path, keep: Option<&str>) -> Result<()> {
-    let attempted = || format!("unable to clear '{}'", path.display());
-    for entry in fs::read_dir(path).context(attempted)? {
-        let entry = entry.context(attempted)?;
-        if keep.is_some_and(|keep| entry.file_name() == keep) {
-            continue;
-        }
-        let is_directory = entry.file_type().context(attempted)?.is_dir();
-        let place = entry.path();
-        let removed =
-            if is_directory { fs::remove_dir_all(&place) } else { fs::remove_file(&place) };
-        removed.context(attempted)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,0 +1,139 @@
+//! Planted, moved and foreign markers.
+
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
+use super::super::{Directory, TablespacePlace};
+use super::*;
+
+fn marker(places: &[&Path]) -> Marker {
+    let places: Vec<TablespacePlace> = places
+        .iter()
+        .map(|path| TablespacePlace { oid: 1, old: "/x".into(), new: path.to_path_buf() })
+        .collect();
+    Marker::new("main", "b", &places)
+}
+
+/// A data directory with a marker that names `places`, as an interrupted restore leaves it.
+fn interrupted(data: &Path, places: &[&Path]) {
+    drop(Directory::claim(data, &marker(places), None).unwrap());
+    fs::write(data.join("PG_VERSION"), "15").unwrap();
+}
+
+fn refusal(data: &Path, places: &[&Path], owner: Option<Owner>) -> Error {
+    let error = Directory::claim(data, &marker(places), owner).unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict, "{error}");
+    error
+}
+
+#[test]
+fn what_only_the_marker_names_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, victim) = (dir.path().join("data"), dir.path().join("victim"));
+    interrupted(&data, &[&victim]);
+    fs::write(victim.join("precious"), "x").unwrap();
+    for by_links in [false, true] {
+        if by_links {
+            // As after an interruption in the last step.
+            fs::create_dir(data.join("pg_tblspc")).unwrap();
+            symlink(&victim, data.join("pg_tblspc/16400")).unwrap();
+            fs::write(data.join(MARKER), [0xff; 8192]).unwrap();
+        }
+        let error = refusal(&data, &[&dir.path().join("space")], None);
+        assert!(error.message().contains(&format!("names '{}'", victim.display())), "{error}");
+        assert!(error.hint_text().unwrap().contains("--tablespace"), "{error:?}");
+        assert!(victim.join("precious").exists() && data.join("PG_VERSION").exists());
+    }
+    // Emptied by hand, or named again, it is in nobody's way.
+    drop(Directory::claim(&data, &marker(&[&victim]), None).unwrap());
+    assert!(!victim.join("precious").exists() && !data.join("PG_VERSION").exists());
+    drop(Directory::claim(&data, &marker(&[]), None).unwrap());
+}
+
+#[test]
+fn a_planned_tablespace_that_the_marker_does_not_name_is_refused_when_it_has_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+    interrupted(&data, &[]);
+    fs::create_dir(&space).unwrap();
+    fs::write(space.join("precious"), "x").unwrap();
+    let error = refusal(&data, &[&space], None);
+    assert!(error.message().contains("'precious'"), "{error}");
+    assert!(space.join("precious").exists());
+}
+
+#[test]
+fn links_in_what_is_cleared_are_removed_and_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, victim) = (dir.path().join("data"), dir.path().join("victim"));
+    fs::create_dir_all(victim.join("deep")).unwrap();
+    fs::write(victim.join("deep/precious"), "x").unwrap();
+    interrupted(&data, &[]);
+    fs::create_dir_all(data.join("base/1")).unwrap();
+    symlink(&victim, data.join("link")).unwrap();
+    symlink(&victim, data.join("base/1/link")).unwrap();
+    symlink(victim.join("deep/precious"), data.join("base/1/file")).unwrap();
+    drop(Directory::claim(&data, &marker(&[]), None).unwrap());
+    let names: Vec<_> = fs::read_dir(&data).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, [MARKER]);
+    assert!(victim.join("deep/precious").exists());
+    // Nor is a marker that is a link.
+    fs::rename(data.join(MARKER), victim.join("marker")).unwrap();
+    symlink(victim.join("marker"), data.join(MARKER)).unwrap();
+    assert!(Directory::claim(&data, &marker(&[]), None).is_err());
+}
+
+#[test]
+fn a_marker_that_others_could_have_made_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    interrupted(&data, &[]);
+    let path = data.join(MARKER);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    let error = refusal(&data, &[], None);
+    assert!(error.message().contains("everybody could have written"), "{error}");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::hard_link(&path, dir.path().join("elsewhere")).unwrap();
+    let error = refusal(&data, &[], None);
+    assert!(error.message().contains("not a file of its own"), "{error}");
+    assert!(data.join("PG_VERSION").exists());
+}
+
+#[test]
+fn the_word_of_a_marker_is_that_of_its_writer() {
+    let owner = Some(Owner { uid: 70, gid: 70 });
+    for (writer, us, owner, word) in [
+        (0, 0, owner, Some(Word::Trusted)),
+        (0, 70, None, Some(Word::Trusted)),
+        (70, 70, None, Some(Word::Trusted)),
+        (70, 0, owner, Some(Word::Of(70))),
+        (70, 0, None, None),
+        (71, 0, owner, None),
+        (71, 70, None, None),
+    ] {
+        assert_eq!(Word::of_writer(writer, us, owner), word, "{writer} {us} {owner:?}");
+    }
+}
+
+#[test]
+fn root_clears_nothing_of_others_on_the_word_of_the_account_it_restores_for() {
+    if !Owner::process_is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+    interrupted(&data, &[&space]);
+    fs::write(space.join("precious"), "x").unwrap();
+    let give = |path: &Path, uid| chown(path, Some(uid), Some(uid)).unwrap();
+    let owner = Some(Owner { uid: 70, gid: 70 });
+    give(&data.join(MARKER), 71);
+    let error = refusal(&data, &[&space], owner);
+    assert!(error.message().contains("belongs to user 71, who has no say"), "{error}");
+    give(&data.join(MARKER), 70);
+    give(&data, 70);
+    let error = refusal(&data, &[&space], owner);
+    assert!(error.message().contains("space' belongs to user 0"), "{error}");
+    assert!(space.join("precious").exists() && data.join("PG_VERSION").exists());
+    give(&space, 70);
+    drop(Directory::claim(&data, &marker(&[&space]), owner).unwrap());
+    assert!(!space.join("precious").exists() && !data.join("PG_VERSION").exists());
+}
