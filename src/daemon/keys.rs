@@ -2,7 +2,7 @@
 //! the first write makes when nothing was configured.
 
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use secrecy::ExposeSecret;
@@ -143,8 +143,8 @@ pub fn read_identity_file(path: &Path) -> Result<Vec<DecryptionIdentity>> {
 /// Makes a new identity file that only its owner can read.
 ///
 /// # Durability
-/// File and folder are fsynced before this returns: nothing may be sealed for an identity that a
-/// power failure could take away.
+/// The file, its folder and those above that had to be made are fsynced before this returns: nothing
+/// may be sealed for an identity that a power failure could take away.
 ///
 /// # Errors
 /// `conflict` when the file exists: it is never overwritten.
@@ -158,7 +158,7 @@ pub fn write_identity_file(
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).context(attempted)?;
+    file::make_folders(folder, 0o700).context(attempted)?;
     let mut file =
         std::fs::File::options().write(true).create_new(true).mode(0o600).open(path).map_err(
             |error| match error.kind() {
