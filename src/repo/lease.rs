@@ -1245,6 +1245,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_lease_in_a_folder_that_was_unmounted_is_taken_again_when_that_is_back() {
+        let clock = clock(16);
+        let home = tempfile::tempdir().unwrap();
+        let (root, away) = (home.path().join("repository"), home.path().join("away"));
+        let store: Arc<dyn Store> =
+            Arc::new(crate::store::directory::Directory::new(&root, &clock));
+        let options = on_host("alpha", Wait::Refuse);
+        let lease = Lease::acquire_at(&store, name(), &clock, options).await.unwrap();
+        std::fs::rename(&root, &away).unwrap();
+        std::fs::create_dir(&root).unwrap();
+        let error = lease.guard().lost().await;
+        assert!(error.message().contains("not renewed in time"), "{error}");
+        let (retaken, ()) = tokio::join!(lease.retake(&|_| ()), async {
+            tokio::time::sleep(TTL * 3).await;
+            std::fs::remove_dir(&root).unwrap();
+            std::fs::rename(&away, &root).unwrap();
+        });
+        retaken.unwrap();
+        assert_eq!(lease.epoch(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_renewal_that_hangs_does_not_delay_the_signal() {
         let clock = clock(8);
         let memory = Memory::new(&clock);

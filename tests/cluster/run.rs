@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::postgres::free_port;
-use crate::harness::{Binaries, Postgres, Settings, Tidemark};
+use crate::harness::{Account, Binaries, Postgres, Settings, Tidemark};
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -139,4 +139,45 @@ fn how_long_commits_puts_and_fsyncs_take_can_be_asked_while_it_runs() {
     assert!(refused.stderr.contains("unable to listen at"), "{refused:?}");
     assert_eq!(stream.terminate(), Some(0));
     assert!(metrics(port).is_empty());
+}
+
+/// Longer than the lease lasts, with the bare mount point in its place.
+#[test]
+fn a_repository_that_is_unmounted_for_a_while_is_waited_for_and_nothing_is_lost() {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    let conninfo = server.conninfo();
+    let tidemark = Tidemark::with_directory().with_env("TIDEMARK_LEASE_TTL", "5s");
+    let mut sidecar =
+        tidemark.spawn(&["run", "--postgres", &conninfo, "--flush-interval", "100ms"]);
+    wait_for_backups(&tidemark, 1);
+    server.psql("create table t (id int)");
+    let repository = std::path::Path::new(tidemark.url());
+    let away = repository.with_extension("away");
+    std::fs::rename(repository, &away).unwrap();
+    let bare = Account::current().make_dir(tidemark.home(), "repository");
+    for _ in 0..12 {
+        server.psql("insert into t values (1)");
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(sidecar.is_running(), "{}", sidecar.log());
+    }
+    assert_eq!(std::fs::read_dir(&bare).unwrap().count(), 0, "nothing is written there");
+    std::fs::remove_dir(&bare).unwrap();
+    std::fs::rename(&away, repository).unwrap();
+    let end: u64 = server.psql("select pg_current_wal_lsn() - '0/0'").parse().unwrap();
+    let began = Instant::now();
+    loop {
+        server.psql("insert into t values (2)");
+        let page = server.psql("select flush_lsn - '0/0' from pg_stat_replication");
+        if page.trim().parse::<u64>().is_ok_and(|told| told >= end) {
+            break;
+        }
+        assert!(sidecar.is_running(), "{}", sidecar.log());
+        assert!(began.elapsed() < DEADLINE, "{page} of {end}: {}", sidecar.log());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(sidecar.terminate(), Some(0));
+    let listed = list(&tidemark);
+    assert_eq!(listed["gaps"].as_array().unwrap().len(), 0, "{listed:#}");
+    assert_eq!(listed["windows"].as_array().unwrap().len(), 1, "{listed:#}");
+    tidemark.run(&["verify", "--quiet"]).ok();
 }

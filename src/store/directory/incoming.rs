@@ -6,14 +6,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use super::{make_with_parents, modified};
+use super::{FOLDER_MODE, modified};
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::store::is_stale;
@@ -38,8 +38,13 @@ impl Incoming {
             let path = folder.join(format!("{:032x}", u128::from_le_bytes(clock.random()?)));
             let file = match create_new(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    make_with_parents(&folder).context(attempted)?;
-                    continue;
+                    // Never the root: where that is gone, something else may be in its place later.
+                    match fs::DirBuilder::new().mode(FOLDER_MODE).create(&folder) {
+                        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                            return Err(Error::io(attempted(), &error));
+                        }
+                        _ => continue,
+                    }
                 }
                 created => created.context(attempted)?,
             };

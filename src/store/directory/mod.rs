@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::ops::Range;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -28,6 +28,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
+use rustix::fs::{FileType, Stat};
 
 use super::{
     Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
@@ -38,15 +39,20 @@ use crate::error::{Context, Error, Kind, Result};
 
 mod incoming;
 mod multipart;
+mod root;
 mod walk;
 
 use incoming::Incoming;
+use root::{FolderId, Opened, Root};
 
 /// Objects on one page of a listing: large, because every page reads the folder anew.
 const PAGE_OBJECTS: usize = 50_000;
 
 /// Longest wait for another process that replaces the lease.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// Who may enter the folders that we make.
+const FOLDER_MODE: u32 = 0o750;
 
 /// Folders remembered as durable before the memory is emptied.
 const DURABLE_FOLDERS_MAX: usize = 4096;
@@ -57,21 +63,12 @@ pub struct Directory(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    root: PathBuf,
+    root: Root,
     clock: Clock,
     requests: Requests,
     latencies: Latencies,
-    /// The root as first seen: a different one means that it was unmounted or replaced under us.
-    root_id: Mutex<Option<FolderId>>,
     /// Folders whose own entry is known to be durable.
     durable: Mutex<HashMap<PathBuf, FolderId>>,
-}
-
-/// Which folder a path led to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FolderId {
-    device: u64,
-    inode: u64,
 }
 
 impl Directory {
@@ -79,11 +76,10 @@ impl Directory {
     #[must_use]
     pub fn new(root: impl Into<PathBuf>, clock: &Clock) -> Self {
         Self(Arc::new(Inner {
-            root: root.into(),
+            root: Root::new(root.into()),
             clock: clock.clone(),
             requests: Requests::default(),
             latencies: Latencies::default(),
-            root_id: Mutex::new(None),
             durable: Mutex::new(HashMap::new()),
         }))
     }
@@ -93,7 +89,7 @@ impl Directory {
         work: impl FnOnce(&Arc<Inner>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let inner = Arc::clone(&self.0);
-        blocking(move || work(&inner)).await
+        blocking(move || work(&inner).map_err(|error| inner.root.explain(error))).await
     }
 }
 
@@ -111,7 +107,7 @@ async fn blocking<T: Send + 'static>(
 #[async_trait]
 impl Store for Directory {
     fn describe(&self) -> String {
-        self.0.root.display().to_string()
+        self.0.root.path().display().to_string()
     }
 
     async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome> {
@@ -145,20 +141,17 @@ impl Store for Directory {
     async fn head(&self, name: &ObjectName) -> Result<Option<ObjectInfo>> {
         self.0.requests.heads.one();
         let name = name.clone();
-        self.blocking(move |inner| match fs::metadata(inner.path(&name)) {
-            Ok(metadata) if metadata.is_file() => object_info(name, &metadata).map(Some),
-            Ok(_) => Ok(None),
-            Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(Error::io(format!("unable to look at object '{name}'"), &error)),
-        })
-        .await
+        self.blocking(move |inner| inner.head(name)).await
     }
 
     async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage> {
         self.0.requests.lists.one();
         let (prefix, after) = (prefix.to_owned(), after.cloned());
-        self.blocking(move |inner| walk::page(&inner.root, &prefix, after.as_ref(), PAGE_OBJECTS))
-            .await
+        self.blocking(move |inner| match inner.root.open()? {
+            Some(root) => walk::page(&root, &prefix, after.as_ref(), PAGE_OBJECTS),
+            None => Ok(ListPage { objects: Vec::new(), more: false }),
+        })
+        .await
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<()> {
@@ -205,8 +198,8 @@ impl Store for Directory {
     /// Also sweeps outside of `folder`, though not of the root: what no living process holds is garbage
     /// wherever it was meant to go.
     async fn abort_stale_multiparts(&self, _folder: &str, older_than: Duration) -> Result<u64> {
-        let aborted =
-            self.blocking(move |inner| Incoming::sweep(&inner.root, &inner.clock, older_than));
+        let aborted = self
+            .blocking(move |inner| Incoming::sweep(inner.root.path(), &inner.clock, older_than));
         let aborted = aborted.await?;
         self.0.requests.multipart_aborts.add(aborted);
         Ok(aborted)
@@ -223,7 +216,7 @@ impl Store for Directory {
 
 impl Inner {
     fn path(&self, name: &ObjectName) -> PathBuf {
-        self.root.join(name.as_str())
+        self.root.path().join(name.as_str())
     }
 
     fn put(&self, name: &ObjectName, body: &[u8]) -> Result<PutOutcome> {
@@ -255,8 +248,8 @@ impl Inner {
 
     /// A new file in the making, in the root that we know.
     fn incoming(&self) -> Result<Incoming> {
-        self.make_root()?;
-        Incoming::new(&self.root, &self.clock)
+        self.root.make()?;
+        Incoming::new(self.root.path(), &self.clock)
     }
 
     /// Gives the file its name unless that is taken. What was written is fsynced first, the way to it
@@ -267,7 +260,7 @@ impl Inner {
         let folder = parent(&target);
         // A delete may remove the folder as empty between making it and filling it.
         for _ in 0..3 {
-            self.make_folders(folder)?;
+            make_folders(&self.root.make()?, name)?;
             match incoming.rename_no_replace(&target) {
                 Ok(()) => {
                     if let Err(error) = self.make_durable(folder) {
@@ -295,27 +288,31 @@ impl Inner {
 
     fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes> {
         let attempted = || format!("unable to read object '{name}'");
-        let file = match File::open(self.path(name)) {
+        let missing = || Error::new(Kind::NotFound, "it does not exist").context(attempted());
+        let root = self.root.open().context(attempted)?.ok_or_else(missing)?;
+        let file = match root.file(name.as_str()) {
             Ok(file) => file,
-            Err(error) if is_missing(&error) => {
-                if self.root.is_file() {
-                    let found = format!("'{}' is a file, expected a folder", self.root.display());
-                    return Err(Error::new(Kind::Config, found)
-                        .context(attempted())
-                        .hint("Name the folder of the repository with --repository."));
-                }
-                return Err(Error::new(Kind::NotFound, "it does not exist").context(attempted()));
-            }
+            Err(error) if is_missing(&error) => return Err(missing()),
             Err(error) => return Err(Error::io(attempted(), &error)),
         };
         let metadata = file.metadata().context(attempted)?;
         if !metadata.is_file() {
-            return Err(Error::new(Kind::NotFound, "it does not exist").context(attempted()));
+            return Err(missing());
         }
         let range = checked_range(name, range, metadata.len())?;
         let mut bytes = vec![0; range.len()];
         file.read_exact_at(&mut bytes, range.start as u64).context(attempted)?;
         Ok(Bytes::from(bytes))
+    }
+
+    fn head(&self, name: ObjectName) -> Result<Option<ObjectInfo>> {
+        let Some(root) = self.root.open()? else { return Ok(None) };
+        match root.stat(name.as_str()) {
+            Ok(found) if is_file(&found) => object_info(name, &found).map(Some),
+            Ok(_) => Ok(None),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(Error::io(format!("unable to look at object '{name}'"), &error)),
+        }
     }
 
     fn get_if_there(&self, name: &ObjectName) -> Result<Option<Bytes>> {
@@ -334,7 +331,7 @@ impl Inner {
         body: &[u8],
         expected: Option<&VersionTag>,
     ) -> Result<Replace> {
-        self.make_root()?;
+        self.root.make()?;
         let _lock = self.lock()?;
         let found = self.get_if_there(name)?.map(|found| tag_of(&found));
         if found.as_ref() != expected {
@@ -346,7 +343,7 @@ impl Inner {
         self.sync(incoming.file()).context(|| "unable to fsync a new file")?;
         let target = self.path(name);
         let folder = parent(&target);
-        self.make_folders(folder)?;
+        make_folders(&self.root.make()?, name)?;
         incoming.rename(&target).context(|| "unable to name a new file")?;
         self.make_durable(folder)?;
         self.note_upload(begun);
@@ -354,7 +351,7 @@ impl Inner {
     }
 
     fn lock(&self) -> Result<File> {
-        let path = self.root.join(".lock");
+        let path = self.root.path().join(".lock");
         let attempted = || format!("unable to lock '{}'", path.display());
         let file = incoming::create_or_open(&path).context(attempted)?;
         let deadline = self.clock.instant() + LOCK_WAIT_MAX;
@@ -378,11 +375,11 @@ impl Inner {
     }
 
     fn delete(&self, names: &[ObjectName]) -> Result<()> {
+        let Some(root) = self.root.open()? else { return Ok(()) };
         let mut folders: Vec<PathBuf> = Vec::new();
         for name in names {
-            let path = self.path(name);
-            match fs::remove_file(&path) {
-                Ok(()) => folders.push(parent(&path).to_owned()),
+            match root.remove(name.as_str()) {
+                Ok(()) => folders.push(parent(&self.path(name)).to_owned()),
                 Err(error) if is_missing(&error) => {}
                 Err(error) => {
                     return Err(Error::io(format!("unable to delete object '{name}'"), &error));
@@ -402,53 +399,25 @@ impl Inner {
     /// it is fine, and nothing waits for it to be durable.
     fn remove_empty(&self, folder: &Path) {
         let mut folder = folder;
-        while folder != self.root && fs::remove_dir(folder).is_ok() {
+        while folder != self.root.path() && fs::remove_dir(folder).is_ok() {
             self.durable_folders().remove(folder);
             folder = parent(folder);
         }
     }
 
-    /// Makes the root if it is missing and refuses another one than we have seen before: writing into
-    /// the bare mount point of a disk that went away would look like success.
-    fn make_root(&self) -> Result<()> {
-        let attempted = || format!("unable to use '{}'", self.root.display());
-        let gone = || {
-            let message = "it is not the folder it was: unmounted or replaced";
-            Err(Error::new(Kind::Unavailable, message)
-                .context(attempted())
-                .hint("Mount the repository's file system again."))
-        };
-        let mut seen = self.root_id.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = match fs::metadata(&self.root) {
-            Ok(metadata) => FolderId::of(&metadata),
-            Err(error) if error.kind() == ErrorKind::NotFound && seen.is_some() => return gone(),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                make_with_parents(&self.root).context(attempted)?;
-                FolderId::of(&fs::metadata(&self.root).context(attempted)?)
-            }
-            Err(error) => return Err(Error::io(attempted(), &error)),
-        };
-        if *seen.get_or_insert(found) != found {
-            return gone();
-        }
-        Ok(())
-    }
-
-    fn make_folders(&self, folder: &Path) -> Result<()> {
-        if folder.is_dir() {
-            return Ok(());
-        }
-        make_with_parents(folder)
-            .context(|| format!("unable to make folder '{}'", folder.display()))
-    }
-
     /// Returns when the entries of `folder`, and the folder itself as seen from the root, survive a
     /// crash. A folder seen durable once stays so; it is known by its inode too, in case another
-    /// process removed it and made a new one of its name.
+    /// process removed it and made a new one of its name. The root is looked at again: what was written
+    /// may have gone into the mount point of one that went away meanwhile.
     fn make_durable(&self, folder: &Path) -> Result<()> {
         self.sync_folder(folder)?;
+        self.make_durable_in_root(folder)?;
+        self.root.open().map(|_same| ())
+    }
+
+    fn make_durable_in_root(&self, folder: &Path) -> Result<()> {
         let mut folder = folder;
-        while folder != self.root {
+        while folder != self.root.path() {
             let metadata = fs::metadata(folder)
                 .context(|| format!("unable to look at folder '{}'", folder.display()))?;
             let id = FolderId::of(&metadata);
@@ -479,10 +448,10 @@ impl Inner {
     }
 }
 
-impl FolderId {
-    fn of(metadata: &fs::Metadata) -> Self {
-        Self { device: metadata.dev(), inode: metadata.ino() }
-    }
+/// Makes the folder that will hold the object.
+fn make_folders(root: &Opened, name: &ObjectName) -> Result<()> {
+    let Some(folder) = Path::new(name.as_str()).parent() else { return Ok(()) };
+    root.make_folders(folder).context(|| format!("unable to make the folder of object '{name}'"))
 }
 
 /// The folder that holds `path`.
@@ -495,23 +464,28 @@ fn is_missing(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn make_with_parents(folder: &Path) -> std::io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o750).create(folder)
-}
-
 /// The tag of a mutable object's content.
 fn tag_of(body: &[u8]) -> VersionTag {
     VersionTag::new(blake3::hash(body).to_hex().as_str())
 }
 
-fn object_info(name: ObjectName, metadata: &fs::Metadata) -> Result<ObjectInfo> {
-    let modified = modified(metadata).context(|| format!("unable to look at object '{name}'"))?;
-    Ok(ObjectInfo { name, size_bytes: metadata.len(), modified: Some(modified) })
+fn is_file(found: &Stat) -> bool {
+    FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
+}
+
+fn object_info(name: ObjectName, found: &Stat) -> Result<ObjectInfo> {
+    let modified = timestamp(found.st_mtime, i64::try_from(found.st_mtime_nsec).unwrap_or(0))
+        .context(|| format!("unable to look at object '{name}'"))?;
+    let size_bytes = u64::try_from(found.st_size).unwrap_or(0);
+    Ok(ObjectInfo { name, size_bytes, modified: Some(modified) })
 }
 
 fn modified(metadata: &fs::Metadata) -> Result<Timestamp> {
-    let nanoseconds = i32::try_from(metadata.mtime_nsec()).unwrap_or(0);
-    Timestamp::new(metadata.mtime(), nanoseconds)
+    timestamp(metadata.mtime(), metadata.mtime_nsec())
+}
+
+fn timestamp(seconds: i64, nanoseconds: i64) -> Result<Timestamp> {
+    Timestamp::new(seconds, i32::try_from(nanoseconds).unwrap_or(0))
         .map_err(|error| Error::new(Kind::Corrupt, format!("its time of change: {error}")))
 }
 

@@ -86,7 +86,8 @@ impl Multipart for DirectoryMultipart {
         self.0.store.requests.multipart_completes.one();
         let upload = Arc::clone(&self.0);
         blocking(move || {
-            upload.complete().context(|| format!("unable to write object '{}'", upload.name))
+            let completed = upload.complete().map_err(|error| upload.store.root.explain(error));
+            completed.context(|| format!("unable to write object '{}'", upload.name))
         })
         .await
     }

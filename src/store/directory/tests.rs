@@ -19,8 +19,8 @@ async fn a_put_leaves_one_file_and_nothing_in_the_making() {
     let (_folder, store) = store();
     store.put_if_absent(&name("c/wal/a"), Bytes::from_static(b"x")).await.unwrap();
     store.put_if_absent(&name("c/wal/a"), Bytes::from_static(b"y")).await.unwrap();
-    assert_eq!(fs::read(store.0.root.join("c/wal/a")).unwrap(), b"x");
-    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 0);
+    assert_eq!(fs::read(store.0.root.path().join("c/wal/a")).unwrap(), b"x");
+    assert_eq!(fs::read_dir(store.0.root.path().join(".incoming")).unwrap().count(), 0);
 }
 
 #[tokio::test]
@@ -28,7 +28,7 @@ async fn the_sweep_takes_what_a_crash_left_and_nothing_that_is_held() {
     let (_folder, store) = store();
     let held = store.begin_multipart(&name("c/held")).await.unwrap();
     held.put_part(1, Bytes::from_static(b"x")).await.unwrap();
-    fs::write(store.0.root.join(".incoming/left-behind"), b"half").unwrap();
+    fs::write(store.0.root.path().join(".incoming/left-behind"), b"half").unwrap();
     assert_eq!(store.abort_stale_multiparts("", Duration::from_secs(60)).await.unwrap(), 0);
     assert_eq!(store.abort_stale_multiparts("", Duration::ZERO).await.unwrap(), 1);
     assert_eq!(held.complete().await.unwrap(), PutOutcome::Created);
@@ -40,22 +40,74 @@ async fn dropping_an_upload_removes_its_files() {
     let (_folder, store) = store();
     let upload = store.begin_multipart(&name("c/x")).await.unwrap();
     upload.put_part(2, Bytes::from_static(b"early")).await.unwrap();
-    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(store.0.root.path().join(".incoming")).unwrap().count(), 2);
     drop(upload);
-    assert_eq!(fs::read_dir(store.0.root.join(".incoming")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(store.0.root.path().join(".incoming")).unwrap().count(), 0);
+}
+
+/// Whatever is asked of the store is answered as an outage.
+async fn assert_gone(store: &Directory) {
+    let answers = [
+        ("get", store.get(&name("c/a"), None).await.map(|_| ())),
+        ("head", store.head(&name("c/a")).await.map(|_| ())),
+        ("list", store.list("", None).await.map(|_| ())),
+        ("list", store.list("c/", None).await.map(|_| ())),
+        ("read", store.read_versioned(&name("lease")).await.map(|_| ())),
+        ("put", store.put_if_absent(&name("c/b"), Bytes::new()).await.map(|_| ())),
+        ("begin", store.begin_multipart(&name("c/b")).await.map(|_| ())),
+        ("replace", store.replace_if(&name("lease"), Bytes::new(), None).await.map(|_| ())),
+        ("delete", store.delete(&[name("c/a")]).await),
+        ("probe", store.probe().await.map(|_| ())),
+    ];
+    for (what, answer) in answers {
+        let error = answer.expect_err(what);
+        assert_eq!(error.kind(), Kind::Unavailable, "{what}: {error}");
+        assert!(error.message().contains("unmounted or replaced"), "{what}: {error}");
+        assert!(error.hint_text().unwrap().contains("Mount"), "{what}: {error:?}");
+    }
 }
 
 #[tokio::test]
-async fn a_root_that_was_replaced_is_not_written_to() {
+async fn a_root_that_went_away_is_an_outage_and_neither_empty_nor_written_to() {
     let (folder, store) = store();
-    store.put_if_absent(&name("a"), Bytes::new()).await.unwrap();
-    fs::rename(&store.0.root, folder.path().join("unmounted")).unwrap();
-    let error = store.put_if_absent(&name("b"), Bytes::new()).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
-    fs::create_dir(&store.0.root).unwrap();
-    let error = store.put_if_absent(&name("b"), Bytes::new()).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
-    assert!(error.hint_text().unwrap().contains("Mount"), "{error:?}");
+    let (root, away) = (store.0.root.path().to_owned(), folder.path().join("unmounted"));
+    store.put_if_absent(&name("c/a"), Bytes::from_static(b"x")).await.unwrap();
+    let begun = store.begin_multipart(&name("c/parts")).await.unwrap();
+    begun.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+    fs::rename(&root, &away).unwrap();
+    assert_gone(&store).await;
+    assert!(!root.exists(), "it is not made anew");
+    // The bare mount point, and one with a copy of everything in it.
+    fs::create_dir(&root).unwrap();
+    assert_gone(&store).await;
+    assert_eq!(begun.complete().await.unwrap_err().kind(), Kind::Unavailable);
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    fs::create_dir(root.join("c")).unwrap();
+    fs::copy(away.join("c/a"), root.join("c/a")).unwrap();
+    assert_gone(&store).await;
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+    assert!(root.join("c/a").exists());
+    fs::rename(&root, folder.path().join("copy")).unwrap();
+    fs::rename(&away, &root).unwrap();
+    assert_eq!(store.get(&name("c/a"), None).await.unwrap().as_ref(), b"x");
+    assert_eq!(store.list_all("").await.unwrap().len(), 1);
+    store.put_if_absent(&name("c/b"), Bytes::new()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_root_that_was_only_read_is_known_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("repository");
+    let store = Directory::new(&root, &Clock::system());
+    // Never there: nothing is in it yet.
+    assert!(store.list_all("").await.unwrap().is_empty());
+    assert_eq!(store.head(&name("c/a")).await.unwrap(), None);
+    assert_eq!(store.get(&name("c/a"), None).await.unwrap_err().kind(), Kind::NotFound);
+    assert!(!root.exists());
+    fs::create_dir(&root).unwrap();
+    assert_eq!(store.head(&name("c/a")).await.unwrap(), None);
+    fs::rename(&root, folder.path().join("away")).unwrap();
+    assert_gone(&store).await;
 }
 
 #[tokio::test]
@@ -64,8 +116,8 @@ async fn empty_folders_go_with_their_last_object_and_come_back() {
     for _ in 0..2 {
         store.put_if_absent(&name("c/base/b/manifest"), Bytes::new()).await.unwrap();
         store.delete(&[name("c/base/b/manifest"), name("c/none")]).await.unwrap();
-        assert!(!store.0.root.join("c").exists());
-        assert!(store.0.root.exists());
+        assert!(!store.0.root.path().join("c").exists());
+        assert!(store.0.root.path().exists());
     }
 }
 
@@ -79,10 +131,11 @@ async fn pages_are_in_byte_order_of_whole_names_and_complete() {
     for text in &names {
         store.put_if_absent(&name(text), Bytes::new()).await.unwrap();
     }
+    let root = store.0.root.open().unwrap().unwrap();
     for count_max in 1..=names.len() {
         let (mut found, mut after) = (Vec::new(), None);
         loop {
-            let page = walk::page(&store.0.root, "", after.as_ref(), count_max).unwrap();
+            let page = walk::page(&root, "", after.as_ref(), count_max).unwrap();
             found.extend(page.objects.iter().map(|object| object.name.to_string()));
             if !page.more {
                 break;
@@ -92,11 +145,11 @@ async fn pages_are_in_byte_order_of_whole_names_and_complete() {
         }
         assert_eq!(found, names, "pages of {count_max}");
     }
-    let page = walk::page(&store.0.root, "a/c", None, 100).unwrap();
+    let page = walk::page(&root, "a/c", None, 100).unwrap();
     assert_eq!(page.objects.len(), 2);
-    let page = walk::page(&store.0.root, "a/", Some(&name("a/b")), 100).unwrap();
+    let page = walk::page(&root, "a/", Some(&name("a/b")), 100).unwrap();
     assert_eq!(page.objects.len(), 3);
-    assert!(walk::page(&store.0.root, "none/", None, 100).unwrap().objects.is_empty());
+    assert!(walk::page(&root, "none/", None, 100).unwrap().objects.is_empty());
 }
 
 #[tokio::test]

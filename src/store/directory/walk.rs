@@ -6,16 +6,15 @@
 //! Memory is bounded by the page, not by the folder: of each folder only the first names that could
 //! still be on the page are kept.
 
-use std::fs;
-use std::path::Path;
+use rustix::fs::FileType;
 
-use super::{is_missing, object_info};
+use super::{Opened, is_missing, object_info};
 use crate::error::{Context, Error, Result};
 use crate::store::{ListPage, ObjectInfo, ObjectName};
 
 /// The first `count_max` objects with `prefix` after `after`.
 pub(super) fn page(
-    root: &Path,
+    root: &Opened,
     prefix: &str,
     after: Option<&ObjectName>,
     count_max: usize,
@@ -37,7 +36,7 @@ enum Rest {
 }
 
 struct Walk<'a> {
-    root: &'a Path,
+    root: &'a Opened,
     prefix: &'a str,
     after: &'a str,
     count_max: usize,
@@ -72,8 +71,8 @@ impl Walk<'_> {
 
     fn object(&mut self, name: &str) -> Result<()> {
         let Ok(name) = ObjectName::new(name) else { return Ok(()) };
-        let metadata = match fs::metadata(self.root.join(name.as_str())) {
-            Ok(metadata) => metadata,
+        let found = match self.root.stat(name.as_str()) {
+            Ok(found) => found,
             Err(error) if is_missing(&error) => return Ok(()),
             Err(error) => {
                 return Err(Error::io(format!("unable to look at object '{name}'"), &error));
@@ -82,7 +81,7 @@ impl Walk<'_> {
         if self.objects.len() == self.count_max {
             self.more = true;
         } else {
-            self.objects.push(object_info(name, &metadata)?);
+            self.objects.push(object_info(name, &found)?);
         }
         Ok(())
     }
@@ -90,8 +89,8 @@ impl Walk<'_> {
     /// Names of files and, with a slash, of folders in `folder` that the page may need, sorted, from
     /// after `floor` on.
     fn entries(&self, folder: &str, floor: &str) -> Result<(Vec<String>, Rest)> {
-        let attempted = || format!("unable to list folder '{}'", self.root.join(folder).display());
-        let entries = match fs::read_dir(self.root.join(folder)) {
+        let attempted = || format!("unable to list folder '{folder}'");
+        let entries = match self.root.entries(folder) {
             Err(error) if is_missing(&error) => return Ok((Vec::new(), Rest::None)),
             entries => entries.context(attempted)?,
         };
@@ -99,12 +98,22 @@ impl Walk<'_> {
         let keep = self.count_max - self.objects.len() + 1;
         let (mut names, mut rest) = (Vec::new(), Rest::None);
         for entry in entries {
-            let entry = entry.context(attempted)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let entry = entry.map_err(std::io::Error::from).context(attempted)?;
+            let Ok(name) = entry.file_name().to_str() else { continue };
             if name.starts_with('.') {
                 continue;
             }
-            let is_folder = entry.file_type().context(attempted)?.is_dir();
+            let is_folder = match entry.file_type() {
+                // Not every file system says in its listing what a name is.
+                FileType::Unknown => match self.root.entry_stat(folder, entry.file_name()) {
+                    Err(error) if is_missing(&error) => continue,
+                    found => {
+                        let found = found.context(attempted)?;
+                        FileType::from_raw_mode(found.st_mode) == FileType::Directory
+                    }
+                },
+                listed => listed == FileType::Directory,
+            };
             let name = format!("{folder}{name}{}", if is_folder { "/" } else { "" });
             if name.as_str() > floor && self.wanted(&name) {
                 names.push(name);

@@ -1,0 +1,169 @@
+//! The root of the store, and whether it still is the folder that it was.
+//!
+//! A file system that is unmounted under us leaves its mount point: an empty folder, in which nothing
+//! is to be found and anything could be written. Neither must look like a repository.
+//!
+//! # Invariants
+//! - The first folder that is met at the path is the root for as long as this process lives. When the
+//!   path leads to another one, or nowhere, that is an outage (`unavailable`) and never an answer.
+//! - What is looked up through an [`Opened`] root is looked up in that very folder, wherever the path
+//!   leads meanwhile. So what is missing there is missing in the repository.
+
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat, mkdirat, openat, statat, unlinkat};
+use rustix::io::{Errno, retry_on_intr};
+
+use super::{FOLDER_MODE, is_missing};
+use crate::error::{Context, Error, Kind, Result};
+use crate::file;
+
+/// Which folder a path led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FolderId {
+    device: u64,
+    inode: u64,
+}
+
+impl FolderId {
+    pub(super) fn of(metadata: &fs::Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Root {
+    path: PathBuf,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The folder that was met first.
+    folder: Option<FolderId>,
+    /// Whether the folder itself survives a crash.
+    durable: bool,
+}
+
+impl Root {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path, known: Mutex::default() }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The root, `None` when there is none and never was.
+    pub(super) fn open(&self) -> Result<Option<Opened>> {
+        let attempted = || format!("unable to use '{}'", self.path.display());
+        let mut options = File::options();
+        options.read(true).custom_flags(OFlags::DIRECTORY.bits().cast_signed());
+        let folder = match options.open(&self.path) {
+            Ok(folder) => folder,
+            Err(error) if is_missing(&error) && self.known().folder.is_some() => {
+                return Err(self.gone());
+            }
+            Err(error) if error.kind() == ErrorKind::NotADirectory && self.path.is_file() => {
+                let found = format!("'{}' is a file, expected a folder", self.path.display());
+                return Err(Error::new(Kind::Config, found)
+                    .hint("Name the folder of the repository with --repository."));
+            }
+            Err(error) if is_missing(&error) => return Ok(None),
+            Err(error) => return Err(Error::io(attempted(), &error)),
+        };
+        let found = FolderId::of(&folder.metadata().context(attempted)?);
+        if *self.known().folder.get_or_insert(found) != found {
+            return Err(self.gone());
+        }
+        Ok(Some(Opened(folder)))
+    }
+
+    /// The root, made if it is missing and never was there.
+    ///
+    /// # Durability
+    /// It survives a crash, and so does every folder above it that was made.
+    pub(super) fn make(&self) -> Result<Opened> {
+        let attempted = || format!("unable to use '{}'", self.path.display());
+        if let Some(opened) = self.open()?
+            && self.known().durable
+        {
+            return Ok(opened);
+        }
+        file::make_folders(&self.path, FOLDER_MODE).context(attempted)?;
+        let opened = self.open()?.ok_or_else(|| self.gone())?;
+        self.known().durable = true;
+        Ok(opened)
+    }
+
+    /// Why something failed: the root that went away, else `error` as it is.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        match self.open() {
+            Err(gone) if gone.is_transient() => gone,
+            _ => error,
+        }
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(Kind::Unavailable, "it is not the folder it was: unmounted or replaced")
+            .context(format!("unable to use '{}'", self.path.display()))
+            .hint("Mount the repository's file system again.")
+    }
+}
+
+/// The root's folder, held open. Names are relative to it.
+pub(super) struct Opened(File);
+
+impl Opened {
+    /// Opens a file to read it.
+    pub(super) fn file(&self, name: &str) -> std::io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(retry_on_intr(|| openat(&self.0, name, flags, Mode::empty()))?.into())
+    }
+
+    /// What a name, followed to its end, leads to.
+    pub(super) fn stat(&self, name: &str) -> std::io::Result<Stat> {
+        Ok(retry_on_intr(|| statat(&self.0, name, AtFlags::empty()))?)
+    }
+
+    /// What a folder holds, in no order; "" is the root.
+    pub(super) fn entries(&self, folder: &str) -> std::io::Result<Dir> {
+        let folder = if folder.is_empty() { "." } else { folder };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = retry_on_intr(|| openat(&self.0, folder, flags, Mode::empty()))?;
+        Ok(Dir::new(opened)?)
+    }
+
+    /// What an entry of a folder is, not following links; the folder "" or with a slash at its end.
+    pub(super) fn entry_stat(&self, folder: &str, entry: &CStr) -> std::io::Result<Stat> {
+        let name = [folder.as_bytes(), entry.to_bytes()].concat();
+        Ok(retry_on_intr(|| statat(&self.0, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW))?)
+    }
+
+    /// Makes a folder and those above it, but never the root.
+    pub(super) fn make_folders(&self, folder: &Path) -> std::io::Result<()> {
+        let mut path = PathBuf::new();
+        for part in folder.components() {
+            path.push(part);
+            match mkdirat(&self.0, &path, Mode::from_raw_mode(FOLDER_MODE)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a file.
+    pub(super) fn remove(&self, name: &str) -> std::io::Result<()> {
+        Ok(unlinkat(&self.0, name, AtFlags::empty())?)
+    }
+}
