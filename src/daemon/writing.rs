@@ -29,7 +29,7 @@ pub struct Writing {
 /// it is down.
 ///
 /// # Durability
-/// A slot of ours on the server means that its WAL went to a repository before. If that one is not
+/// A slot of ours that keeps WAL means that the server's WAL went to a repository before. If that one is not
 /// there (a share that is not mounted, another bucket or prefix), a new one in its place would take WAL,
 /// the server would be told so and forget it, and the old repository would have a gap: so only
 /// `tidemark init` makes one then.
@@ -39,8 +39,8 @@ async fn repository(config: &Config, clock: &Clock) -> Result<Repository> {
     let place = store.describe();
     match Repository::open(store, cluster, clock).await {
         Err(error) if error.kind() == Kind::NotFound => {
-            if let Some(slot) = opening::find_slot(config, clock).await? {
-                return Err(vanished(&place, config.cluster(), slot));
+            if opening::slot_keeps_wal(config, clock).await? {
+                return Err(vanished(&place, config.cluster(), config.slot_name()));
             }
             let server = opening::identify_server(config, clock).await?;
             opening::repository_for(config, clock, server.system_id).await
@@ -49,7 +49,8 @@ async fn repository(config: &Config, clock: &Clock) -> Result<Repository> {
     }
 }
 
-fn vanished(place: &str, cluster: &str, slot: &str) -> Error {
+/// Why a repository that is not there must not be begun, or judged, as a new one.
+pub(crate) fn vanished(place: &str, cluster: &str, slot: &str) -> Error {
     let message = format!(
         "nothing of cluster '{cluster}' is in {place}, but the server has replication slot '{slot}', \
          by which its WAL was streamed before"

@@ -122,6 +122,23 @@ fn a_repository_that_is_gone_is_not_begun_anew_while_its_slot_is_there() {
     tidemark.run(&["backup", "--quiet", "--postgres", &conninfo]).ok();
 }
 
+/// Whoever sets a server up may make the slot beforehand, and may let us in for replication only.
+#[test]
+fn a_slot_that_never_kept_wal_is_no_sign_of_a_repository() {
+    let binaries = Binaries::of_this_run();
+    let settings = Settings::default()
+        .hba("host all postgres 127.0.0.1/32 trust")
+        .hba("host replication postgres,replicator 127.0.0.1/32 trust");
+    let server = Postgres::start(&binaries, &settings);
+    server.psql("create role replicator login replication");
+    server.psql("select pg_create_physical_replication_slot('tidemark')");
+    let conninfo = format!("host=127.0.0.1 port={} user=replicator", server.port());
+    let tidemark = Tidemark::with_directory();
+    let done = tidemark.run(&["backup", "--quiet", "--postgres", &conninfo]).ok();
+    let told = done.stderr.contains("unable to find out whether slot 'tidemark' was used");
+    assert_eq!(told, binaries.major() < 15, "{}", done.stderr);
+}
+
 #[test]
 fn a_store_that_refuses_is_explained() {
     let s3 = S3::start();
