@@ -3,23 +3,25 @@
 use serde::Serialize;
 use serde_json::json;
 
+mod streaming;
+
 use super::init;
 use super::invocation::Invocation;
 use super::words;
-use crate::daemon::{keys, opening};
+use crate::daemon::{keys, opening, writing};
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SystemId};
 use crate::repo::{Catalog, Repository};
 use crate::wire::{Connection, Session};
-
-/// A writer that renewed its lease this much of its time to live ago is taken to be at work.
-const RENEWED_SHARE: f64 = 0.9;
+use streaming::{Slot, Streaming};
 
 /// Check that server, repository and keys are ready, and that the WAL arrives.
 ///
 /// Connects both ways, reads the server's settings and the slot, probes what the store enforces,
-/// and proves with the identity, when there is one, that what is written can be read. The exit
-/// status is that of the first thing that is wrong.
+/// and proves with the identity, when there is one, that what is written can be read. Fit for
+/// monitoring: once a slot keeps WAL for the repository it is a failure that nobody streams, that
+/// the stream is more than five minutes behind, and that what it stores cannot be restored. The
+/// exit status is that of the first thing that is wrong; a warning alone leaves it 0.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print the result as JSON on standard output.
@@ -53,6 +55,10 @@ struct Findings(Vec<Finding>);
 impl Findings {
     fn add(&mut self, what: &'static str, state: State, found: impl Into<String>) {
         self.0.push(Finding { what, state, found: found.into(), hint: None, kind: None });
+    }
+
+    fn fail(&mut self, what: &'static str, error: Error) {
+        self.take::<()>(what, Err(error));
     }
 
     /// Takes note of a failure; the value otherwise.
@@ -99,8 +105,24 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let mut findings = Findings::default();
     let server = server(&invocation, &mut findings).await;
     let repository = repository(&invocation, &mut findings, server.as_ref()).await;
-    if let Some(repository) = &repository {
-        contents(&invocation, &mut findings, repository, server.as_ref()).await;
+    let catalog = match &repository {
+        Some(repository) => findings.take("catalog", Catalog::load(repository).await),
+        None => None,
+    };
+    let streaming = Streaming::of(server.as_ref(), catalog.as_ref(), invocation.clock.now());
+    if let (Some(repository), Some(catalog)) = (&repository, &catalog) {
+        contents(&mut findings, catalog, &streaming);
+        readable(&invocation, &mut findings, repository, catalog).await;
+    }
+    let slot_name = invocation.config.slot_name();
+    for (what, verdict) in
+        [("replication slot", streaming.slot(slot_name)), ("WAL stream", streaming.writer())]
+    {
+        match verdict {
+            Some(Ok((state, found))) => findings.add(what, state, found),
+            Some(Err(error)) => findings.fail(what, error),
+            None => {}
+        }
     }
     if args.json {
         let ok = findings.verdict().is_ok();
@@ -116,6 +138,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
 struct Server {
     system_id: SystemId,
     flushed_end_lsn: Lsn,
+    slot: Slot,
 }
 
 async fn server(invocation: &Invocation, findings: &mut Findings) -> Option<Server> {
@@ -140,7 +163,7 @@ async fn server(invocation: &Invocation, findings: &mut Findings) -> Option<Serv
             let error =
                 Error::new(Kind::Config, "it is 'minimal': the WAL cannot be restored from")
                     .hint("Set wal_level = replica in postgresql.conf and restart the server.");
-            findings.take::<()>("wal_level", Err(error));
+            findings.fail("wal_level", error);
         } else {
             findings.add("wal_level", State::Ok, level);
         }
@@ -152,50 +175,56 @@ async fn server(invocation: &Invocation, findings: &mut Findings) -> Option<Serv
         match server.show(name).await {
             Ok(value) if value == off => findings.add(name, State::Warning, remark),
             Ok(value) => findings.add(name, State::Ok, value),
-            Err(error) => drop(findings.take::<()>(name, Err(error))),
+            Err(error) => findings.fail(name, error),
         }
     }
-    slot(invocation, findings, &mut server, system.flushed_end_lsn).await;
+    let slot = findings
+        .take("replication slot", server.read_slot(invocation.config.slot_name()).await)
+        .map_or(Slot::Unknown, |found| found.map_or(Slot::Absent, |slot| slot.restart_lsn.into()));
     server.close().await;
-    Some(Server { system_id: system.system_id, flushed_end_lsn: system.flushed_end_lsn })
+    let (system_id, flushed_end_lsn) = (system.system_id, system.flushed_end_lsn);
+    Some(Server { system_id, flushed_end_lsn, slot })
 }
 
-async fn slot(
-    invocation: &Invocation,
-    findings: &mut Findings,
-    server: &mut Connection,
-    flushed_end_lsn: Lsn,
-) {
-    let what = "replication slot";
-    let Some(options) = findings.take(what, invocation.config.stream_options()) else { return };
-    let name = options.slot_name;
-    match server.read_slot(&name).await {
-        Ok(None) => {
-            findings.add(
-                what,
-                State::Warning,
-                format!("'{name}' is not there yet: 'stream' makes it"),
-            );
-        }
-        Ok(Some(slot)) => match slot.restart_lsn {
-            Some(restart) => {
-                let kept = flushed_end_lsn.saturating_since(restart);
-                let found = format!("'{name}' keeps {} of WAL from {restart}", words::bytes(kept));
-                findings.add(what, State::Ok, found);
-            }
-            None => findings.add(what, State::Warning, format!("'{name}' keeps no WAL")),
-        },
-        Err(error) => drop(findings.take::<()>(what, Err(error))),
-    }
-}
-
+/// The repository, when there is one. Only then is the store tried: what is written to a folder that
+/// is not mounted can be read there too, and says nothing of the repository.
 async fn repository(
     invocation: &Invocation,
     findings: &mut Findings,
     server: Option<&Server>,
 ) -> Option<Repository> {
+    let what = "repository";
+    let config = &invocation.config;
+    let place = findings.take(what, opening::store(config, &invocation.clock))?.describe();
+    let repository = match opening::repository(config, &invocation.clock).await {
+        Err(error) if error.kind() == Kind::NotFound => {
+            match server.map(|server| server.slot) {
+                Some(Slot::Keeps(_)) => findings
+                    .fail(what, writing::vanished(&place, config.cluster(), config.slot_name())),
+                _ => findings.add(what, State::Warning, nothing_there(&place, config.cluster())),
+            }
+            return None;
+        }
+        opened => findings.take(what, opened)?,
+    };
+    store(findings, &repository).await?;
+    let same = server.map_or(Ok(()), |server| opening::same_system(&repository, server.system_id));
+    findings.take(what, same)?;
+    let found =
+        format!("cluster '{}', system identifier {}", repository.cluster(), repository.system_id());
+    findings.add(what, State::Ok, found);
+    Some(repository)
+}
+
+fn nothing_there(place: &str, cluster: &str) -> String {
+    format!(
+        "nothing is there for cluster '{cluster}' yet, so {place} was not tried: run 'tidemark init'"
+    )
+}
+
+async fn store(findings: &mut Findings, repository: &Repository) -> Option<()> {
     let what = "store";
-    let store = findings.take(what, opening::store(&invocation.config, &invocation.clock))?;
+    let store = repository.store();
     let capabilities = findings.take(what, store.probe().await)?;
     let remarks = init::remarks(&capabilities);
     if init::trustworthy(&capabilities) {
@@ -205,70 +234,25 @@ async fn repository(
             findings.add(what, State::Warning, remark);
         }
     } else {
-        let error = Error::new(Kind::Unsupported, remarks.join("; "));
-        findings.take::<()>(what, Err(error));
+        findings.fail(what, Error::new(Kind::Unsupported, remarks.join("; ")));
     }
-    let what = "repository";
-    let opened = opening::repository(&invocation.config, &invocation.clock).await;
-    let repository = match opened {
-        Err(error) if error.kind() == Kind::NotFound => {
-            let found =
-                format!("nothing is there for cluster '{}' yet", invocation.config.cluster());
-            findings.add(what, State::Warning, found);
-            return None;
-        }
-        opened => findings.take(what, opened)?,
-    };
-    let same = server.map_or(Ok(()), |server| opening::same_system(&repository, server.system_id));
-    findings.take(what, same)?;
-    let found =
-        format!("cluster '{}', system identifier {}", repository.cluster(), repository.system_id());
-    findings.add(what, State::Ok, found);
-    Some(repository)
+    Some(())
 }
 
-async fn contents(
-    invocation: &Invocation,
-    findings: &mut Findings,
-    repository: &Repository,
-    server: Option<&Server>,
-) {
-    let Some(catalog) = findings.take("catalog", Catalog::load(repository).await) else { return };
+fn contents(findings: &mut Findings, catalog: &Catalog, streaming: &Streaming<'_>) {
+    let what = "catalog";
     let lost = catalog.gaps().iter().filter(|gap| !gap.expired).count();
     let backups = words::count(catalog.backups.len(), "backup");
-    if lost > 0 {
+    if let Some(error) = streaming.dead_end() {
+        findings.fail(what, error);
+    } else if lost > 0 {
         let found = format!("{backups}, and {}: see 'tidemark list'", words::count(lost, "gap"));
-        findings.add("catalog", State::Warning, found);
+        findings.add(what, State::Warning, found);
     } else if catalog.backups.is_empty() {
-        findings.add("catalog", State::Warning, "no backup yet: run 'tidemark backup'");
+        findings.add(what, State::Warning, "no backup yet: run 'tidemark backup'");
     } else {
-        findings.add("catalog", State::Ok, format!("{backups}, no gap in the WAL"));
+        findings.add(what, State::Ok, format!("{backups}, no gap in the WAL"));
     }
-    readable(invocation, findings, repository, &catalog).await;
-    let now = invocation.clock.now();
-    let writer = catalog.lease.as_ref().filter(|lease| !lease.released);
-    let Some(writer) = writer else {
-        findings.add("WAL stream", State::Warning, "nobody streams: run 'tidemark stream'");
-        return;
-    };
-    let silent = now.duration_since(writer.renewed_time);
-    #[expect(clippy::cast_precision_loss, reason = "a share of minutes needs no precision")]
-    let late = silent.as_millis_f64() > writer.ttl_ms as f64 * RENEWED_SHARE;
-    let behind = match (server, catalog.durable_end()) {
-        (Some(server), Some((_, durable))) => {
-            let bytes = words::bytes(server.flushed_end_lsn.saturating_since(durable));
-            format!(", {bytes} behind the server")
-        }
-        _ => String::new(),
-    };
-    let found = format!(
-        "{} by process {} on '{}', renewed {} ago{behind}",
-        writer.description,
-        writer.process.pid,
-        writer.process.host,
-        words::age(writer.renewed_time, now)
-    );
-    findings.add("WAL stream", if late { State::Warning } else { State::Ok }, found);
 }
 
 /// Whether the identity here opens the newest backup, or at least the newest WAL.

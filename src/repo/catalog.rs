@@ -364,6 +364,7 @@ pub(super) mod tests {
             epoch: 1,
             released: false,
             description: "stream".into(),
+            tenure: super::super::lease::Tenure::Standing,
             process: super::super::process::ProcessIdentity::default(),
             acquired_time: at_minute(0),
             renewed_time: at_minute(90),

@@ -165,6 +165,8 @@ pub struct LeaseInfo {
     pub released: bool,
     /// What the holder does.
     pub description: String,
+    /// How long the holder wanted it.
+    pub tenure: Tenure,
     /// The holder.
     pub process: ProcessIdentity,
     /// When it was taken, by the holder's clock.
@@ -259,6 +261,7 @@ impl Contents {
             epoch: self.epoch,
             released: self.standing == Standing::Released,
             description: self.description.clone(),
+            tenure: self.tenure,
             process: self.process.clone(),
             acquired_time: self.acquired_time,
             renewed_time: self.renewed_time,

@@ -12,6 +12,7 @@ mod harness;
 
 mod bad_input;
 mod base;
+mod check;
 mod kill;
 mod memory;
 mod pitr;
