@@ -4,6 +4,7 @@ use super::invocation::Invocation;
 use super::stream;
 use crate::daemon::supervisor::Duties;
 use crate::error::Result;
+use crate::repo::lease::Wait;
 
 /// Do everything by schedule: stream WAL, take base backups, expire, compact, sweep.
 ///
@@ -15,7 +16,8 @@ use crate::error::Result;
 pub(super) struct Args {
     /// When another process streams for this cluster, wait for its end instead of refusing.
     ///
-    /// A base backup that streams its own WAL is always waited for.
+    /// A base backup that streams its own WAL is always waited for; and so is, for lease.ttl, what may be
+    /// this container before it was restarted.
     #[arg(long)]
     pub(super) wait: bool,
 }
@@ -32,5 +34,6 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
             "nothing says what to keep ([retention] in the configuration), so nothing is deleted",
         );
     }
-    stream::supervise("run", args.wait, duties, &invocation).await
+    let wait = if args.wait { Wait::Forever } else { Wait::ForRestarted };
+    stream::supervise("run", wait, duties, &invocation).await
 }

@@ -39,20 +39,20 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
-    supervise("stream", args.wait, Duties::default(), &invocation).await
+    let wait = if args.wait { Wait::Forever } else { Wait::ForPassing };
+    supervise("stream", wait, Duties::default(), &invocation).await
 }
 
 /// Streams, and does what else is to be done, until told to stop.
 pub(super) async fn supervise(
     description: &str,
-    wait: bool,
+    wait: Wait,
     duties: Duties,
     invocation: &Invocation,
 ) -> Result<()> {
     let Invocation { config, clock, terminal, stop } = invocation;
     let slot_name = config.stream_options()?.slot_name;
     let postgres = config.connect_options()?;
-    let wait = if wait { Wait::Forever } else { Wait::ForPassing };
     // Before the right to write is taken: what is wrong here must not cost it.
     let endpoint = match config.metrics_listen()? {
         Some(address) => Some(Endpoint::bind(address).await?),

@@ -79,6 +79,10 @@ pub enum Wait {
     Refuse,
     /// As `Refuse`, but wait for the end of a holder that ends by itself ([`Tenure::Passing`]).
     ForPassing,
+    /// As `ForPassing`; and a holder that may be ourselves before our container was restarted is
+    /// observed for its time to live, however lately it renewed the lease, and refused at its next sign
+    /// of life only.
+    ForRestarted,
     /// Wait for at most this long.
     AtMost(Duration),
     /// Wait until it can be taken.
@@ -750,9 +754,15 @@ impl Candidate {
     fn refuses(&self, contents: &Contents) -> bool {
         match self.options.wait {
             Wait::Refuse => true,
-            Wait::ForPassing => contents.tenure == Tenure::Standing,
+            Wait::ForPassing | Wait::ForRestarted => contents.tenure == Tenure::Standing,
             Wait::AtMost(_) | Wait::Forever => false,
         }
+    }
+
+    /// Whether the holder may be what we were before a restart, and that is to be found out.
+    fn may_be_restarted(&self, contents: &Contents) -> bool {
+        self.options.wait == Wait::ForRestarted
+            && self.options.process.may_follow(&contents.process)
     }
 
     fn look_interval(&self) -> Duration {
@@ -762,7 +772,7 @@ impl Candidate {
     /// When the patience of the options ends.
     fn give_up_at(&self, look: &Look) -> Option<Instant> {
         match self.options.wait {
-            Wait::Forever | Wait::ForPassing => None,
+            Wait::Forever | Wait::ForPassing | Wait::ForRestarted => None,
             Wait::AtMost(limit) => Some(look.begun + limit),
             // Long enough to observe a dead holder and to take over.
             Wait::Refuse => Some(look.begun + TTL_MAX.min(self.options.ttl * 3)),
@@ -780,11 +790,20 @@ impl Candidate {
         let age = self.clock.now().duration_since(contents.renewed_time).abs();
         let ttl = contents.ttl().max(self.options.ttl);
         let looks_alive = age < SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
-        if self.refuses(contents) && looks_alive {
+        let restarted = self.may_be_restarted(contents);
+        if self.refuses(contents) && looks_alive && !restarted {
             return Err(refused(contents));
         }
         if !std::mem::replace(&mut look.told, true) {
-            tracing::warn!("another writer is at work, waiting for its end: {}", contents.who());
+            let who = contents.who();
+            match restarted {
+                true => tracing::warn!(
+                    "a writer was at work in this container, perhaps before it was restarted; waiting \
+                     {} s for a sign of life: {who}",
+                    ttl.as_secs()
+                ),
+                false => tracing::warn!("another writer is at work, waiting for its end: {who}"),
+            }
         }
         let next = self.clock.instant() + self.look_interval();
         match (self.options.wait, self.give_up_at(look)) {
@@ -1079,6 +1098,48 @@ mod tests {
         assert_eq!(info.key_id.as_deref(), Some("abc"));
         let lease = take(&memory, &clock, on_host("beta", Wait::Refuse)).await.unwrap();
         assert_eq!(lease.epoch(), 2);
+    }
+
+    /// Process 1 of a container of this name, in the process namespace that it has between restarts.
+    fn in_container(host: &str, namespace: &str, wait: Wait) -> LeaseOptions {
+        let mut options = on_host(host, wait);
+        options.process.boot_id = "boot".into();
+        options.process.pid_namespace = namespace.into();
+        options
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_that_was_killed_and_restarted_takes_its_lease_after_one_time_to_live() {
+        let clock = clock(17);
+        let memory = Memory::new(&clock);
+        let before = in_container("pod", "pid:[1]", Wait::ForRestarted);
+        drop(take(&memory, &clock, before).await.unwrap());
+        for other in [
+            in_container("pod", "pid:[2]", Wait::ForPassing),
+            in_container("another", "pid:[2]", Wait::ForRestarted),
+        ] {
+            let error = take(&memory, &clock, other).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Conflict);
+        }
+        let begun = clock.instant();
+        let restarted = in_container("pod", "pid:[2]", Wait::ForRestarted);
+        assert_eq!(take(&memory, &clock, restarted).await.unwrap().epoch(), 2);
+        let waited = clock.instant() - begun;
+        assert!((TTL..=TTL + TTL / 6).contains(&waited), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_of_the_same_name_that_lives_is_refused_when_it_renews() {
+        let clock = clock(18);
+        let memory = Memory::new(&clock);
+        let first = in_container("pod", "pid:[1]", Wait::ForRestarted);
+        let lease = take(&memory, &clock, first).await.unwrap();
+        let begun = clock.instant();
+        let second = in_container("pod", "pid:[2]", Wait::ForRestarted);
+        let error = take(&memory, &clock, second).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        assert!(clock.instant() - begun <= TTL / 2, "one renewal is enough");
+        lease.guard().ensure_held().unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -58,6 +58,17 @@ impl ProcessIdentity {
         }
     }
 
+    /// Whether `other` may be what ran in this very container before it was restarted: its name and
+    /// the boot are the same, and it was in another process namespace, into which we cannot look.
+    pub(super) fn may_follow(&self, other: &ProcessIdentity) -> bool {
+        let both = |ours: &str, theirs: &str| !ours.is_empty() && !theirs.is_empty();
+        both(&self.host, &other.host)
+            && both(&self.boot_id, &other.boot_id)
+            && both(&self.pid_namespace, &other.pid_namespace)
+            && (&self.host, &self.boot_id) == (&other.host, &other.boot_id)
+            && self.pid_namespace != other.pid_namespace
+    }
+
     /// What is known, from the process `self`, about `other`.
     pub(super) fn look_up(&self, other: &ProcessIdentity) -> Life {
         let known = |ours: &str, theirs: &str| !ours.is_empty() && ours == theirs;
@@ -126,6 +137,30 @@ mod tests {
         let stat = parse_stat(line).unwrap();
         assert_eq!((stat.start_ticks, stat.is_zombie), (98765, false));
         assert!(parse_stat("42 (cut").is_none());
+    }
+
+    #[test]
+    fn only_another_namespace_of_this_machine_and_boot_may_be_ours_before_a_restart() {
+        let me = ProcessIdentity {
+            host: "pod".into(),
+            boot_id: "boot".into(),
+            pid_namespace: "pid:[2]".into(),
+            pid: 1,
+            start_ticks: 9,
+        };
+        let before = ProcessIdentity { pid_namespace: "pid:[1]".into(), ..me.clone() };
+        assert!(me.may_follow(&before));
+        for other in [
+            me.clone(),
+            ProcessIdentity { host: "other".into(), ..before.clone() },
+            ProcessIdentity { boot_id: "other".into(), ..before.clone() },
+            ProcessIdentity { boot_id: String::new(), ..before.clone() },
+            ProcessIdentity { pid_namespace: String::new(), ..before.clone() },
+            ProcessIdentity::default(),
+        ] {
+            assert!(!me.may_follow(&other), "{other:?}");
+        }
+        assert!(!ProcessIdentity::default().may_follow(&ProcessIdentity::default()));
     }
 
     #[test]
