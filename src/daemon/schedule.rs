@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-/// After the first failure a backup is tried again so much later; each further one in a row doubles it.
+use crate::error::Retry;
+
+/// After the first failure that may pass a backup is tried again so much later; each further one in a row doubles it.
 /// Short: while WAL was lost, or for the first backup, every minute without one cannot be restored.
 const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
 /// The longest pause, or the interval of backups when that is shorter.
@@ -15,12 +17,33 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
 pub struct BackupHistory {
     /// When the newest complete backup began.
     pub newest_start: Option<Timestamp>,
-    /// When the last attempt failed, if it did.
-    pub failed: Option<Timestamp>,
-    /// How many attempts in a row failed.
-    pub failure_count: u32,
+    /// What came of the last attempts, if they failed.
+    pub failure: Option<Failure>,
     /// WAL was lost after the newest backup: without a new one nothing later can be restored.
     pub needed_at_once: bool,
+}
+
+/// Attempts in a row that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// When the last one did.
+    pub time: Timestamp,
+    /// How many there were.
+    pub count: u32,
+    /// Whether the last one may succeed with nothing changed by an operator.
+    pub retry: Retry,
+    /// Whether the last one was [needed at once](BackupHistory::needed_at_once).
+    pub needed_at_once: bool,
+}
+
+impl BackupHistory {
+    /// Takes note of an attempt that failed at `time`.
+    pub fn fail(&mut self, time: Timestamp, retry: Retry) {
+        let before = self.failure.map_or(0, |failure| failure.count);
+        let needed_at_once = self.needed_at_once;
+        let count = before.saturating_add(1);
+        self.failure = Some(Failure { time, count, retry, needed_at_once });
+    }
 }
 
 /// Whether a base backup is due.
@@ -35,9 +58,15 @@ fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Ti
         Some(start) if !history.needed_at_once => later(start, interval),
         _ => now,
     };
-    match history.failed {
-        Some(failed) => due.max(later(failed, retry_pause(history.failure_count).min(interval))),
+    match history.failure {
         None => due,
+        Some(failure) => match failure.retry {
+            Retry::Later => due.max(later(failure.time, retry_pause(failure.count).min(interval))),
+            // It would end the same way, having read the whole database for it. But what it is needed
+            // for was not there then: that is worth one attempt.
+            Retry::Never if history.needed_at_once && !failure.needed_at_once => due,
+            Retry::Never => due.max(later(failure.time, interval)),
+        },
     }
 }
 
@@ -78,11 +107,28 @@ mod tests {
         let mut history =
             BackupHistory { newest_start, needed_at_once: true, ..BackupHistory::default() };
         assert_eq!(next_backup(history, DAY, at(500)), at(500));
-        history.failed = Some(at(490));
-        for (failure_count, pause) in [(1, 10), (2, 20), (3, 40), (7, 600), (u32::MAX, 600)] {
-            history.failure_count = failure_count;
+        for (count, pause) in [(1, 10), (2, 20), (3, 40), (7, 600), (u32::MAX, 600)] {
+            history.failure =
+                Some(Failure { time: at(490), count, retry: Retry::Later, needed_at_once: true });
             assert_eq!(next_backup(history, DAY, at(490)), at(490 + pause));
         }
         assert_eq!(next_backup(history, Duration::from_secs(60), at(500)), at(490 + 60));
+    }
+
+    #[test]
+    fn a_failure_that_does_not_pass_waits_for_the_next_interval() {
+        for newest_start in [None, Some(at(100))] {
+            let mut history = BackupHistory { newest_start, ..BackupHistory::default() };
+            history.fail(at(100_000), Retry::Never);
+            assert_eq!(next_backup(history, DAY, at(100_001)), at(100_000 + 86_400));
+            // WAL is lost afterwards: one attempt at once, and no second one.
+            history.needed_at_once = true;
+            assert_eq!(next_backup(history, DAY, at(100_500)), at(100_500));
+            history.fail(at(100_600), Retry::Never);
+            assert_eq!(next_backup(history, DAY, at(100_601)), at(100_600 + 86_400));
+            // An outage in between is waited out as ever.
+            history.fail(at(187_000), Retry::Later);
+            assert_eq!(next_backup(history, DAY, at(187_001)), at(187_000 + 40));
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::capture::stream::{self, Phase, Status, Stream};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::pg::TimelineId;
+use crate::pg::{Lsn, TimelineId};
 use crate::repo::Catalog;
 use crate::repo::retention::RetentionOptions;
 
@@ -88,6 +88,21 @@ impl Supervisor {
     }
 }
 
+/// What makes a backup needed when it changes: a promotion, and WAL that was lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Streamed {
+    timeline: Option<TimelineId>,
+    /// Where the newest gap begins; its end may move on.
+    gap_start_lsn: Option<Lsn>,
+}
+
+impl Streamed {
+    fn of(status: &Status) -> Self {
+        let now = status.snapshot();
+        Self { timeline: now.timeline, gap_start_lsn: now.gaps.last().map(|gap| gap.start_lsn) }
+    }
+}
+
 /// What is due when.
 struct Chores<'a> {
     supervisor: &'a Supervisor,
@@ -95,15 +110,16 @@ struct Chores<'a> {
     clock: &'a Clock,
     /// `None` until the repository was asked, which is done again after each backup.
     backups: Option<BackupHistory>,
-    /// The timeline that was streamed when the repository was asked.
-    timeline: Option<TimelineId>,
+    /// What was streamed when the repository was asked.
+    streamed: Streamed,
     kept_up: Timestamp,
 }
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
         let now = clock.now();
-        Self { supervisor, config, clock, backups: None, timeline: None, kept_up: now }
+        let streamed = Streamed::default();
+        Self { supervisor, config, clock, backups: None, streamed, kept_up: now }
     }
 
     async fn run(&mut self, stop: &CancellationToken) {
@@ -146,8 +162,8 @@ impl<'a> Chores<'a> {
 
     async fn back_up(&mut self, stop: &CancellationToken) {
         let Some(interval) = self.supervisor.duties.backup_interval else { return };
-        let timeline = self.supervisor.status.snapshot().timeline;
-        let mut history = match self.backups.filter(|_| self.timeline == timeline) {
+        let streamed = Streamed::of(&self.supervisor.status);
+        let mut history = match self.backups.filter(|_| self.streamed == streamed) {
             Some(history) => history,
             None => match self.history().await {
                 Ok(history) => history,
@@ -155,7 +171,7 @@ impl<'a> Chores<'a> {
                 Err(_) => return,
             },
         };
-        self.timeline = timeline;
+        self.streamed = streamed;
         history.needed_at_once |= self.supervisor.status.snapshot().base_backup_needed;
         self.backups = Some(history);
         if !schedule::is_backup_due(history, interval, self.clock.now()) {
@@ -167,9 +183,8 @@ impl<'a> Chores<'a> {
             // left it on a dead branch.
             Ok(_) => self.backups = None,
             Err(_) if stop.is_cancelled() => return,
-            Err(_) => {
-                history.failed = Some(self.clock.now());
-                history.failure_count = history.failure_count.saturating_add(1);
+            Err(error) => {
+                history.fail(self.clock.now(), error.kind().retry());
                 self.backups = Some(history);
             }
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::postgres::free_port;
+use crate::harness::postgres::{Stop, free_port};
 use crate::harness::{Account, Binaries, Postgres, Settings, Tidemark};
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -139,6 +139,32 @@ fn how_long_commits_puts_and_fsyncs_take_can_be_asked_while_it_runs() {
     assert!(refused.stderr.contains("unable to listen at"), "{refused:?}");
     assert_eq!(stream.terminate(), Some(0));
     assert!(metrics(port).is_empty());
+}
+
+#[test]
+fn a_backup_that_would_fail_again_is_not_tried_again_at_once() {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    server.psql("create table t as select generate_series(1, 1000) as id; checkpoint");
+    let file = server.data().join(server.psql("select pg_relation_filepath('t')"));
+    server.stop(Stop::Fast);
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[8192 + 4000] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    server.run();
+    let tidemark = Tidemark::with_directory().with_env("TIDEMARK_BACKUP_PAGE_CHECKSUMS", "fail");
+    let conninfo = server.conninfo();
+    let mut sidecar = tidemark.spawn(&["run", "--postgres", &conninfo]);
+    let failures = |log: String| log.matches("warning: base backup failed").count();
+    let began = Instant::now();
+    while failures(sidecar.log()) == 0 {
+        assert!(began.elapsed() < DEADLINE, "{}", sidecar.log());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    // An outage would be tried again after ten seconds.
+    std::thread::sleep(Duration::from_secs(14));
+    assert_eq!(failures(sidecar.log()), 1, "{}", sidecar.log());
+    assert!(sidecar.is_running());
+    assert_eq!(sidecar.terminate(), Some(0));
 }
 
 /// Longer than the lease lasts, with the bare mount point in its place.
