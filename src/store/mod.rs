@@ -17,6 +17,10 @@
 //! (directory: file and every folder on the way are fsynced; S3: the answer was received and checked).
 //! An error that [is transient](crate::error::Error::is_transient) leaves open whether it happened.
 //!
+//! What a get, a head or a list shows may survive less: a put in a directory is seen before its folder
+//! is fsynced, and whoever was at it may have been killed in between. Who builds on an object that it
+//! finds, and did not put, calls [`Store::make_durable`] after it has seen it.
+//!
 //! # Retries
 //! A driver retries by itself what may pass (throttling, time-outs, broken connections), within
 //! [`StoreOptions`]; a caller that gets `unavailable` has seen all of that fail. Before it retries a
@@ -122,6 +126,13 @@ pub trait Store: Send + Sync + fmt::Debug {
                 return Ok(all);
             }
         }
+    }
+
+    /// Returns when all objects in `folder` (with or without the slash at its end, empty for the whole
+    /// root) that anybody saw before this call survive a crash, by whomever they were put. Where nothing
+    /// is seen before it is durable there is nothing to do.
+    async fn make_durable(&self, _folder: &str) -> Result<()> {
+        Ok(())
     }
 
     /// Deletes the objects; one that does not exist is fine. After an error some may be gone.

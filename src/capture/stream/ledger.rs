@@ -25,6 +25,10 @@ pub struct Held(BTreeMap<TimelineId, Vec<LsnRange>>);
 impl Held {
     /// What `repository` holds, read from its listing page by page.
     ///
+    /// # Durability
+    /// What is listed may have been put by a process that was killed before it was durable. All of it
+    /// is when this returns: the flush position may pass it.
+    ///
     /// # Errors
     /// What the store reports.
     pub async fn load(repository: &Repository) -> Result<Self> {
@@ -43,6 +47,7 @@ impl Held {
             held.join();
             after = page.next_after()?;
             if after.is_none() {
+                repository.store().make_durable(&prefix).await?;
                 return Ok(held);
             }
         }
@@ -188,8 +193,17 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
     use super::super::cutter::{Cut, CutReason};
     use super::*;
+    use crate::clock::Clock;
+    use crate::pg::SystemId;
+    use crate::repo::{ClusterName, ExtentName};
+    use crate::store::Store;
+    use crate::store::directory::Directory;
 
     fn range(start: u64, end: u64) -> LsnRange {
         LsnRange::new(Lsn(start), Lsn(end)).unwrap()
@@ -209,6 +223,26 @@ mod tests {
             known: Vec::new(),
             gap: None,
         }
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_life_stored_is_durable_before_it_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let clock = Clock::system();
+        let store = || Arc::new(Directory::new(folder.path(), &clock));
+        let cluster = ClusterName::new("main").unwrap();
+        let (earlier, ours) = (store(), store());
+        let before =
+            Repository::create(earlier, cluster.clone(), SystemId(7), &clock).await.unwrap();
+        let name = ExtentName { timeline: TimelineId::FIRST, range: range(0, 100), time: None };
+        let name = before.name(&Object::Extent(name)).unwrap();
+        before.store().put_if_absent(&name, Bytes::new()).await.unwrap();
+        let repository = Repository::open(ours.clone(), cluster, &clock).await.unwrap();
+        let synced = || ours.latencies().fsync.summary().count;
+        assert_eq!(synced(), 0);
+        let held = Held::load(&repository).await.unwrap();
+        assert_eq!(held.ranges(), [(TimelineId::FIRST, range(0, 100))]);
+        assert!(synced() >= 3, "the folder of the timeline, and those above it");
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //! replace (`renameat2` with `RENAME_NOREPLACE`, else `link`), then the folder is fsynced, and every
 //! folder above it that we have not seen durable. So at every instant a name is absent or whole, and
 //! when a put returns both the bytes and the name survive a crash. Whoever finds an object in its way
-//! fsyncs the folder too before it says so: the winner may not have got that far. A crash leaves files
+//! fsyncs the folder too before it says so: the winner may not have got that far. So does
+//! [`Store::make_durable`] for whoever finds objects by listing them. A crash leaves files
 //! in `.incoming` only; each is locked by its owner while that lives, and swept by
 //! [`Store::abort_stale_multiparts`] when nobody holds the lock.
 //!
@@ -32,7 +33,7 @@ use rustix::fs::{FileType, Stat};
 
 use super::{
     Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
-    RequestCounts, Requests, Store, VersionTag, checked_range, probe,
+    RequestCounts, Requests, Store, VersionTag, checked_range, folder_prefix, probe,
 };
 use crate::clock::{Clock, Instant};
 use crate::error::{Context, Error, Kind, Result};
@@ -152,6 +153,11 @@ impl Store for Directory {
             None => Ok(ListPage { objects: Vec::new(), more: false }),
         })
         .await
+    }
+
+    async fn make_durable(&self, folder: &str) -> Result<()> {
+        let folder = folder_prefix(folder);
+        self.blocking(move |inner| inner.make_all_durable(folder)).await
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<()> {
@@ -413,6 +419,27 @@ impl Inner {
         self.sync_folder(folder)?;
         self.make_durable_in_root(folder)?;
         self.root.open().map(|_same| ())
+    }
+
+    /// The same for every folder in `folder` ("" or with a slash at its end), which is what makes the
+    /// names in them durable: the files were fsynced before they had these.
+    fn make_all_durable(&self, folder: String) -> Result<()> {
+        let Some(root) = self.root.open()? else { return Ok(()) };
+        let mut folders = vec![folder];
+        while let Some(folder) = folders.pop() {
+            let attempted = || format!("unable to list folder '{folder}'");
+            match root.folders(&folder) {
+                Ok(inner) => folders.extend(inner),
+                Err(error) if is_missing(&error) => continue,
+                Err(error) => return Err(Error::io(attempted(), &error)),
+            }
+            match self.make_durable(&self.root.path().join(&folder)) {
+                // Removed as empty meanwhile.
+                Err(error) if error.kind() == Kind::NotFound => {}
+                made => made?,
+            }
+        }
+        Ok(())
     }
 
     fn make_durable_in_root(&self, folder: &Path) -> Result<()> {

@@ -9,14 +9,15 @@
 //! - What is looked up through an [`Opened`] root is looked up in that very folder, wherever the path
 //!   leads meanwhile. So what is missing there is missing in the repository.
 
-use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat, mkdirat, openat, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, DirEntry, FileType, Mode, OFlags, Stat, mkdirat, openat, statat, unlinkat,
+};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::{FOLDER_MODE, is_missing};
@@ -143,10 +144,33 @@ impl Opened {
         Ok(Dir::new(opened)?)
     }
 
-    /// What an entry of a folder is, not following links; the folder "" or with a slash at its end.
-    pub(super) fn entry_stat(&self, folder: &str, entry: &CStr) -> std::io::Result<Stat> {
-        let name = [folder.as_bytes(), entry.to_bytes()].concat();
-        Ok(retry_on_intr(|| statat(&self.0, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW))?)
+    /// Whether an entry of a folder, "" or with a slash at its end, is a folder itself.
+    pub(super) fn is_folder(&self, folder: &str, entry: &DirEntry) -> std::io::Result<bool> {
+        let mut file_type = entry.file_type();
+        // Not every file system says in its listing what a name is.
+        if file_type == FileType::Unknown {
+            let name = [folder.as_bytes(), entry.file_name().to_bytes()].concat();
+            let flags = AtFlags::SYMLINK_NOFOLLOW;
+            let found = retry_on_intr(|| statat(&self.0, name.as_slice(), flags));
+            file_type = match found {
+                Err(Errno::NOENT) => return Ok(false),
+                found => FileType::from_raw_mode(found?.st_mode),
+            };
+        }
+        Ok(file_type == FileType::Directory)
+    }
+
+    /// The folders in a folder, named as that is.
+    pub(super) fn folders(&self, folder: &str) -> std::io::Result<Vec<String>> {
+        let mut folders = Vec::new();
+        for entry in self.entries(folder)? {
+            let entry = entry?;
+            let name = entry.file_name().to_str().unwrap_or(".");
+            if !name.starts_with('.') && self.is_folder(folder, &entry)? {
+                folders.push(format!("{folder}{name}/"));
+            }
+        }
+        Ok(folders)
     }
 
     /// Makes a folder and those above it, but never the root.

@@ -110,6 +110,27 @@ async fn a_root_that_was_only_read_is_known_too() {
     assert_gone(&store).await;
 }
 
+/// A writer that is killed after the rename leaves names that a power failure may still take away.
+#[tokio::test]
+async fn what_another_process_put_is_made_durable_by_who_builds_on_it() {
+    let (_folder, store) = store();
+    for text in ["c/wal/1/a", "c/wal/2/a", "c/base/b/manifest"] {
+        store.put_if_absent(&name(text), Bytes::new()).await.unwrap();
+    }
+    let other = Directory::new(store.0.root.path(), &Clock::system());
+    assert_eq!(other.list_all("c/wal/").await.unwrap().len(), 2);
+    let synced = || other.latencies().fsync.summary().count;
+    assert_eq!(synced(), 0);
+    other.make_durable("c/wal/").await.unwrap();
+    let known = synced();
+    assert!(known >= 5, "c/wal, the two in it, c and the root: {known}");
+    // More may have come since; what is above is known.
+    other.make_durable("c/wal").await.unwrap();
+    assert_eq!(synced(), known + 3);
+    other.make_durable("none").await.unwrap();
+    other.make_durable("").await.unwrap();
+}
+
 #[tokio::test]
 async fn empty_folders_go_with_their_last_object_and_come_back() {
     let (_folder, store) = store();

@@ -6,8 +6,6 @@
 //! Memory is bounded by the page, not by the folder: of each folder only the first names that could
 //! still be on the page are kept.
 
-use rustix::fs::FileType;
-
 use super::{Opened, is_missing, object_info};
 use crate::error::{Context, Error, Result};
 use crate::store::{ListPage, ObjectInfo, ObjectName};
@@ -103,17 +101,7 @@ impl Walk<'_> {
             if name.starts_with('.') {
                 continue;
             }
-            let is_folder = match entry.file_type() {
-                // Not every file system says in its listing what a name is.
-                FileType::Unknown => match self.root.entry_stat(folder, entry.file_name()) {
-                    Err(error) if is_missing(&error) => continue,
-                    found => {
-                        let found = found.context(attempted)?;
-                        FileType::from_raw_mode(found.st_mode) == FileType::Directory
-                    }
-                },
-                listed => listed == FileType::Directory,
-            };
+            let is_folder = self.root.is_folder(folder, &entry).context(attempted)?;
             let name = format!("{folder}{name}{}", if is_folder { "/" } else { "" });
             if name.as_str() > floor && self.wanted(&name) {
                 names.push(name);
