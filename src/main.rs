@@ -68,7 +68,13 @@ fn main() -> ExitCode {
     let stop = CancellationToken::new();
     // A task of its own: signals are answered whatever the command does with its thread.
     runtime.spawn(answer_signals(stop.clone()));
-    let status = runtime.block_on(cli::run(arguments, environment, stop));
+    // On a thread of the runtime: on this one, every answer of a socket would have to be handed over from
+    // the thread that waits for them, two switches for each read of a backup.
+    let command = runtime.spawn(cli::run(arguments, environment, stop));
+    let status = runtime.block_on(command).unwrap_or_else(|failed| {
+        eprintln!("error: the command failed: {failed}");
+        ExitCode::from(tidemark::error::Kind::Bug.exit_code())
+    });
     // What still runs, such as a thread that waits for an answer at the terminal, is left behind.
     runtime.shutdown_background();
     status
