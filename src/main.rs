@@ -23,9 +23,9 @@ const MAPPED_BYTES_MIN: libc::c_int = (2 << 20) + (128 << 10);
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const HEAP_SPARE_BYTES_MAX: libc::c_int = 64 << 20;
 
-/// Heaps that threads share.
+/// Heaps, which all threads share: a second one costs a stream 4 MiB and a backup 13, and saves no time.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-const HEAPS_MAX: libc::c_int = 2;
+const HEAPS_MAX: libc::c_int = 1;
 
 /// Keeps glibc's allocator from holding several times what is in use.
 ///
