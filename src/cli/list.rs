@@ -131,15 +131,21 @@ fn as_text(repository: &Repository, catalog: &Catalog, now: Timestamp) -> String
     );
     text.push_str(&backups(catalog));
     text.push_str(&reachable(catalog));
-    for WalGap { gap, last_commit_before, commit_after, expired } in catalog.gaps() {
+    for WalGap { gap, last_commit_before, commit_after, expired, minimal } in catalog.gaps() {
         let around = |time: Option<Timestamp>| time.map_or("unknown".to_owned(), words::time);
+        let (what, place) = match (expired, minimal) {
+            (true, _) => ("Expired WAL", gap.missing.to_string()),
+            (false, true) => (
+                "GAP, wal_level was 'minimal'",
+                format!("from {} on, only a backup taken later leads past it", gap.missing.start()),
+            ),
+            (false, false) => ("GAP, WAL lost", gap.missing.to_string()),
+        };
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
-            "{}: timeline {} {} (last commit before {}, first after {})",
-            if expired { "Expired WAL" } else { "GAP, WAL lost" },
+            "{what}: timeline {} {place} (last commit before {}, first after {})",
             gap.timeline,
-            gap.missing,
             around(last_commit_before),
             around(commit_after)
         );

@@ -21,7 +21,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
-use super::coverage::{StoredExtent, WalCatalog};
+use super::coverage::{Gap, StoredExtent, WalCatalog};
 use super::interval::{BackupSpan, Interval, Lineage, WalGap};
 use super::lease::LeaseInfo;
 use super::manifest::PublicManifest;
@@ -142,7 +142,8 @@ impl Catalog {
     /// The WAL and how timelines descend from one another.
     #[must_use]
     pub fn lineage(&self) -> Lineage<'_> {
-        Lineage { wal: &self.wal, histories: &self.histories }
+        let Self { wal, histories, marks, .. } = self;
+        Lineage { wal, histories, minimal: &marks.minimal }
     }
 
     /// The backup with this id.
@@ -217,15 +218,18 @@ impl Catalog {
         self.backups.iter().any(reaches)
     }
 
-    /// The holes in the WAL, each once.
+    /// The holes in the WAL, and where it does not hold all changes, each once.
     #[must_use]
     pub fn gaps(&self) -> Vec<WalGap> {
         let lineage = self.lineage();
-        let gaps = lineage.gaps().into_iter().map(|gap| {
+        let holes = lineage.gaps().into_iter().map(|gap| (gap, false));
+        let minimal = lineage.minimal_gaps().into_iter().map(|gap| (gap, true));
+        let all: BTreeSet<(Gap, bool)> = holes.chain(minimal).collect();
+        let gaps = all.into_iter().map(|(gap, minimal)| {
             let (last_commit_before, commit_after) = lineage.times_around(&gap);
             let horizon = self.marks.expired.get(&gap.timeline);
             let expired = horizon.is_some_and(|horizon| gap.missing.end() <= *horizon);
-            WalGap { gap, last_commit_before, commit_after, expired }
+            WalGap { gap, last_commit_before, commit_after, expired, minimal }
         });
         gaps.collect()
     }
@@ -376,6 +380,31 @@ pub(super) mod tests {
         assert_eq!(catalog.intervals()[0].until_time, at_minute(90));
         catalog.lease = Some(lease(101));
         assert_eq!(catalog.intervals()[0].until_time, at_minute(0), "there is more than we see");
+    }
+
+    #[test]
+    fn a_backup_from_before_minimal_wal_reaches_it_and_no_more_until_another_is_taken() {
+        use super::super::coverage::tests::extent;
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([extent(1, 0, 60, 1), extent(1, 60, 100, 2)]),
+            ..Catalog::default()
+        };
+        assert!(catalog.reaches(timeline(1), Lsn(100)) && catalog.gaps().is_empty());
+        catalog.marks.minimal.insert((timeline(1), Lsn(60)));
+        assert!(!catalog.reaches(timeline(1), Lsn(100)) && catalog.reaches(timeline(1), Lsn(60)));
+        let [gap] = catalog.gaps()[..] else { panic!("{:?}", catalog.gaps()) };
+        assert!(gap.minimal && !gap.expired && gap.gap.missing.is_empty());
+        catalog.backups.push(backup(1, (70, 80), (2, 3)));
+        assert!(catalog.reaches(timeline(1), Lsn(100)));
+        let ends: Vec<_> = catalog.intervals().iter().map(|i| i.until_lsn.0).collect();
+        assert_eq!(ends, [60, 100]);
+        // A backup that ran across it cannot be restored.
+        catalog.backups.push(backup(1, (55, 65), (2, 3)));
+        assert!(!catalog.is_restorable(&catalog.backups[2]));
+        // When all that came before has expired, so has this.
+        catalog.marks.expired.insert(timeline(1), Lsn(60));
+        assert!(catalog.gaps()[0].expired);
     }
 
     #[test]

@@ -4,14 +4,30 @@
 //! ```text
 //! <cluster>/marks/hold-<backup id>                      this backup is not deleted
 //! <cluster>/marks/expired-<timeline 8 HEX>-<LSN 16 HEX> WAL before this was removed on purpose
+//! <cluster>/marks/minimal-<timeline 8 HEX>-<LSN 16 HEX> no backup from before leads past this record
 //! ```
 //! The content of a hold is its reason, for people; that of the others is empty.
+//!
+//! # When the WAL does not hold all changes
+//! A server that is started with `wal_level = minimal` says so in its WAL (`XLOG_PARAMETER_CHANGE`) and
+//! from there on leaves changes out. The WAL goes on without a hole, so nothing in a listing would tell:
+//! PostgreSQL 14 and later refuse to replay that record, 13 replays it and is silently incomplete. The
+//! mark names the start of the record, the last position that a backup from before reaches. One that
+//! begins after it does not need what was left out: while the level is minimal none can be taken.
+//!
+//! # Durability
+//! The mark is durable before any extent that ends behind the record is put, so whatever listing shows
+//! such WAL shows the mark, and nothing is acknowledged in between. Dying after the mark and before the
+//! extent leaves a mark at the end of the WAL, where every interval ends anyway; the server still has
+//! that WAL and sends it again. If it never does (the timeline ended before it on another server), the
+//! mark lies behind the switch point, on no path. A mark is never deleted: there is one for each such
+//! start of a server, and what it says stays true.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 
 use super::Repository;
@@ -27,6 +43,8 @@ pub struct Marks {
     pub holds: BTreeSet<BackupId>,
     /// Of each timeline, the position before which retention removed WAL.
     pub expired: BTreeMap<TimelineId, Lsn>,
+    /// Starts of records by which the server said that it goes on with `wal_level = minimal`.
+    pub minimal: BTreeSet<(TimelineId, Lsn)>,
 }
 
 impl Marks {
@@ -36,15 +54,20 @@ impl Marks {
             self.holds.insert(id);
             return true;
         }
-        let Some((timeline, horizon)) = parse_expired(name) else { return false };
+        if let Some(record) = parse_position(name, "minimal-") {
+            self.minimal.insert(record);
+            return true;
+        }
+        let Some((timeline, horizon)) = parse_position(name, "expired-") else { return false };
         let known = self.expired.entry(timeline).or_insert(horizon);
         *known = horizon.max(*known);
         true
     }
 }
 
-fn parse_expired(name: &str) -> Option<(TimelineId, Lsn)> {
-    let (timeline, lsn) = name.strip_prefix("expired-")?.split_once('-')?;
+/// `<kind><timeline 8 HEX>-<LSN 16 HEX>`.
+fn parse_position(name: &str, kind: &str) -> Option<(TimelineId, Lsn)> {
+    let (timeline, lsn) = name.strip_prefix(kind)?.split_once('-')?;
     let hex = |text: &str, width| {
         let digits = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'));
         (text.len() == width && digits).then(|| u64::from_str_radix(text, 16).ok()).flatten()
@@ -58,6 +81,26 @@ pub(super) fn expired(timeline: TimelineId, horizon: Lsn) -> Object {
     Object::Mark(format!("expired-{:08X}-{:016X}", timeline.get(), horizon.0))
 }
 
+/// Says that the record at `record_lsn` of `timeline` is the one by which the server went on with
+/// `wal_level = minimal`.
+///
+/// # Durability
+/// When it returns, the mark is durable; it must be before an extent that holds the record's end is put.
+///
+/// # Errors
+/// What the store reports.
+pub async fn put_minimal(
+    repository: &Repository,
+    timeline: TimelineId,
+    record_lsn: Lsn,
+) -> Result<()> {
+    let mark = Object::Mark(format!("minimal-{:08X}-{:016X}", timeline.get(), record_lsn.0));
+    let put = repository.store().put_if_absent(&repository.name(&mark)?, Bytes::new()).await;
+    put.map(drop).context(|| {
+        format!("unable to mark where timeline {timeline} goes on with wal_level = minimal")
+    })
+}
+
 /// Deletes the marks of `timeline` that a newer one says more than.
 pub(super) async fn drop_superseded(
     repository: &Repository,
@@ -68,7 +111,9 @@ pub(super) async fn drop_superseded(
     let old = repository.store().list_all(&prefix).await?.into_iter().map(|object| object.name);
     let old: Vec<_> = old
         .filter(|name| match Object::parse(repository.cluster(), name) {
-            Some(Object::Mark(mark)) => parse_expired(&mark).is_some_and(|(_, lsn)| lsn < horizon),
+            Some(Object::Mark(mark)) => {
+                parse_position(&mark, "expired-").is_some_and(|(_, lsn)| lsn < horizon)
+            }
             _ => false,
         })
         .collect();
@@ -128,9 +173,19 @@ mod tests {
             let Object::Mark(name) = expired(TimelineId::FIRST, Lsn(horizon)) else { panic!() };
             assert!(marks.add(&name));
         }
-        for foreign in ["hold-", "expired-1-2", "expired-00000000-0000000000000010", "x"] {
+        assert!(marks.add("minimal-00000002-00000000030000A8"));
+        for foreign in [
+            "hold-",
+            "expired-1-2",
+            "expired-00000000-0000000000000010",
+            "minimal-00000002-00000000030000a8",
+            "minimal-00000000-00000000030000A8",
+            "minimal-",
+            "x",
+        ] {
             assert!(!marks.add(foreign), "{foreign}");
         }
+        assert_eq!(marks.minimal, [(TimelineId::new(2).unwrap(), Lsn(0x300_00A8))].into());
         assert_eq!(marks.holds, [id.parse().unwrap()].into());
         assert_eq!(marks.expired, [(TimelineId::FIRST, Lsn(0x30))].into());
     }

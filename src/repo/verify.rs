@@ -251,7 +251,16 @@ impl fmt::Display for VerifyReport {
             )?;
         }
         for gap in &self.gaps {
-            let WalGap { gap, last_commit_before, commit_after, expired } = gap;
+            let WalGap { gap, last_commit_before, commit_after, expired, minimal } = gap;
+            if *minimal {
+                let (start, timeline) = (gap.missing.start(), gap.timeline);
+                writeln!(
+                    f,
+                    "WAL of timeline {timeline} from {start} on: wal_level was 'minimal', only a \
+                     backup taken later leads past it"
+                )?;
+                continue;
+            }
             write!(f, "WAL {} of timeline {}: ", gap.missing, gap.timeline)?;
             match (expired, last_commit_before, commit_after) {
                 (true, _, _) => writeln!(f, "removed by retention")?,

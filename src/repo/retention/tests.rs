@@ -100,6 +100,21 @@ fn the_window_keeps_the_backup_it_begins_with() {
 }
 
 #[test]
+fn a_backup_that_minimal_wal_cut_off_from_the_window_is_no_base_of_it() {
+    let mut catalog = Catalog { backups: vec![daily(1, 0), daily(1, 20)], ..month() };
+    let window = options(None, Some(1), Some(15));
+    assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [0, 20]);
+    let noon = Lsn((10 * DAY + DAY / 2).unsigned_abs() * MINUTE_BYTES);
+    catalog.marks.minimal.insert((timeline(1), noon));
+    assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [20]);
+    // The second check sees the same barrier: what stays reaches as far as before.
+    let all = plan(&catalog, &options(None, Some(2), None), now(30)).unwrap();
+    assert_eq!((kept_days(&all), all.backups.len()), (vec![0, 20], 0));
+    let longer = plan(&catalog, &options(None, Some(1), Some(21)), now(30)).unwrap();
+    assert_eq!(kept_days(&longer), [0, 20], "the window begins before the barrier");
+}
+
+#[test]
 fn an_old_backup_that_is_held_keeps_only_the_wal_it_needs_itself() {
     let mut catalog = month();
     catalog.marks.holds.insert(catalog.backups[3].id());
