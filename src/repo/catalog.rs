@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -247,6 +247,21 @@ impl Catalog {
         Some((timeline, self.wal.last_end(timeline)?))
     }
 
+    /// The same, or where a writer at work at the time `now` has got to there, if that is before. It
+    /// uploads side by side what it received, so what lies behind may wait for what comes before it, which
+    /// the server still keeps: a hole there is no loss.
+    #[must_use]
+    pub fn settled_end(&self, now: Timestamp) -> Option<(TimelineId, Lsn)> {
+        let (timeline, end) = self.durable_end()?;
+        let at_work = self.lease.as_ref().filter(|lease| {
+            let ttl = SignedDuration::from_millis(i64::try_from(lease.ttl_ms).unwrap_or(i64::MAX));
+            !lease.released && now.duration_since(lease.renewed_time) <= ttl
+        });
+        let progress = at_work.and_then(|lease| lease.progress);
+        let settled = progress.filter(|progress| progress.timeline == timeline);
+        Some((timeline, settled.map_or(end, |progress| progress.durable_end_lsn.min(end))))
+    }
+
     /// Timelines whose ancestors are not known because their history file is missing or damaged.
     #[must_use]
     pub fn unknown_ancestries(&self) -> BTreeSet<TimelineId> {
@@ -263,8 +278,6 @@ impl Catalog {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use jiff::SignedDuration;
-
     use super::super::coverage::tests::timeline;
     use super::super::manifest::BackupKind;
     use super::*;
@@ -380,6 +393,36 @@ pub(super) mod tests {
         assert_eq!(catalog.intervals()[0].until_time, at_minute(90));
         catalog.lease = Some(lease(101));
         assert_eq!(catalog.intervals()[0].until_time, at_minute(0), "there is more than we see");
+    }
+
+    #[test]
+    fn a_hole_behind_what_a_writer_at_work_has_acknowledged_is_no_loss_yet() {
+        use super::super::coverage::tests::extent;
+        use super::super::lease::Progress;
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([extent(1, 0, 100, 0), extent(1, 120, 140, 0)]),
+            ..Catalog::default()
+        };
+        let end = |catalog: &Catalog, minute| catalog.settled_end(at_minute(minute)).unwrap().1.0;
+        assert_eq!(end(&catalog, 90), 140);
+        let progress =
+            Progress { timeline: timeline(1), durable_end_lsn: Lsn(100), caught_up_time: None };
+        catalog.lease = Some(LeaseInfo {
+            epoch: 1,
+            released: false,
+            description: "stream".into(),
+            process: super::super::process::ProcessIdentity::default(),
+            acquired_time: at_minute(0),
+            renewed_time: at_minute(90),
+            ttl_ms: 60_000,
+            progress: Some(progress),
+            key_id: None,
+        });
+        assert_eq!(end(&catalog, 91), 100);
+        assert_eq!(end(&catalog, 92), 140, "nobody is at work any more");
+        catalog.lease.as_mut().unwrap().released = true;
+        assert_eq!(end(&catalog, 91), 140);
     }
 
     #[test]

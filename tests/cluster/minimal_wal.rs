@@ -99,5 +99,6 @@ fn a_past_with_minimal_wal_is_never_forgotten() {
     let listed = until(&tidemark, "no backup", |listed| count(listed, "backups") > 1);
     assert_eq!(sidecar.terminate(), Some(0));
     assert_eq!(count(&listed, "windows"), 2, "{listed:#}");
+    tidemark.run(&["verify"]).ok();
     assert_eq!(restored_rows(&tidemark, "after"), Ok("5000".to_owned()));
 }

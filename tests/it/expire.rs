@@ -13,7 +13,7 @@ use tidemark::repo::retention::{self, DeletionPlan, RetentionOptions};
 use tidemark::repo::verify::{VerifyOptions, verify};
 use tidemark::repo::{
     BackupId, Budget, Catalog, ClusterName, Encryption, ExtentBuilder, FileMeta, FilePath, Level,
-    ManifestFacts, PackOptions, Repository, Writer, marks,
+    ManifestFacts, Object, PackOptions, Repository, Writer, marks,
 };
 use tidemark::store::Store;
 use tidemark::store::memory::{Call, Memory, Outcome};
@@ -156,6 +156,40 @@ async fn wal_before_the_window_goes_and_its_hole_is_no_loss() {
     let catalog = Catalog::load(&repository).await.unwrap();
     assert!(catalog.gaps().is_empty());
     assert_eq!(catalog.wal.extent_count(), 16);
+}
+
+#[tokio::test]
+async fn lone_backups_are_sound_and_newest_wal_that_no_backup_leads_to_is_not() {
+    let (_, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let own = |number| id(number).start_lsn().0..id(number).start_lsn().0 + PIECE_BYTES;
+    let between = catalog.wal.extents(TimelineId::FIRST).map(|extent| extent.name);
+    let between = between.filter(|n| (0..DAYS).all(|i| !own(i).contains(&n.range.start().0)));
+    let names: Vec<_> =
+        between.map(|name| repository.name(&Object::Extent(name)).unwrap()).collect();
+    repository.store().delete(&names).await.unwrap();
+    let report = async || {
+        let reader = repository.reader(vec![]);
+        verify(&repository, &reader, &VerifyOptions::new(1), &Arc::default()).await.unwrap()
+    };
+    let lone = report().await;
+    assert_eq!((lone.lost_count(), lone.is_sound()), (3, true), "{lone}");
+    assert!(lone.to_string().contains("LOST"), "what was lost is told all the same: {lone}");
+
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    put_wal(&writer, DAYS, 0).await;
+    let error = report().await.ensure_sound().unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
+    assert!(error.message().contains("no backup leads to 0/410000"), "{error}");
+    put_backup(&writer, DAYS).await;
+    report().await.ensure_sound().unwrap();
+
+    // A backup without its own WAL cannot be restored, whatever comes after it.
+    let first = catalog.wal.extents(TimelineId::FIRST).next().unwrap().name;
+    let name = repository.name(&Object::Extent(first)).unwrap();
+    repository.store().delete(&[name]).await.unwrap();
+    let error = report().await.ensure_sound().unwrap_err();
+    assert!(error.message().contains(&format!("the WAL of backup {}", id(0))), "{error}");
 }
 
 #[tokio::test]
