@@ -109,6 +109,20 @@ pub struct SweepPlan {
     pub remarks: Vec<String>,
 }
 
+impl SweepPlan {
+    /// Whether no object is deleted.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.backups.is_empty() && self.keys.is_empty()
+    }
+
+    /// Bytes of the packs that go.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.backups.iter().map(|backup| backup.stored_bytes).sum()
+    }
+}
+
 impl fmt::Display for SweepPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for SweptBackup { id, pack_count, stored_bytes, newest } in &self.backups {
@@ -121,6 +135,8 @@ impl fmt::Display for SweepPlan {
         for key in &self.keys {
             writeln!(f, "delete unused key {key}")?;
         }
+        let hours = self.upload_grace_s / 3600;
+        writeln!(f, "discard uploads begun more than {hours} h ago and never completed, if any")?;
         for remark in &self.remarks {
             writeln!(f, "note: {remark}")?;
         }
@@ -358,7 +374,7 @@ pub struct SweepReport {
 /// manifest appeared while its packs were deleted, which the writer's rules exclude.
 pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepReport> {
     let mut report = SweepReport::default();
-    if !plan.backups.is_empty() || !plan.keys.is_empty() {
+    if !plan.is_empty() {
         ensure_clock(repository).await?;
     }
     for backup in &plan.backups {

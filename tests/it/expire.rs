@@ -1,5 +1,6 @@
 //! Retention carried out on real objects: what stays can be restored whatever fails on the way.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,9 +14,10 @@ use tidemark::repo::retention::{self, DeletionPlan, RetentionOptions};
 use tidemark::repo::verify::{VerifyOptions, verify};
 use tidemark::repo::{
     BackupId, Budget, Catalog, ClusterName, Encryption, ExtentBuilder, FileMeta, FilePath, Level,
-    ManifestFacts, Object, PackOptions, Repository, Writer, marks,
+    ManifestFacts, Object, PackName, PackOptions, Repository, Writer, marks,
 };
 use tidemark::store::Store;
+use tidemark::store::directory::Directory;
 use tidemark::store::memory::{Call, Memory, Outcome};
 
 const PIECE_BYTES: u64 = 64 * 1024;
@@ -245,4 +247,52 @@ fn fail_nth_delete(memory: &Memory, number: u64, outcome: Outcome) {
         memory.fail_next(Call::Delete, Outcome::Passes);
     }
     memory.fail_next(Call::Delete, outcome);
+}
+
+/// `tidemark expire ARGS` on the repository in `folder`: exit status and standard output.
+fn expire(folder: &Path, args: &[&str]) -> (Option<i32>, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_tidemark"))
+        .args(["expire", "--keep-count", "1", "--repository"])
+        .arg(folder)
+        .args(args)
+        .env_clear()
+        .env("HOME", folder)
+        .output()
+        .unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+/// For who streams and takes backups by hand nobody else would ever remove it.
+#[tokio::test]
+async fn expire_removes_what_a_killed_backup_left_and_says_so_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::system();
+    let store = Arc::new(Directory::new(folder.path(), &clock));
+    let cluster = ClusterName::new("main").unwrap();
+    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    for (number, hours) in [(1, 49), (2, 47)] {
+        let pack = PackName { backup: id(number), number: 1 };
+        let name = repository.name(&Object::Pack(pack)).unwrap();
+        repository.store().put_if_absent(&name, Bytes::from_static(b"12345")).await.unwrap();
+        let made = std::time::SystemTime::now() - std::time::Duration::from_secs(hours * 3600);
+        let file = std::fs::File::open(folder.path().join(name.as_str())).unwrap();
+        file.set_modified(made).unwrap();
+    }
+    let incomplete = async || Catalog::load(&repository).await.unwrap().incomplete.len();
+    let planned = format!("delete 1 packs of aborted backup {}: 5 B", id(1));
+    let (status, text) = expire(folder.path(), &["--dry-run"]);
+    assert_eq!(status, Some(0));
+    assert!(text.contains(&planned) && !text.contains(&id(2).to_string()), "{text}");
+    assert!(text.contains("uploads begun more than 48 h ago"), "{text}");
+    let (status, json) = expire(folder.path(), &["--dry-run", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((status, json["sweep"]["backups"][0]["pack_count"].as_u64()), (Some(0), Some(1)));
+    assert!(json["report"].is_null() && json["swept"].is_null());
+    let (status, _) = expire(folder.path(), &[]);
+    assert_eq!((status, incomplete().await), (Some(2), 2), "nobody confirmed it");
+    let (status, text) = expire(folder.path(), &["--yes"]);
+    assert!(text.contains(&planned), "{text}");
+    assert_eq!((status, incomplete().await), (Some(0), 1), "one may be under way still");
+    let (status, text) = expire(folder.path(), &[]);
+    assert!(status == Some(0) && text.ends_with("nothing to delete\n"), "{text}");
 }

@@ -62,7 +62,16 @@ fn now(day: i64) -> Timestamp {
 fn without_a_rule_nothing_goes() {
     let plan = plan(&month(), &options(None, None, None), now(30)).unwrap();
     assert!(plan.is_empty());
-    assert_eq!(plan.to_string().lines().last(), Some("nothing to delete"));
+    assert!(plan.to_string().lines().all(|line| line.ends_with("keep_count is set")));
+}
+
+#[test]
+fn a_window_alone_deletes_no_backup_and_the_plan_says_so() {
+    let of = |count| plan(&month(), &options(None, count, Some(7)), now(30)).unwrap();
+    let alone = of(None);
+    assert!(alone.backups.is_empty());
+    assert!(alone.to_string().contains("note: pitr_days alone deletes no backup"), "{alone}");
+    assert!(of(Some(1)).remarks.is_empty());
 }
 
 #[test]
