@@ -247,7 +247,15 @@ impl Catalog {
         Some((timeline, self.wal.last_end(timeline)?))
     }
 
-    /// The same, or where a writer at work at the time `now` has got to there, if that is before. It
+    /// When the object with the last byte of the newest timeline's WAL was made, by the store's clock.
+    /// That is when the WAL became durable, or when small objects were joined to one that holds it.
+    #[must_use]
+    pub fn durable_end_time(&self) -> Option<Timestamp> {
+        let (timeline, _) = self.durable_end()?;
+        self.wal.last_extent(timeline)?.modified
+    }
+
+    /// As [`Catalog::durable_end`], or where a writer at work at the time `now` has got to there, if that is before. It
     /// uploads side by side what it received, so what lies behind may wait for what comes before it, which
     /// the server still keeps: a hole there is no loss.
     #[must_use]

@@ -32,6 +32,7 @@ use crate::pg::{Lsn, TimelineId};
 
 use super::Repository;
 use super::names::{BackupId, Object};
+use crate::store::PutOutcome;
 
 /// Longest reason of a hold.
 const REASON_BYTES_MAX: usize = 1024;
@@ -126,22 +127,31 @@ pub(super) async fn drop_superseded(
 /// When it returns, the hold is durable. A deletion that was planned before reads the holds again
 /// before it acts; one that has begun to delete this backup goes on.
 ///
+/// A hold that is there already stays as it is, with its reason: the outcome tells.
+///
 /// # Errors
-/// `not found` when the backup has no manifest; what the store reports.
-pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Result<()> {
+/// `not found` when the backup has no manifest, `usage` when the reason is too long or more than one line;
+/// what the store reports.
+pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Result<PutOutcome> {
     let manifest = repository.name(&Object::Manifest(backup))?;
     if reason.len() > REASON_BYTES_MAX {
         let found = reason.len();
         return Err(Error::new(
             Kind::Usage,
-            format!("a reason of {found} bytes, at most {REASON_BYTES_MAX} are kept"),
+            format!("unable to keep a reason of {found} bytes, at most {REASON_BYTES_MAX}"),
+        ));
+    }
+    if reason.contains(char::is_control) {
+        return Err(Error::new(
+            Kind::Usage,
+            "unable to keep a reason of more than one line of text",
         ));
     }
     let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
-    repository.store().put_if_absent(&name, Bytes::from(reason.to_owned())).await?;
+    let outcome = repository.store().put_if_absent(&name, Bytes::from(reason.to_owned())).await?;
     // Looked up after the hold is there: a deletion that removed the manifest first is then seen.
     if repository.store().head(&manifest).await?.is_some() {
-        return Ok(());
+        return Ok(outcome);
     }
     repository.store().delete(&[name]).await?;
     Err(Error::new(
@@ -151,13 +161,51 @@ pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Re
     .hint("Run 'tidemark list' to see the backups."))
 }
 
-/// Releases a hold; does nothing when there is none.
+/// Releases a hold; whether there was one.
+///
+/// # Durability
+/// When it returns, the hold is gone: the next run of retention decides by its rules alone.
 ///
 /// # Errors
 /// What the store reports.
-pub async fn release(repository: &Repository, backup: BackupId) -> Result<()> {
+pub async fn release(repository: &Repository, backup: BackupId) -> Result<bool> {
     let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
-    repository.store().delete(&[name]).await
+    let was_held = repository.store().head(&name).await?.is_some();
+    if was_held {
+        repository.store().delete(&[name]).await?;
+    }
+    Ok(was_held)
+}
+
+/// The holds there are now, each with its reason, which may be empty. Not a byte of a reason that a
+/// terminal would take for a command is given back.
+///
+/// # Errors
+/// What the store reports.
+pub async fn holds(repository: &Repository) -> Result<BTreeMap<BackupId, String>> {
+    let mut holds = BTreeMap::new();
+    let prefix = format!("{}marks/hold-", repository.cluster().prefix());
+    for object in repository.store().list_all(&prefix).await? {
+        let Some(Object::Mark(mark)) = Object::parse(repository.cluster(), &object.name) else {
+            continue;
+        };
+        let Some(id) = mark.strip_prefix("hold-").and_then(|id| id.parse().ok()) else { continue };
+        let bytes = object.size_bytes.min(REASON_BYTES_MAX as u64);
+        let reason = match bytes {
+            0 => Ok(Bytes::new()),
+            bytes => repository.store().get(&object.name, Some(0..bytes)).await,
+        };
+        match reason {
+            Ok(reason) => {
+                let text = String::from_utf8_lossy(&reason).replace(char::is_control, " ");
+                holds.insert(id, text);
+            }
+            // Released since it was listed.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(holds)
 }
 
 #[cfg(test)]

@@ -249,12 +249,16 @@ fn fail_nth_delete(memory: &Memory, number: u64, outcome: Outcome) {
     memory.fail_next(Call::Delete, outcome);
 }
 
-/// `tidemark expire ARGS` on the repository in `folder`: exit status and standard output.
 fn expire(folder: &Path, args: &[&str]) -> (Option<i32>, String) {
+    tidemark(folder, &[&["expire", "--keep-count", "1"], args].concat())
+}
+
+/// `tidemark ARGS` on the repository in `folder`: exit status and standard output.
+fn tidemark(folder: &Path, args: &[&str]) -> (Option<i32>, String) {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_tidemark"))
-        .args(["expire", "--keep-count", "1", "--repository"])
-        .arg(folder)
         .args(args)
+        .arg("--repository")
+        .arg(folder)
         .env_clear()
         .env("HOME", folder)
         .output()
@@ -295,4 +299,41 @@ async fn expire_removes_what_a_killed_backup_left_and_says_so_first() {
     assert_eq!((status, incomplete().await), (Some(0), 1), "one may be under way still");
     let (status, text) = expire(folder.path(), &[]);
     assert!(status == Some(0) && text.ends_with("nothing to delete\n"), "{text}");
+}
+
+#[tokio::test]
+async fn a_backup_is_held_and_released_by_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::system();
+    let store = Arc::new(Directory::new(folder.path(), &clock));
+    let cluster = ClusterName::new("main").unwrap();
+    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    for number in 0..2 {
+        put_wal(&writer, number, 0).await;
+        put_backup(&writer, number).await;
+    }
+    let run = |args: &[&str]| tidemark(folder.path(), args);
+    let (old, none) = (id(0).to_string(), id(9).to_string());
+    let goes = || expire(folder.path(), &["--dry-run"]).1.contains(&format!("delete backup {old}"));
+    assert!(goes());
+    assert_eq!(run(&["hold", &none]).0, Some(6), "there is no such backup");
+    assert_eq!(run(&["hold", &old, "--reason", "two\nlines"]).0, Some(2));
+    assert_eq!(run(&["hold", &old, "--reason", "audit"]).0, Some(0));
+    assert!(!goes());
+    let (_, json) = run(&["hold", &old, "--reason", "other", "--json"]);
+    assert_eq!(json, format!("{{\"backup\":\"{old}\",\"held\":true,\"was_held\":true}}\n"));
+    let (_, text) = run(&["list"]);
+    assert!(text.contains(&format!("Held: {old}: audit\n")), "{text}");
+    let (_, json) = run(&["list", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["holds"], serde_json::json!([old]));
+    assert_eq!(
+        (&json["backups"][0]["hold"], json["backups"][1]["hold"].is_null()),
+        (&"audit".into(), true)
+    );
+    assert!(json["durable_end"]["age_seconds"].as_f64().is_some_and(|age| age < 3600.0), "{json}");
+    assert_eq!(run(&["release", &old]).0, Some(0));
+    assert!(goes() && run(&["release", &old]).0 == Some(0));
+    assert!(!run(&["list"]).1.contains("Held"));
 }
