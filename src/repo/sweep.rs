@@ -24,7 +24,8 @@
 //! 3. no lease names it. The one writer that may be silent for longer is the stream, and it holds the
 //!    lease; while a lease is held that does not say which key its holder uses, no key goes.
 //!
-//! Scanning reads a few bytes of every object (and joint extents whole); it is done on request only.
+//! Scanning reads a few bytes of every object, and joint extents whole: a request an object, which for a
+//! year of WAL costs more than the keys of a hundred years. So no chore does it (README, "Limits").
 //!
 //! # Durability
 //! Nothing that is listed depends on what goes, so dying anywhere leaves less rubbish, never less of a
