@@ -14,6 +14,7 @@ mod bad_input;
 mod base;
 mod kill;
 mod memory;
+mod minimal_wal;
 mod pitr;
 mod restore;
 mod run;
