@@ -1,4 +1,5 @@
-//! `tidemark expire`: deletes what retention no longer asks for, after printing what that is.
+//! `tidemark expire`: deletes what retention no longer asks for and what aborted backups left, after
+//! printing what that is.
 
 use std::io::{BufRead, IsTerminal};
 
@@ -7,15 +8,15 @@ use serde_json::json;
 use super::invocation::Invocation;
 use super::words;
 use crate::daemon::opening;
+use crate::daemon::upkeep::{self, Plan, Report};
 use crate::error::{Context, Error, Kind, Result};
-use crate::repo::Catalog;
-use crate::repo::retention::{self, DeletionPlan};
 
-/// Delete backups and WAL that retention no longer asks for.
+/// Delete backups and WAL that retention no longer asks for, and what aborted backups left.
 ///
 /// The plan is printed first: what goes, what stays, and why. Nothing that a kept backup or the
 /// window of point-in-time recovery needs is ever deleted, nor the newest backup that can be
-/// restored.
+/// restored. Packs of a backup that was killed, and uploads that were never completed, go when
+/// they are old enough that nobody can still be writing them.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print the plan and delete nothing.
@@ -38,40 +39,25 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         )
     })?;
     let repository = opening::repository(config, clock).await?;
-    let catalog = Catalog::load(&repository).await?;
-    let plan = retention::plan(&catalog, &options, clock.now())?;
+    let plan = upkeep::plan(&repository, &options, clock).await?;
     if !args.json {
         terminal.data(&plan.to_string())?;
     }
-    if args.dry_run || plan.is_empty() {
-        if args.json {
-            terminal.json_line(&json!({ "plan": plan, "report": null }))?;
-        } else if plan.is_empty() {
-            terminal.remark("nothing to delete");
-        }
-        return Ok(());
+    if args.dry_run {
+        return show(&invocation, args.json, &plan, None);
     }
-    if !args.yes {
+    if !args.yes && !plan.is_empty() {
         confirm(&invocation, &plan).await?;
     }
-    let report = retention::apply(&repository, &plan).await?;
-    if args.json {
-        terminal.json_line(&json!({ "plan": plan, "report": report }))?;
-    } else {
-        terminal.remark(&format!(
-            "deleted {} and {}, {} in all",
-            words::count(report.backups.len(), "backup"),
-            words::count(usize::try_from(report.extent_count).unwrap_or(usize::MAX), "WAL object"),
-            words::bytes(plan.stored_bytes())
-        ));
-    }
-    match report.refused.as_slice() {
+    let report = upkeep::apply(&repository, &plan).await?;
+    show(&invocation, args.json, &plan, Some(&report))?;
+    match report.deletion.refused.as_slice() {
         [] => Ok(()),
         [first, ..] => Err(Error::new(
             Kind::Denied,
             format!(
                 "the store refused to delete {}, first '{}': {}",
-                words::count(report.refused.len(), "object"),
+                words::count(report.deletion.refused.len(), "object"),
                 first.object,
                 first.problem
             ),
@@ -80,15 +66,57 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     }
 }
 
+/// Tells what was done, if anything was.
+fn show(
+    invocation: &Invocation,
+    as_json: bool,
+    plan: &Plan,
+    report: Option<&Report>,
+) -> Result<()> {
+    let terminal = &invocation.terminal;
+    if as_json {
+        return terminal.json_line(&json!({
+            "plan": plan.deletion,
+            "sweep": plan.sweep,
+            "report": report.map(|report| &report.deletion),
+            "swept": report.map(|report| &report.swept),
+        }));
+    }
+    let Some(Report { deletion, swept }) = report else { return Ok(()) };
+    if plan.is_empty() && swept.upload_count == 0 {
+        terminal.remark("nothing to delete");
+        return Ok(());
+    }
+    let count = |count: u64, noun| words::count(usize::try_from(count).unwrap_or(usize::MAX), noun);
+    let mut done = vec![
+        words::count(deletion.backups.len(), "backup"),
+        count(deletion.extent_count, "WAL object"),
+    ];
+    if swept.pack_count > 0 {
+        done.push(format!("{} of aborted backups", count(swept.pack_count, "pack")));
+    }
+    if swept.upload_count > 0 {
+        done.push(count(swept.upload_count, "unfinished upload"));
+    }
+    let last = done.pop().unwrap_or_default();
+    let bytes = words::bytes(plan.stored_bytes());
+    terminal.remark(&format!("deleted {} and {last}, {bytes} in all", done.join(", ")));
+    Ok(())
+}
+
 /// Asks the person at the terminal.
-async fn confirm(invocation: &Invocation, plan: &DeletionPlan) -> Result<()> {
+async fn confirm(invocation: &Invocation, plan: &Plan) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(Error::new(Kind::Usage, "nobody is here to confirm the deletion")
             .hint("Look at the plan with --dry-run, then run again with --yes."));
     }
+    let aborted = match plan.sweep.backups.len() {
+        0 => String::new(),
+        count => format!(" and what is left of {}", words::count(count, "aborted backup")),
+    };
     invocation.terminal.error_text(&format!(
-        "Delete {}, {} for good? [y/N] ",
-        words::count(plan.backups.len(), "backup"),
+        "Delete {}{aborted}, {} for good? [y/N] ",
+        words::count(plan.deletion.backups.len(), "backup"),
         words::bytes(plan.stored_bytes())
     ));
     // A thread of its own waits for the answer, so that a signal still ends the command.

@@ -54,6 +54,8 @@ const COMMANDS: &[(&str, &[Group])] = &[
     ("list", &[Group::Repository]),
     ("verify", &[Group::Repository, Group::Opening, Group::Jobs]),
     ("expire", &[Group::Repository, Group::Retention]),
+    ("hold", &[Group::Repository]),
+    ("release", &[Group::Repository]),
     ("wal-get", &[Group::Repository, Group::Opening]),
     ("inspect", &[Group::Repository, Group::Opening]),
 ];

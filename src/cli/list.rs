@@ -1,5 +1,6 @@
 //! `tidemark list`: what there is, and which moments can be reached.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use jiff::Timestamp;
@@ -10,9 +11,10 @@ use super::words::{self, Column};
 use crate::daemon::opening;
 use crate::error::Result;
 use crate::pg::{Lsn, TimelineId};
-use crate::repo::{BackupSummary, Catalog, Interval, Repository, WalGap};
+use crate::repo::{BackupId, BackupSummary, Catalog, Interval, Repository, WalGap, marks};
 
-/// List backups, the moments that can be restored, gaps, and the newest durable commit.
+/// List backups, the moments that can be restored, gaps, and how old the newest durable commit and
+/// WAL are.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print the result as JSON on standard output.
@@ -23,12 +25,16 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let repository = opening::repository(&invocation.config, &invocation.clock).await?;
     let catalog = Catalog::load(&repository).await?;
+    let holds = marks::holds(&repository).await?;
     let now = invocation.clock.now();
     if args.json {
-        return invocation.terminal.json_line(&as_json(&repository, &catalog, now));
+        return invocation.terminal.json_line(&as_json(&repository, &catalog, &holds, now));
     }
-    invocation.terminal.data(&as_text(&repository, &catalog, now))
+    invocation.terminal.data(&as_text(&repository, &catalog, &holds, now))
 }
+
+/// Held backups and why.
+type Holds = BTreeMap<BackupId, String>;
 
 /// A stretch of one timeline in which every moment can be restored, whatever backup it starts from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -85,11 +91,19 @@ fn state(catalog: &Catalog, backup: &BackupSummary) -> &'static str {
     }
 }
 
-fn as_json(repository: &Repository, catalog: &Catalog, now: Timestamp) -> serde_json::Value {
+fn as_json(
+    repository: &Repository,
+    catalog: &Catalog,
+    holds: &Holds,
+    now: Timestamp,
+) -> serde_json::Value {
     let backups: Vec<_> = catalog
         .backups
         .iter()
-        .map(|backup| json!({ "state": state(catalog, backup), "backup": backup }))
+        .map(|backup| {
+            let hold = holds.get(&backup.id());
+            json!({ "state": state(catalog, backup), "hold": hold, "backup": backup })
+        })
         .collect();
     let intervals = catalog.intervals();
     let newest = catalog.newest_commit().and_then(|extent| extent.name.time?.to_timestamp());
@@ -111,18 +125,22 @@ fn as_json(repository: &Repository, catalog: &Catalog, now: Timestamp) -> serde_
         "durable_end": catalog.durable_end().map(|(timeline, lsn)| json!({
             "timeline": timeline,
             "lsn": lsn,
+            "time": catalog.durable_end_time(),
+            "age_seconds": catalog.durable_end_time().map(|time| {
+                now.duration_since(time).as_secs_f64()
+            }),
         })),
         "wal": {
             "stored_bytes": catalog.wal.stored_bytes(),
             "object_count": catalog.wal.extent_count(),
         },
         "writer": catalog.lease,
-        "holds": catalog.marks.holds,
+        "holds": holds.keys().collect::<Vec<_>>(),
         "foreign_object_count": catalog.foreign_count,
     })
 }
 
-fn as_text(repository: &Repository, catalog: &Catalog, now: Timestamp) -> String {
+fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Timestamp) -> String {
     let mut text = format!(
         "Cluster '{}' in {}, system identifier {}\n",
         repository.cluster(),
@@ -130,16 +148,26 @@ fn as_text(repository: &Repository, catalog: &Catalog, now: Timestamp) -> String
         repository.system_id()
     );
     text.push_str(&backups(catalog));
+    // Writing to a String cannot fail.
+    for (id, reason) in holds {
+        let colon = if reason.is_empty() { "" } else { ": " };
+        let _ = writeln!(text, "Held: {id}{colon}{reason}");
+    }
     text.push_str(&reachable(catalog));
-    for WalGap { gap, last_commit_before, commit_after, expired } in catalog.gaps() {
+    for WalGap { gap, last_commit_before, commit_after, expired, minimal } in catalog.gaps() {
         let around = |time: Option<Timestamp>| time.map_or("unknown".to_owned(), words::time);
-        // Writing to a String cannot fail.
+        let (what, place) = match (expired, minimal) {
+            (true, _) => ("Expired WAL", gap.missing.to_string()),
+            (false, true) => (
+                "GAP, wal_level was 'minimal'",
+                format!("from {} on, only a backup taken later leads past it", gap.missing.start()),
+            ),
+            (false, false) => ("GAP, WAL lost", gap.missing.to_string()),
+        };
         let _ = writeln!(
             text,
-            "{}: timeline {} {} (last commit before {}, first after {})",
-            if expired { "Expired WAL" } else { "GAP, WAL lost" },
+            "{what}: timeline {} {place} (last commit before {}, first after {})",
             gap.timeline,
-            gap.missing,
             around(last_commit_before),
             around(commit_after)
         );
@@ -236,7 +264,11 @@ fn newest(catalog: &Catalog, now: Timestamp) -> String {
     if let Some((timeline, lsn)) = catalog.durable_end() {
         let _ = writeln!(
             text,
-            "Durable WAL ends at {lsn} on timeline {timeline}; {} in {}",
+            "Durable WAL ends at {lsn} on timeline {timeline}, stored {}; {} in {}",
+            catalog.durable_end_time().map_or_else(
+                || "at a time the store does not tell".to_owned(),
+                |time| format!("{} ago", words::age(time, now))
+            ),
             words::bytes(catalog.wal.stored_bytes()),
             words::count(catalog.wal.extent_count(), "object")
         );
@@ -258,7 +290,7 @@ fn newest(catalog: &Catalog, now: Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repo::BackupId;
+    use crate::repo::{ExtentName, StoredExtent, WalCatalog};
 
     fn interval(timeline: u32, from: u64, until: u64) -> Interval {
         let timeline = TimelineId::new(timeline).unwrap();
@@ -282,5 +314,21 @@ mod tests {
         let found: Vec<_> =
             windows(&all).iter().map(|w| (w.timeline.get(), w.from_lsn.0, w.until_lsn.0)).collect();
         assert_eq!(found, [(1, 10, 90), (1, 95, 99), (2, 10, 60)]);
+    }
+
+    #[test]
+    fn how_old_the_last_durable_wal_is_is_shown_whether_or_not_anything_was_committed() {
+        let range = crate::pg::LsnRange::new(Lsn(0x10), Lsn(0x90)).unwrap();
+        let name = ExtentName { timeline: TimelineId::FIRST, range, time: None };
+        let shown = |modified: Option<&str>| {
+            let modified = modified.map(|time| time.parse().unwrap());
+            let wal = WalCatalog::new([StoredExtent { name, stored_bytes: 7, modified }]);
+            newest(&Catalog { wal, ..Catalog::default() }, "2026-11-22T10:05:00Z".parse().unwrap())
+        };
+        assert_eq!(
+            shown(Some("2026-11-22T10:00:00Z")),
+            "\nDurable WAL ends at 0/90 on timeline 1, stored 5 min ago; 7 B in 1 object\n"
+        );
+        assert!(shown(None).contains("the store does not tell"), "{}", shown(None));
     }
 }

@@ -12,12 +12,14 @@ mod config;
 mod demo;
 mod expire;
 mod flags;
+mod hold;
 mod init;
 mod inspect;
 mod invocation;
 mod keygen;
 mod list;
 mod progress;
+mod release;
 mod render;
 mod restore;
 mod run;
@@ -100,6 +102,8 @@ enum Command {
     List(list::Args),
     Verify(verify::Args),
     Expire(expire::Args),
+    Hold(hold::Args),
+    Release(release::Args),
     WalGet(wal_get::Args),
     Inspect(inspect::Args),
     Config(config::Args),
@@ -118,6 +122,8 @@ impl Command {
             Self::List(args) => args.json,
             Self::Verify(args) => args.json,
             Self::Expire(args) => args.json,
+            Self::Hold(args) => args.json,
+            Self::Release(args) => args.json,
             Self::Inspect(args) => args.json,
             Self::Config(args) => args.json(),
             Self::Demo(args) => args.json,
@@ -206,6 +212,8 @@ async fn dispatch(command: Command, invocation: Invocation) -> Result<ExitCode> 
         Command::List(args) => list::run(args, invocation).await,
         Command::Verify(args) => verify::run(args, invocation).await,
         Command::Expire(args) => expire::run(args, invocation).await,
+        Command::Hold(args) => hold::run(args, invocation).await,
+        Command::Release(args) => release::run(args, invocation).await,
         Command::WalGet(args) => {
             return wal_get::run(args, invocation).await.map(|found| match found {
                 WalGet::Found => ExitCode::SUCCESS,

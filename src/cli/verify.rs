@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::invocation::Invocation;
 use super::progress::{Meter, Progress};
+use super::words;
 use crate::daemon::{keys, opening};
 use crate::error::{Error, Kind, Result};
 use crate::repo::BackupId;
@@ -17,9 +18,10 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Read back what is stored and prove that it can be restored.
 ///
-/// Authenticates every frame, or a sample of them, checks that each backup is complete and that the
-/// WAL after it is contiguous. Any defect is named with what is lost by it, and the exit status is
-/// not 0.
+/// Authenticates every frame, or a sample of them, and checks that each backup is complete, that the
+/// WAL it needs is there, and that some backup leads to the newest WAL. Any defect is named with what
+/// is lost by it, and the exit status is not 0. WAL that was lost and that no backup needs is named
+/// too; it is no defect.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Read about this share of the packs and extents, in per cent, drawn anew each time.
@@ -67,6 +69,12 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         terminal.data(&report.to_string())?;
     }
     report.ensure_sound()?;
-    terminal.remark("everything that was read is whole");
+    match report.lost_count() {
+        0 => terminal.remark("everything that was read is whole"),
+        count => terminal.remark(&format!(
+            "everything that was read is whole; times in {} of the WAL cannot be restored",
+            words::count(count, "gap")
+        )),
+    }
     Ok(())
 }

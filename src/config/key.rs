@@ -450,7 +450,8 @@ pub const KEYS: &[Key] = &[
         Form::Integer { min: 1, max: 36_500 },
         Group::Retention,
         "Keep every moment of this many days restorable. Without it, every moment that can be \
-         reached from a backup that is kept.",
+         reached from a backup that is kept. Alone it deletes WAL only: backups go by \
+         retention.keep_days and retention.keep_count.",
     )
     .flag("pitr-days"),
     key(

@@ -1,11 +1,84 @@
 //! What keeps a repository small: retention, and the sweep of what nothing refers to. Each is a plan
 //! first; nothing here decides by itself what may go. (Small WAL objects are merged by the stream.)
 
+use std::fmt;
+
 use crate::clock::Clock;
 use crate::error::Result;
-use crate::repo::retention::{self, DeletionReport, RetentionOptions};
-use crate::repo::sweep::{self, SweepOptions, SweepReport};
+use crate::repo::retention::{self, DeletionPlan, DeletionReport, RetentionOptions};
+use crate::repo::sweep::{self, SweepOptions, SweepPlan, SweepReport};
 use crate::repo::{Catalog, Repository};
+
+/// All that may go, planned from one listing.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What retention no longer asks for.
+    pub deletion: DeletionPlan,
+    /// What aborted backups left behind.
+    pub sweep: SweepPlan,
+}
+
+impl Plan {
+    /// Whether no object is deleted. Uploads that were never completed are no objects yet: they are
+    /// known only when they are discarded.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.deletion.is_empty() && self.sweep.is_empty()
+    }
+
+    /// Bytes of the objects that go.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.deletion.stored_bytes() + self.sweep.stored_bytes()
+    }
+}
+
+impl fmt::Display for Plan {
+    /// As `expire` prints it before it acts.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.deletion, self.sweep)?;
+        if self.is_empty() {
+            writeln!(f, "nothing to delete")?;
+        }
+        Ok(())
+    }
+}
+
+/// What was done of a [`Plan`].
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Of what retention no longer asks for.
+    pub deletion: DeletionReport,
+    /// Of what aborted backups left behind.
+    pub swept: SweepReport,
+}
+
+/// Plans both.
+///
+/// # Errors
+/// What the store reports; `bug` when the plan and its check disagree, and then nothing may be deleted.
+pub async fn plan(
+    repository: &Repository,
+    options: &RetentionOptions,
+    clock: &Clock,
+) -> Result<Plan> {
+    let catalog = Catalog::load(repository).await?;
+    let now = clock.now();
+    Ok(Plan {
+        deletion: retention::plan(&catalog, options, now)?,
+        sweep: sweep::plan(&catalog, None, SweepOptions::default(), now),
+    })
+}
+
+/// Carries a plan out: first the deletions, then the sweep, which looks again at each backup it takes.
+///
+/// # Errors
+/// As [`expire`] and [`sweep`](sweep()).
+pub async fn apply(repository: &Repository, plan: &Plan) -> Result<Report> {
+    let deletion = retention::apply(repository, &plan.deletion).await?;
+    let swept = sweep::apply(repository, &plan.sweep).await?;
+    Ok(Report { deletion, swept })
+}
 
 /// Deletes what retention no longer asks for.
 ///

@@ -199,7 +199,8 @@ pub(super) fn object_name(bytes: &[u8]) {
         assert!(!extent.range.is_empty());
     }
     let marks = repo::fuzz::marks(text.lines());
-    assert!(marks.holds.len() + marks.expired.len() <= text.lines().count());
+    let count = marks.holds.len() + marks.expired.len() + marks.minimal.len();
+    assert!(count <= text.lines().count());
     let Ok(name) = ObjectName::new(text) else { return };
     if let Some(object) = Object::parse(&cluster(), &name) {
         assert_eq!(object.name(&cluster()).ok(), Some(name));

@@ -15,13 +15,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
-use super::coverage::{StoredExtent, WalCatalog};
+use super::coverage::{Gap, StoredExtent, WalCatalog};
 use super::interval::{BackupSpan, Interval, Lineage, WalGap};
 use super::lease::LeaseInfo;
 use super::manifest::PublicManifest;
@@ -142,7 +142,8 @@ impl Catalog {
     /// The WAL and how timelines descend from one another.
     #[must_use]
     pub fn lineage(&self) -> Lineage<'_> {
-        Lineage { wal: &self.wal, histories: &self.histories }
+        let Self { wal, histories, marks, .. } = self;
+        Lineage { wal, histories, minimal: &marks.minimal }
     }
 
     /// The backup with this id.
@@ -217,15 +218,18 @@ impl Catalog {
         self.backups.iter().any(reaches)
     }
 
-    /// The holes in the WAL, each once.
+    /// The holes in the WAL, and where it does not hold all changes, each once.
     #[must_use]
     pub fn gaps(&self) -> Vec<WalGap> {
         let lineage = self.lineage();
-        let gaps = lineage.gaps().into_iter().map(|gap| {
+        let holes = lineage.gaps().into_iter().map(|gap| (gap, false));
+        let minimal = lineage.minimal_gaps().into_iter().map(|gap| (gap, true));
+        let all: BTreeSet<(Gap, bool)> = holes.chain(minimal).collect();
+        let gaps = all.into_iter().map(|(gap, minimal)| {
             let (last_commit_before, commit_after) = lineage.times_around(&gap);
             let horizon = self.marks.expired.get(&gap.timeline);
             let expired = horizon.is_some_and(|horizon| gap.missing.end() <= *horizon);
-            WalGap { gap, last_commit_before, commit_after, expired }
+            WalGap { gap, last_commit_before, commit_after, expired, minimal }
         });
         gaps.collect()
     }
@@ -241,6 +245,29 @@ impl Catalog {
     pub fn durable_end(&self) -> Option<(TimelineId, Lsn)> {
         let timeline = self.wal.timelines().last()?;
         Some((timeline, self.wal.last_end(timeline)?))
+    }
+
+    /// When the object with the last byte of the newest timeline's WAL was made, by the store's clock.
+    /// That is when the WAL became durable, or when small objects were joined to one that holds it.
+    #[must_use]
+    pub fn durable_end_time(&self) -> Option<Timestamp> {
+        let (timeline, _) = self.durable_end()?;
+        self.wal.last_extent(timeline)?.modified
+    }
+
+    /// As [`Catalog::durable_end`], or where a writer at work at the time `now` has got to there, if that is before. It
+    /// uploads side by side what it received, so what lies behind may wait for what comes before it, which
+    /// the server still keeps: a hole there is no loss.
+    #[must_use]
+    pub fn settled_end(&self, now: Timestamp) -> Option<(TimelineId, Lsn)> {
+        let (timeline, end) = self.durable_end()?;
+        let at_work = self.lease.as_ref().filter(|lease| {
+            let ttl = SignedDuration::from_millis(i64::try_from(lease.ttl_ms).unwrap_or(i64::MAX));
+            !lease.released && now.duration_since(lease.renewed_time) <= ttl
+        });
+        let progress = at_work.and_then(|lease| lease.progress);
+        let settled = progress.filter(|progress| progress.timeline == timeline);
+        Some((timeline, settled.map_or(end, |progress| progress.durable_end_lsn.min(end))))
     }
 
     /// Timelines whose ancestors are not known because their history file is missing or damaged.
@@ -259,8 +286,6 @@ impl Catalog {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use jiff::SignedDuration;
-
     use super::super::coverage::tests::timeline;
     use super::super::manifest::BackupKind;
     use super::*;
@@ -377,6 +402,62 @@ pub(super) mod tests {
         assert_eq!(catalog.intervals()[0].until_time, at_minute(90));
         catalog.lease = Some(lease(101));
         assert_eq!(catalog.intervals()[0].until_time, at_minute(0), "there is more than we see");
+    }
+
+    #[test]
+    fn a_hole_behind_what_a_writer_at_work_has_acknowledged_is_no_loss_yet() {
+        use super::super::coverage::tests::extent;
+        use super::super::lease::Progress;
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([extent(1, 0, 100, 0), extent(1, 120, 140, 0)]),
+            ..Catalog::default()
+        };
+        let end = |catalog: &Catalog, minute| catalog.settled_end(at_minute(minute)).unwrap().1.0;
+        assert_eq!(end(&catalog, 90), 140);
+        let progress =
+            Progress { timeline: timeline(1), durable_end_lsn: Lsn(100), caught_up_time: None };
+        catalog.lease = Some(LeaseInfo {
+            epoch: 1,
+            released: false,
+            description: "stream".into(),
+            tenure: super::super::lease::Tenure::Standing,
+            process: super::super::process::ProcessIdentity::default(),
+            acquired_time: at_minute(0),
+            renewed_time: at_minute(90),
+            ttl_ms: 60_000,
+            progress: Some(progress),
+            key_id: None,
+        });
+        assert_eq!(end(&catalog, 91), 100);
+        assert_eq!(end(&catalog, 92), 140, "nobody is at work any more");
+        catalog.lease.as_mut().unwrap().released = true;
+        assert_eq!(end(&catalog, 91), 140);
+    }
+
+    #[test]
+    fn a_backup_from_before_minimal_wal_reaches_it_and_no_more_until_another_is_taken() {
+        use super::super::coverage::tests::extent;
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([extent(1, 0, 60, 1), extent(1, 60, 100, 2)]),
+            ..Catalog::default()
+        };
+        assert!(catalog.reaches(timeline(1), Lsn(100)) && catalog.gaps().is_empty());
+        catalog.marks.minimal.insert((timeline(1), Lsn(60)));
+        assert!(!catalog.reaches(timeline(1), Lsn(100)) && catalog.reaches(timeline(1), Lsn(60)));
+        let [gap] = catalog.gaps()[..] else { panic!("{:?}", catalog.gaps()) };
+        assert!(gap.minimal && !gap.expired && gap.gap.missing.is_empty());
+        catalog.backups.push(backup(1, (70, 80), (2, 3)));
+        assert!(catalog.reaches(timeline(1), Lsn(100)));
+        let ends: Vec<_> = catalog.intervals().iter().map(|i| i.until_lsn.0).collect();
+        assert_eq!(ends, [60, 100]);
+        // A backup that ran across it cannot be restored.
+        catalog.backups.push(backup(1, (55, 65), (2, 3)));
+        assert!(!catalog.is_restorable(&catalog.backups[2]));
+        // When all that came before has expired, so has this.
+        catalog.marks.expired.insert(timeline(1), Lsn(60));
+        assert!(catalog.gaps()[0].expired);
     }
 
     #[test]

@@ -274,6 +274,15 @@ impl WalCatalog {
         self.coverage(timeline).last().map(|run| run.end())
     }
 
+    /// The extent with the last byte of a timeline's WAL.
+    #[must_use]
+    pub fn last_extent(&self, timeline: TimelineId) -> Option<StoredExtent> {
+        let wal = self.timelines.get(&timeline)?;
+        // Of several that end there the one made first: a joint one is made later than what it joins.
+        let made = |row: &Row| std::cmp::Reverse(row.modified_s);
+        wal.rows.iter().max_by_key(|row| (row.end(), made(row))).map(|row| row.stored(timeline))
+    }
+
     /// The fewest extents that hold all of `wanted`, in the order of their positions. Each begins at or
     /// before the end of the one before it, so what they share is to be read once.
     ///
@@ -380,6 +389,18 @@ pub(super) mod tests {
     #[test]
     fn a_row_is_as_small_as_the_memory_budget_says() {
         assert_eq!(size_of::<Row>(), 32);
+    }
+
+    #[test]
+    fn the_last_extent_is_the_one_that_reaches_furthest_and_of_several_the_first_made() {
+        let at = |start, end, second| StoredExtent {
+            modified: Some(Timestamp::from_second(second).unwrap()),
+            ..extent(1, start, end, 0)
+        };
+        let wal = WalCatalog::new([at(0, 50, 7), at(0, 90, 9), at(50, 90, 8), at(60, 70, 1)]);
+        let last = wal.last_extent(timeline(1)).unwrap();
+        assert_eq!((last.name.range.start(), last.modified), (Lsn(50), at(0, 1, 8).modified));
+        assert_eq!(wal.last_extent(timeline(2)), None);
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //!   own WAL from start to end is there without a hole. This is what PostgreSQL demands at start-up
 //!   ("requested timeline is not a child of this server's history", "WAL ends before end of online
 //!   backup").
+//! - Where the server went on with `wal_level = minimal` the WAL does not hold all changes: what can be
+//!   restored from a backup that began before ends there (see [`super::marks`]).
 //! - WAL past a fork belongs to the branch: what an ancestor wrote after the switch point is never
 //!   part of a descendant's path.
 //! - Just before a switch point the new timeline may hold the bytes as well: a promoted server copies
@@ -60,7 +62,7 @@ pub struct Interval {
     /// Whether the WAL reaches the target timeline itself. Where it does not, the interval tells
     /// nothing that one of an ancestor does not tell, but for WAL that only descendants hold.
     pub arrived: bool,
-    /// Whether it ends where the target timeline's WAL ends, so that it grows as WAL arrives.
+    /// Whether it ends where the target timeline's WAL ends and grows as WAL arrives.
     pub open: bool,
     /// Which WAL is read from which timeline, from the backup's start to `until_lsn`.
     pub path: Vec<Stretch>,
@@ -97,6 +99,9 @@ pub struct WalGap {
     pub commit_after: Option<Timestamp>,
     /// Whether retention removed it on purpose; otherwise it was lost.
     pub expired: bool,
+    /// Nothing is missing (the range is empty), but from here on the WAL does not hold all changes,
+    /// because the server ran with `wal_level = minimal`: only a backup taken later leads on.
+    pub minimal: bool,
 }
 
 /// The WAL and how timelines descend from one another.
@@ -106,6 +111,8 @@ pub struct Lineage<'a> {
     pub wal: &'a WalCatalog,
     /// The history files that are there.
     pub histories: &'a BTreeMap<TimelineId, TimelineHistory>,
+    /// Where the server went on with `wal_level = minimal` ([`super::marks::Marks::minimal`]).
+    pub minimal: &'a BTreeSet<(TimelineId, Lsn)>,
 }
 
 impl Lineage<'_> {
@@ -137,10 +144,12 @@ impl Lineage<'_> {
         part_at(&self.path(target), position).is_some_and(|part| part.timeline == timeline)
     }
 
-    /// The contiguous WAL from `from` towards `target`, at most to `limit`.
+    /// The contiguous WAL from `from` towards `target` that a backup which begins there can replay, at
+    /// most to `limit`.
     #[must_use]
     pub fn walk(&self, target: TimelineId, from: Lsn, limit: Lsn) -> Vec<Stretch> {
         let path = self.path(target);
+        let limit = minimal_after(&path, self.minimal, from).map_or(limit, |lsn| lsn.min(limit));
         let mut stretches = Vec::new();
         let mut position = from;
         for (index, part) in path.iter().enumerate() {
@@ -239,6 +248,9 @@ impl Lineage<'_> {
         if until_lsn < backup.end_lsn {
             return None;
         }
+        let barrier = minimal_after(&self.path(target), self.minimal, backup.id.start_lsn());
+        let ends_for_good = barrier.is_some_and(|barrier| barrier <= until_lsn);
+        let at_tip = self.wal.last_end(target).is_none_or(|end| end <= until_lsn);
         let newest = stretches.iter().filter_map(|stretch| self.newest_commit(target, stretch));
         // Its own end is known by our clock alone: a commit of that moment may lie behind the WAL.
         let began = backup.id.start_time();
@@ -251,7 +263,7 @@ impl Lineage<'_> {
             from_time: backup.end_time,
             until_time,
             arrived,
-            open: arrived && self.wal.last_end(target).is_none_or(|end| end <= until_lsn),
+            open: arrived && at_tip && !ends_for_good,
             path: stretches,
         })
     }
@@ -270,6 +282,30 @@ impl Lineage<'_> {
     #[must_use]
     pub fn gaps(&self) -> BTreeSet<Gap> {
         self.timelines().into_iter().flat_map(|target| self.gaps_towards(target)).collect()
+    }
+
+    /// Where the WAL goes on but does not hold all changes, each once: as gaps of no length.
+    #[must_use]
+    pub(super) fn minimal_gaps(&self) -> BTreeSet<Gap> {
+        let timelines = self.timelines();
+        let is_within_wal = |timeline: TimelineId, lsn: Lsn| {
+            timelines.iter().map(|target| self.path(*target)).any(|path| {
+                let all = path.iter().flat_map(|part| {
+                    let whole = range(part.start, part.end.unwrap_or(Lsn(u64::MAX)));
+                    self.runs_within(std::slice::from_ref(part), whole)
+                });
+                let (mut before, mut behind) = (false, false);
+                for run in all {
+                    before |= run.start() < lsn;
+                    behind |= run.end() > lsn;
+                }
+                before && behind && is_held_on(&path, timeline, lsn)
+            })
+        };
+        let within = self.minimal.iter().filter(|(timeline, lsn)| is_within_wal(*timeline, *lsn));
+        within
+            .map(|(timeline, lsn)| Gap { timeline: *timeline, missing: range(*lsn, *lsn) })
+            .collect()
     }
 
     fn gaps_towards(&self, target: TimelineId) -> Vec<Gap> {
@@ -314,8 +350,9 @@ impl Lineage<'_> {
     pub(super) fn times_around(&self, gap: &Gap) -> (Option<Timestamp>, Option<Timestamp>) {
         let timeline = gap.timeline;
         let runs = self.wal.coverage(timeline);
-        let before = runs.iter().rev().filter(|run| run.end() <= gap.missing.start());
-        let before = before.clone().find_map(|run| self.wal.newest_commit_in(timeline, *run));
+        let before = range(Lsn(0), gap.missing.start());
+        let before = runs.iter().rev().map(|run| intersection(*run, before));
+        let before = before.clone().find_map(|run| self.wal.newest_commit_in(timeline, run));
         let behind = range(gap.missing.end(), Lsn(u64::MAX));
         let after = self.wal.extents_in(timeline, behind).find_map(|extent| extent.name.time);
         let shown = |time: Option<PgTime>| time.and_then(PgTime::to_timestamp);
@@ -341,6 +378,28 @@ pub(super) fn recoverable_times(
         }
     }
     joined
+}
+
+/// The first position from `from` on along `path` that a backup which begins at `from` does not lead
+/// past, because the server went on with `wal_level = minimal` there.
+pub(crate) fn minimal_after(
+    path: &[PathPart],
+    minimal: &BTreeSet<(TimelineId, Lsn)>,
+    from: Lsn,
+) -> Option<Lsn> {
+    let ahead =
+        minimal.iter().filter(|(timeline, lsn)| *lsn >= from && is_held_on(path, *timeline, *lsn));
+    ahead.map(|(_, lsn)| *lsn).min()
+}
+
+/// Whether what `timeline` holds at `position` belongs to `path`: it is the timeline of that place, or a
+/// later one, whose first segment begins with a copy of its parent's.
+fn is_held_on(path: &[PathPart], timeline: TimelineId, position: Lsn) -> bool {
+    let part = path
+        .iter()
+        .position(|part| part.start <= position && part.end.is_none_or(|end| position < end));
+    let holders = part.and_then(|part| path.get(part..)).unwrap_or_default();
+    holders.iter().any(|holder| holder.timeline == timeline)
 }
 
 /// The part of a path that holds the byte at `position`.
@@ -371,6 +430,14 @@ mod tests {
         }
     }
 
+    fn lineage<'a>(
+        wal: &'a WalCatalog,
+        histories: &'a BTreeMap<TimelineId, TimelineHistory>,
+    ) -> Lineage<'a> {
+        static NONE: BTreeSet<(TimelineId, Lsn)> = BTreeSet::new();
+        Lineage { wal, histories, minimal: &NONE }
+    }
+
     /// Timeline 2 left 1 at 150 and 3 left 2 at 300; 1 went on after the fork.
     fn forked() -> (WalCatalog, BTreeMap<TimelineId, TimelineHistory>) {
         let wal = WalCatalog::new([
@@ -391,7 +458,7 @@ mod tests {
     #[test]
     fn a_backup_reaches_every_timeline_that_descends_from_it() {
         let (wal, histories) = forked();
-        let lineage = Lineage { wal: &wal, histories: &histories };
+        let lineage = lineage(&wal, &histories);
         let backup = span(1, 20, 60);
         let to = |number| lineage.interval(&backup, timeline(number)).unwrap();
         assert_eq!(stretches(&to(1)), [(1, 20, 180)]);
@@ -405,7 +472,7 @@ mod tests {
     #[test]
     fn a_commit_past_the_fork_does_not_count_for_the_branch() {
         let (wal, histories) = forked();
-        let lineage = Lineage { wal: &wal, histories: &histories };
+        let lineage = lineage(&wal, &histories);
         let until =
             |number| lineage.interval(&span(1, 0, 60), timeline(number)).unwrap().until_time;
         assert_eq!(until(1), PgTime(99).to_timestamp().unwrap());
@@ -415,7 +482,7 @@ mod tests {
     #[test]
     fn a_backup_that_ran_across_the_fork_or_past_it_does_not_reach_the_branch() {
         let (wal, histories) = forked();
-        let lineage = Lineage { wal: &wal, histories: &histories };
+        let lineage = lineage(&wal, &histories);
         assert_eq!(lineage.interval(&span(1, 120, 151), timeline(2)), None);
         assert!(lineage.interval(&span(1, 120, 150), timeline(2)).is_some());
         assert!(lineage.interval(&span(1, 120, 151), timeline(1)).is_some());
@@ -429,7 +496,7 @@ mod tests {
     #[test]
     fn a_backup_whose_own_wal_has_a_hole_reaches_nothing() {
         let (wal, histories) = forked();
-        let lineage = Lineage { wal: &wal, histories: &histories };
+        let lineage = lineage(&wal, &histories);
         assert_eq!(lineage.interval(&span(3, 310, 350), timeline(3)), None);
         assert_eq!(lineage.interval(&span(3, 340, 401), timeline(3)), None);
         assert!(lineage.interval(&span(3, 340, 400), timeline(3)).is_some());
@@ -438,16 +505,16 @@ mod tests {
     #[test]
     fn holes_are_reported_once_and_only_between_wal_that_is_there() {
         let (wal, histories) = forked();
-        let gaps = Lineage { wal: &wal, histories: &histories }.gaps();
+        let gaps = lineage(&wal, &histories).gaps();
         let hole = Gap { timeline: timeline(3), missing: range(Lsn(320), Lsn(330)) };
         assert_eq!(gaps.into_iter().collect::<Vec<_>>(), [hole]);
         // The end of the old timeline is lost only when the new one has WAL.
         let histories = [history(2, &[(1, 150)])].into();
         let wal = WalCatalog::new([extent(1, 0, 140, 0)]);
-        assert!(Lineage { wal: &wal, histories: &histories }.gaps().is_empty());
+        assert!(lineage(&wal, &histories).gaps().is_empty());
         let wal = WalCatalog::new([extent(1, 0, 140, 0), extent(2, 150, 160, 0)]);
         let hole = Gap { timeline: timeline(1), missing: range(Lsn(140), Lsn(150)) };
-        let gaps = Lineage { wal: &wal, histories: &histories }.gaps();
+        let gaps = lineage(&wal, &histories).gaps();
         assert_eq!(gaps.into_iter().collect::<Vec<_>>(), [hole]);
     }
 
@@ -455,7 +522,7 @@ mod tests {
     fn bytes_before_the_switch_point_may_be_held_by_the_new_timeline() {
         let histories = [history(2, &[(1, 150)])].into();
         let wal = WalCatalog::new([extent(1, 0, 130, 0), extent(2, 128, 200, 0)]);
-        let lineage = Lineage { wal: &wal, histories: &histories };
+        let lineage = lineage(&wal, &histories);
         assert!(lineage.gaps().is_empty());
         let pieces = lineage.cover(timeline(2), range(Lsn(10), Lsn(190))).unwrap();
         let pieces: Vec<_> = pieces
@@ -470,10 +537,58 @@ mod tests {
     #[test]
     fn an_unknown_ancestry_is_not_guessed() {
         let wal = WalCatalog::new([extent(1, 0, 150, 0), extent(2, 150, 200, 0)]);
-        let lineage = Lineage { wal: &wal, histories: &BTreeMap::new() };
+        let none = BTreeMap::new();
+        let lineage = lineage(&wal, &none);
         assert!(!lineage.knows(timeline(2)) && lineage.knows(timeline(1)));
         assert_eq!(lineage.interval(&span(1, 10, 20), timeline(2)), None);
         assert!(lineage.interval(&span(2, 150, 160), timeline(2)).is_some());
+    }
+
+    #[test]
+    fn no_backup_leads_past_a_place_where_the_server_left_changes_out_of_its_wal() {
+        let (wal, histories) = forked();
+        let minimal = [(timeline(1), Lsn(120)), (timeline(1), Lsn(170))].into();
+        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &histories) };
+        let to = |backup: BackupSpan, number| {
+            let interval = lineage.interval(&backup, timeline(number));
+            interval.map(|found| (found.until_lsn.0, found.arrived, found.open))
+        };
+        let before = span(1, 20, 60);
+        assert_eq!(to(before, 1), Some((120, true, false)));
+        assert_eq!(to(before, 2), Some((120, false, false)), "it never comes to the fork");
+        // Taken after the first, it leads to the branch that left before the second.
+        let after = span(1, 121, 130);
+        assert_eq!(to(after, 1), Some((170, true, false)));
+        assert_eq!(to(after, 2), Some((300, true, true)));
+        let across = span(1, 100, 130);
+        assert!(to(across, 1).is_none() && !lineage.is_complete(&across));
+        let shown: Vec<_> = lineage.minimal_gaps().into_iter().map(|gap| gap.missing).collect();
+        assert_eq!(shown, [range(Lsn(120), Lsn(120)), range(Lsn(170), Lsn(170))]);
+        let (before, after) =
+            lineage.times_around(&Gap { timeline: timeline(1), missing: shown[0] });
+        assert_eq!((before, after), (PgTime(10).to_timestamp(), PgTime(99).to_timestamp()));
+    }
+
+    #[test]
+    fn a_mark_where_no_wal_lies_yet_or_any_more_is_no_gap_and_what_ends_there_does_not_grow() {
+        let wal = WalCatalog::new([extent(1, 50, 100, 0)]);
+        let none = BTreeMap::new();
+        let minimal = [(timeline(1), Lsn(50)), (timeline(1), Lsn(100))].into();
+        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &none) };
+        assert!(lineage.minimal_gaps().is_empty());
+        let interval = lineage.interval(&span(1, 60, 70), timeline(1)).unwrap();
+        assert_eq!((interval.until_lsn, interval.open), (Lsn(100), false));
+    }
+
+    #[test]
+    fn a_copy_of_the_parents_wal_tells_where_changes_were_left_out_too() {
+        let histories = [history(2, &[(1, 150)])].into();
+        let wal = WalCatalog::new([extent(1, 0, 130, 0), extent(2, 128, 200, 0)]);
+        let minimal = [(timeline(2), Lsn(140))].into();
+        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &histories) };
+        let until =
+            |target| lineage.interval(&span(1, 10, 20), timeline(target)).unwrap().until_lsn;
+        assert_eq!((until(2), until(1)), (Lsn(140), Lsn(130)));
     }
 
     proptest! {
@@ -491,7 +606,7 @@ mod tests {
             let target = u32::try_from(parents.len()).unwrap() + 1;
             let histories = [history(target, &parents)].into();
             let wal = WalCatalog::new(extents.iter().map(|(t, s, l)| extent(*t, *s, s + l, 0)));
-            let lineage = Lineage { wal: &wal, histories: &histories };
+            let lineage = lineage(&wal, &histories);
             let position_of = |byte: u64| parents.iter().position(|(_, lsn)| byte < *lsn);
             let held = |byte: u64| {
                 let first = position_of(byte).map_or(target, |index| parents[index].0);

@@ -4,18 +4,35 @@
 //! ```text
 //! <cluster>/marks/hold-<backup id>                      this backup is not deleted
 //! <cluster>/marks/expired-<timeline 8 HEX>-<LSN 16 HEX> WAL before this was removed on purpose
+//! <cluster>/marks/minimal-<timeline 8 HEX>-<LSN 16 HEX> no backup from before leads past this record
 //! ```
 //! The content of a hold is its reason, for people; that of the others is empty.
+//!
+//! # When the WAL does not hold all changes
+//! A server that is started with `wal_level = minimal` says so in its WAL (`XLOG_PARAMETER_CHANGE`) and
+//! from there on leaves changes out. The WAL goes on without a hole, so nothing in a listing would tell:
+//! PostgreSQL 14 and later refuse to replay that record, 13 replays it and is silently incomplete. The
+//! mark names the start of the record, the last position that a backup from before reaches. One that
+//! begins after it does not need what was left out: while the level is minimal none can be taken.
+//!
+//! # Durability
+//! The mark is durable before any extent that ends behind the record is put, so whatever listing shows
+//! such WAL shows the mark, and nothing is acknowledged in between. Dying after the mark and before the
+//! extent leaves a mark at the end of the WAL, where every interval ends anyway; the server still has
+//! that WAL and sends it again. If it never does (the timeline ended before it on another server), the
+//! mark lies behind the switch point, on no path. A mark is never deleted: there is one for each such
+//! start of a server, and what it says stays true.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 
 use super::Repository;
 use super::names::{BackupId, Object};
+use crate::store::PutOutcome;
 
 /// Longest reason of a hold.
 const REASON_BYTES_MAX: usize = 1024;
@@ -27,6 +44,8 @@ pub struct Marks {
     pub holds: BTreeSet<BackupId>,
     /// Of each timeline, the position before which retention removed WAL.
     pub expired: BTreeMap<TimelineId, Lsn>,
+    /// Starts of records by which the server said that it goes on with `wal_level = minimal`.
+    pub minimal: BTreeSet<(TimelineId, Lsn)>,
 }
 
 impl Marks {
@@ -36,15 +55,20 @@ impl Marks {
             self.holds.insert(id);
             return true;
         }
-        let Some((timeline, horizon)) = parse_expired(name) else { return false };
+        if let Some(record) = parse_position(name, "minimal-") {
+            self.minimal.insert(record);
+            return true;
+        }
+        let Some((timeline, horizon)) = parse_position(name, "expired-") else { return false };
         let known = self.expired.entry(timeline).or_insert(horizon);
         *known = horizon.max(*known);
         true
     }
 }
 
-fn parse_expired(name: &str) -> Option<(TimelineId, Lsn)> {
-    let (timeline, lsn) = name.strip_prefix("expired-")?.split_once('-')?;
+/// `<kind><timeline 8 HEX>-<LSN 16 HEX>`.
+fn parse_position(name: &str, kind: &str) -> Option<(TimelineId, Lsn)> {
+    let (timeline, lsn) = name.strip_prefix(kind)?.split_once('-')?;
     let hex = |text: &str, width| {
         let digits = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'));
         (text.len() == width && digits).then(|| u64::from_str_radix(text, 16).ok()).flatten()
@@ -58,6 +82,26 @@ pub(super) fn expired(timeline: TimelineId, horizon: Lsn) -> Object {
     Object::Mark(format!("expired-{:08X}-{:016X}", timeline.get(), horizon.0))
 }
 
+/// Says that the record at `record_lsn` of `timeline` is the one by which the server went on with
+/// `wal_level = minimal`.
+///
+/// # Durability
+/// When it returns, the mark is durable; it must be before an extent that holds the record's end is put.
+///
+/// # Errors
+/// What the store reports.
+pub async fn put_minimal(
+    repository: &Repository,
+    timeline: TimelineId,
+    record_lsn: Lsn,
+) -> Result<()> {
+    let mark = Object::Mark(format!("minimal-{:08X}-{:016X}", timeline.get(), record_lsn.0));
+    let put = repository.store().put_if_absent(&repository.name(&mark)?, Bytes::new()).await;
+    put.map(drop).context(|| {
+        format!("unable to mark where timeline {timeline} goes on with wal_level = minimal")
+    })
+}
+
 /// Deletes the marks of `timeline` that a newer one says more than.
 pub(super) async fn drop_superseded(
     repository: &Repository,
@@ -68,7 +112,9 @@ pub(super) async fn drop_superseded(
     let old = repository.store().list_all(&prefix).await?.into_iter().map(|object| object.name);
     let old: Vec<_> = old
         .filter(|name| match Object::parse(repository.cluster(), name) {
-            Some(Object::Mark(mark)) => parse_expired(&mark).is_some_and(|(_, lsn)| lsn < horizon),
+            Some(Object::Mark(mark)) => {
+                parse_position(&mark, "expired-").is_some_and(|(_, lsn)| lsn < horizon)
+            }
             _ => false,
         })
         .collect();
@@ -81,22 +127,31 @@ pub(super) async fn drop_superseded(
 /// When it returns, the hold is durable. A deletion that was planned before reads the holds again
 /// before it acts; one that has begun to delete this backup goes on.
 ///
+/// A hold that is there already stays as it is, with its reason: the outcome tells.
+///
 /// # Errors
-/// `not found` when the backup has no manifest; what the store reports.
-pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Result<()> {
+/// `not found` when the backup has no manifest, `usage` when the reason is too long or more than one line;
+/// what the store reports.
+pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Result<PutOutcome> {
     let manifest = repository.name(&Object::Manifest(backup))?;
     if reason.len() > REASON_BYTES_MAX {
         let found = reason.len();
         return Err(Error::new(
             Kind::Usage,
-            format!("a reason of {found} bytes, at most {REASON_BYTES_MAX} are kept"),
+            format!("unable to keep a reason of {found} bytes, at most {REASON_BYTES_MAX}"),
+        ));
+    }
+    if reason.contains(char::is_control) {
+        return Err(Error::new(
+            Kind::Usage,
+            "unable to keep a reason of more than one line of text",
         ));
     }
     let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
-    repository.store().put_if_absent(&name, Bytes::from(reason.to_owned())).await?;
+    let outcome = repository.store().put_if_absent(&name, Bytes::from(reason.to_owned())).await?;
     // Looked up after the hold is there: a deletion that removed the manifest first is then seen.
     if repository.store().head(&manifest).await?.is_some() {
-        return Ok(());
+        return Ok(outcome);
     }
     repository.store().delete(&[name]).await?;
     Err(Error::new(
@@ -106,13 +161,51 @@ pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Re
     .hint("Run 'tidemark list' to see the backups."))
 }
 
-/// Releases a hold; does nothing when there is none.
+/// Releases a hold; whether there was one.
+///
+/// # Durability
+/// When it returns, the hold is gone: the next run of retention decides by its rules alone.
 ///
 /// # Errors
 /// What the store reports.
-pub async fn release(repository: &Repository, backup: BackupId) -> Result<()> {
+pub async fn release(repository: &Repository, backup: BackupId) -> Result<bool> {
     let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
-    repository.store().delete(&[name]).await
+    let was_held = repository.store().head(&name).await?.is_some();
+    if was_held {
+        repository.store().delete(&[name]).await?;
+    }
+    Ok(was_held)
+}
+
+/// The holds there are now, each with its reason, which may be empty. Not a byte of a reason that a
+/// terminal would take for a command is given back.
+///
+/// # Errors
+/// What the store reports.
+pub async fn holds(repository: &Repository) -> Result<BTreeMap<BackupId, String>> {
+    let mut holds = BTreeMap::new();
+    let prefix = format!("{}marks/hold-", repository.cluster().prefix());
+    for object in repository.store().list_all(&prefix).await? {
+        let Some(Object::Mark(mark)) = Object::parse(repository.cluster(), &object.name) else {
+            continue;
+        };
+        let Some(id) = mark.strip_prefix("hold-").and_then(|id| id.parse().ok()) else { continue };
+        let bytes = object.size_bytes.min(REASON_BYTES_MAX as u64);
+        let reason = match bytes {
+            0 => Ok(Bytes::new()),
+            bytes => repository.store().get(&object.name, Some(0..bytes)).await,
+        };
+        match reason {
+            Ok(reason) => {
+                let text = String::from_utf8_lossy(&reason).replace(char::is_control, " ");
+                holds.insert(id, text);
+            }
+            // Released since it was listed.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(holds)
 }
 
 #[cfg(test)]
@@ -128,9 +221,19 @@ mod tests {
             let Object::Mark(name) = expired(TimelineId::FIRST, Lsn(horizon)) else { panic!() };
             assert!(marks.add(&name));
         }
-        for foreign in ["hold-", "expired-1-2", "expired-00000000-0000000000000010", "x"] {
+        assert!(marks.add("minimal-00000002-00000000030000A8"));
+        for foreign in [
+            "hold-",
+            "expired-1-2",
+            "expired-00000000-0000000000000010",
+            "minimal-00000002-00000000030000a8",
+            "minimal-00000000-00000000030000A8",
+            "minimal-",
+            "x",
+        ] {
             assert!(!marks.add(foreign), "{foreign}");
         }
+        assert_eq!(marks.minimal, [(TimelineId::new(2).unwrap(), Lsn(0x300_00A8))].into());
         assert_eq!(marks.holds, [id.parse().unwrap()].into());
         assert_eq!(marks.expired, [(TimelineId::FIRST, Lsn(0x30))].into());
     }

@@ -8,7 +8,7 @@
 //! <cluster>/base/<backup id>/manifest
 //! <cluster>/wal/<timeline: 8 HEX>/<start: 16 HEX>-<end: 16 HEX>-<time: 16 HEX>
 //! <cluster>/wal/<timeline: 8 HEX>.history
-//! <cluster>/marks/…  <cluster>/reports/…  <cluster>/lease
+//! <cluster>/marks/<see marks>  <cluster>/reports/…  <cluster>/lease
 //! ```
 //! A backup id is `<start time YYYYMMDDTHHMMSSZ>-<timeline 8 HEX>-<start LSN 16 HEX>`. An extent's time
 //! is the greatest time of a commit or abort record that ends inside, in microseconds since 1970, 0

@@ -65,7 +65,7 @@ pub struct RetentionOptions {
     /// Keep so many of the newest backups that can be restored; `None`: count keeps nothing.
     pub keep_count: Option<u32>,
     /// Keep every moment of so many days recoverable; `None`: all
-    /// that can be reached from a kept backup.
+    /// that can be reached from a kept backup. Alone it deletes WAL only.
     pub pitr_days: Option<u32>,
 }
 
@@ -210,9 +210,6 @@ impl fmt::Display for DeletionPlan {
         }
         for remark in &self.remarks {
             writeln!(f, "note: {remark}")?;
-        }
-        if self.is_empty() {
-            writeln!(f, "nothing to delete")?;
         }
         Ok(())
     }
@@ -476,6 +473,12 @@ impl<'a> Rules<'a> {
             remarks.push(format!(
                 "the store does not say when {ageless_count} WAL extents were written: they are kept"
             ));
+        }
+        let RetentionOptions { keep_days, keep_count, pitr_days } = self.options;
+        if keep_days.is_none() && keep_count.is_none() && pitr_days.is_some() {
+            remarks.push(
+                "pitr_days alone deletes no backup: set keep_days or keep_count as well".to_owned(),
+            );
         }
         if self.catalog.backups.is_empty() && self.catalog.wal.extent_count() > 0 {
             remarks.push("there is no backup yet: all WAL is kept".to_owned());

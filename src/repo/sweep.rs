@@ -24,7 +24,8 @@
 //! 3. no lease names it. The one writer that may be silent for longer is the stream, and it holds the
 //!    lease; while a lease is held that does not say which key its holder uses, no key goes.
 //!
-//! Scanning reads a few bytes of every object (and joint extents whole); it is done on request only.
+//! Scanning reads a few bytes of every object, and joint extents whole: a request an object, which for a
+//! year of WAL costs more than the keys of a hundred years. So no chore does it (README, "Limits").
 //!
 //! # Durability
 //! Nothing that is listed depends on what goes, so dying anywhere leaves less rubbish, never less of a
@@ -109,6 +110,20 @@ pub struct SweepPlan {
     pub remarks: Vec<String>,
 }
 
+impl SweepPlan {
+    /// Whether no object is deleted.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.backups.is_empty() && self.keys.is_empty()
+    }
+
+    /// Bytes of the packs that go.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.backups.iter().map(|backup| backup.stored_bytes).sum()
+    }
+}
+
 impl fmt::Display for SweepPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for SweptBackup { id, pack_count, stored_bytes, newest } in &self.backups {
@@ -121,6 +136,8 @@ impl fmt::Display for SweepPlan {
         for key in &self.keys {
             writeln!(f, "delete unused key {key}")?;
         }
+        let hours = self.upload_grace_s / 3600;
+        writeln!(f, "discard uploads begun more than {hours} h ago and never completed, if any")?;
         for remark in &self.remarks {
             writeln!(f, "note: {remark}")?;
         }
@@ -358,7 +375,7 @@ pub struct SweepReport {
 /// manifest appeared while its packs were deleted, which the writer's rules exclude.
 pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepReport> {
     let mut report = SweepReport::default();
-    if !plan.backups.is_empty() || !plan.keys.is_empty() {
+    if !plan.is_empty() {
         ensure_clock(repository).await?;
     }
     for backup in &plan.backups {

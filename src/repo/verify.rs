@@ -7,8 +7,14 @@
 //! # Shape
 //! Always checked: that every manifest opens and says in private what it says in public; that all packs
 //! are there in their size; that every footer opens; that the pieces in a backup's footers make up every
-//! file, each byte once; that the WAL between names has no hole. Of frames and extents, all or a sample
-//! is fetched, authenticated, decompressed and compared with its hash.
+//! file, each byte once; that the WAL of each backup has no hole, and that some backup leads to the
+//! newest WAL. Of frames and extents, all or a sample is fetched, authenticated, decompressed and compared
+//! with its hash.
+//!
+//! # Verdict
+//! Sound means: nothing is damaged, every backup can be restored, and so can the newest state. A hole that
+//! lies behind all that a backup leads to and before the start of the next one is told and is no defect: it
+//! was one when it was made, was shown then and is in every listing, and nothing can mend it.
 //!
 //! # Invariants
 //! - Memory is bounded by [`VerifyOptions::memory_bytes`] for what is in flight, besides one footer and
@@ -37,7 +43,7 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::error::{Error, Kind, Result};
-use crate::pg::TimelineId;
+use crate::pg::{Lsn, TimelineId};
 use crate::pipeline::{Pool, PoolOptions, budget};
 
 use super::catalog::Catalog;
@@ -158,6 +164,15 @@ pub struct WalReport {
     pub plain_bytes: u64,
 }
 
+/// Where the WAL of a timeline ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct WalEnd {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// First position after.
+    pub lsn: Lsn,
+}
+
 /// What a verification found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VerifyReport {
@@ -177,6 +192,8 @@ pub struct VerifyReport {
     pub intervals: Vec<Interval>,
     /// Holes in the WAL, bad extents left out.
     pub gaps: Vec<WalGap>,
+    /// The newest WAL, when no backup leads to it: what is written now cannot be restored.
+    pub unreached_end: Option<WalEnd>,
     /// The bad objects.
     pub defects: Vec<Defect>,
     /// Whether it ended at [`DEFECTS_MAX`] with objects unread.
@@ -186,12 +203,17 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
-    /// Whether there is no defect, no WAL was lost, and every backup can be restored.
+    /// Whether there is no defect, every backup can be restored, and some backup leads to the newest WAL.
     #[must_use]
     pub fn is_sound(&self) -> bool {
-        let lost = self.gaps.iter().any(|gap| !gap.expired);
-        let good = |backup: &BackupReport| backup.vanished || backup.whole && backup.restorable;
-        self.defects.is_empty() && !lost && self.backups.iter().all(good)
+        let unreached = self.unreached_end.is_some();
+        self.defects.is_empty() && !unreached && self.backups.iter().all(BackupReport::is_good)
+    }
+
+    /// Holes that are a loss: times in them cannot be restored.
+    #[must_use]
+    pub fn lost_count(&self) -> usize {
+        self.gaps.iter().filter(|gap| !gap.expired).count()
     }
 
     /// The error that a command ends with when the report is not sound.
@@ -202,11 +224,15 @@ impl VerifyReport {
         if self.is_sound() {
             return Ok(());
         }
-        let found = match (self.defects.as_slice(), self.gaps.iter().find(|gap| !gap.expired)) {
-            ([], Some(gap)) => {
-                format!("WAL {} of timeline {} is missing", gap.gap.missing, gap.gap.timeline)
-            }
-            ([], None) => "the WAL of a backup is missing".to_owned(),
+        let bad = self.backups.iter().find(|backup| !backup.is_good());
+        let found = match (self.defects.as_slice(), bad) {
+            ([], Some(backup)) => format!("the WAL of backup {} is not complete", backup.id),
+            ([], None) => match self.unreached_end {
+                Some(WalEnd { timeline, lsn }) => {
+                    format!("no backup leads to {lsn} on timeline {timeline}, where the WAL ends")
+                }
+                None => "there is a defect".to_owned(),
+            },
             ([first], _) => format!("'{}' is damaged: {}", first.object, first.problem),
             ([first, ..], _) => {
                 let count = self.defects.len();
@@ -251,7 +277,16 @@ impl fmt::Display for VerifyReport {
             )?;
         }
         for gap in &self.gaps {
-            let WalGap { gap, last_commit_before, commit_after, expired } = gap;
+            let WalGap { gap, last_commit_before, commit_after, expired, minimal } = gap;
+            if *minimal {
+                let (start, timeline) = (gap.missing.start(), gap.timeline);
+                writeln!(
+                    f,
+                    "WAL of timeline {timeline} from {start} on: wal_level was 'minimal', only a \
+                     backup taken later leads past it"
+                )?;
+                continue;
+            }
             write!(f, "WAL {} of timeline {}: ", gap.missing, gap.timeline)?;
             match (expired, last_commit_before, commit_after) {
                 (true, _, _) => writeln!(f, "removed by retention")?,
@@ -260,6 +295,9 @@ impl fmt::Display for VerifyReport {
                 }
                 (false, _, _) => writeln!(f, "LOST")?,
             }
+        }
+        if let Some(WalEnd { timeline, lsn }) = self.unreached_end {
+            writeln!(f, "NOT REACHED by any backup: the WAL up to {lsn} of timeline {timeline}")?;
         }
         for defect in &self.defects {
             writeln!(f, "DEFECT {}: {}", defect.object, defect.problem)?;
@@ -431,6 +469,11 @@ impl BackupReport {
             vanished: false,
         }
     }
+
+    /// Whether it can be restored, as far as that was looked at.
+    fn is_good(&self) -> bool {
+        self.vanished || self.whole && self.restorable
+    }
 }
 
 impl Defect {
@@ -482,6 +525,11 @@ impl Found {
             report.restorable =
                 summary.is_some_and(|summary| left.lineage().is_complete(&summary.span()));
         }
+        // Who asked for some backups asked for nothing else.
+        let end = catalog.settled_end(start_time).filter(|_| run.options.backups.is_none());
+        let unreached_end = end
+            .filter(|(timeline, lsn)| !left.reaches(*timeline, *lsn))
+            .map(|(timeline, lsn)| WalEnd { timeline, lsn });
         self.defects.sort_by(|a, b| a.object.cmp(&b.object));
         self.backups.sort_by_key(|backup| backup.id);
         VerifyReport {
@@ -493,6 +541,7 @@ impl Found {
             wal: self.wal,
             intervals: left.intervals(),
             gaps: left.gaps(),
+            unreached_end,
             defects: self.defects,
             ended_early: self.ended_early,
             vanished_count: self.vanished_count,

@@ -33,6 +33,8 @@ pub(crate) enum ChainEnd {
     Tip,
     /// More is stored, behind WAL that is missing.
     Gap(Gap),
+    /// From here on the WAL does not hold all changes, because the server ran with `wal_level = minimal`.
+    Minimal(Lsn),
 }
 
 /// Contiguous WAL along a path.
@@ -115,6 +117,14 @@ impl Chain {
             self.end = end.max(self.start);
         }
         self
+    }
+
+    /// The chain up to `lsn` if it comes so far, where the WAL goes on without all changes.
+    pub(crate) fn barred_at(self, lsn: Lsn) -> Self {
+        if self.end < lsn {
+            return self;
+        }
+        Self { stopped_by: ChainEnd::Minimal(lsn), ..self.cut(lsn) }
     }
 
     /// The pieces, in order.

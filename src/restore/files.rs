@@ -22,6 +22,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{
     DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
@@ -57,6 +58,8 @@ const TABLESPACE_LINKS: &str = "pg_tblspc";
 const ENTRIES_PER_JOB: usize = 512;
 /// A request for less of a pack than this costs more than its bytes.
 const RUN_BYTES_MIN: u64 = 16 << 20;
+/// Files that may be written at the same time, if their hashes differ: more than there are threads.
+const TURNS: usize = 32;
 /// Text of the `backup_manifest` collected before it is written.
 const MANIFEST_TEXT_BYTES: usize = 256 << 10;
 
@@ -100,7 +103,7 @@ pub(crate) async fn restore(files: Files<'_>) -> Result<RestoredFiles> {
     })?;
     let mut list = FileList::begin(manifest, directory)?;
     let backup = manifest.public.id;
-    let footers = futures::stream::iter(&manifest.packs)
+    let footers = futures::stream::iter(manifest.packs.clone())
         .map(|summary| open_pack(reader, PackName { backup, number: summary.number }, summary))
         .buffered(2);
     let mut footers = std::pin::pin!(footers);
@@ -141,7 +144,7 @@ struct OpenPack {
     sources: Vec<PackHandle>,
 }
 
-async fn open_pack(reader: &Reader, name: PackName, summary: &PackSummary) -> Result<OpenPack> {
+async fn open_pack(reader: &Reader, name: PackName, summary: PackSummary) -> Result<OpenPack> {
     let handle = reader.pack(name).await?;
     let footer = reader.pack_footer(&handle, summary.stored_bytes, summary.footer).await?;
     let mut sources = vec![handle];
@@ -233,6 +236,8 @@ struct Tree {
     pending: Mutex<HashMap<FilePath, Pending>>,
     /// Content and mode of `global/pg_control`.
     control: Mutex<Option<(Vec<u8>, u32)>>,
+    /// One for all files whose path has the same hash.
+    turns: [Mutex<()>; TURNS],
     /// Worker threads finish the block they are at even when the restore was dropped.
     _lock: fs::File,
 }
@@ -245,6 +250,7 @@ impl Tree {
             progress: Arc::clone(progress),
             pending: Mutex::default(),
             control: Mutex::default(),
+            turns: Default::default(),
             _lock: directory.hold()?,
         })
     }
@@ -441,7 +447,18 @@ impl Tree {
         let place = self.place_of(path);
         let attempted = || format!("unable to write '{}' at byte {offset}", place.display());
         let file = OpenOptions::new().write(true).open(&place).context(attempted)?;
+        let _turn = self.turn_at(path);
         file.write_all_at(bytes, offset).context(attempted)
+    }
+
+    /// Waits until no other thread writes to the file. The kernel lets only one in as well, but those
+    /// that wait for it there burn their processor meanwhile (`rwsem_spin_on_owner`).
+    fn turn_at(&self, path: &FilePath) -> Option<MutexGuard<'_, ()>> {
+        let mut hasher = DefaultHasher::new();
+        path.as_bytes().hash(&mut hasher);
+        let [number, ..] = hasher.finish().to_le_bytes();
+        let turn = self.turns.get(usize::from(number) % self.turns.len())?;
+        Some(turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Checks that no file is left unfinished.

@@ -11,11 +11,13 @@
 //! - WAL from the backup's start to the stop is there without a hole, and the record at which Postgres
 //!   stops is complete in it, so "recovery ended before configured recovery target was reached" cannot
 //!   happen.
+//! - No chain leads past a place where the server went on with `wal_level = minimal`, unless its backup
+//!   began behind it: the WAL does not hold all changes from there on.
 //! - Names decide, extents confirm: an extent whose greatest time is not after the target holds no record
 //!   to stop at, so only extents on both sides of the target are read. A transaction or a restore point
 //!   has no place in names; the WAL is searched for it, newest backup first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use jiff::Timestamp;
@@ -24,6 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::coverage::{Gap, WalCatalog};
+use crate::repo::interval::minimal_after;
 use crate::repo::names::BackupId;
 use crate::wal::Landmark;
 
@@ -64,6 +67,8 @@ pub(crate) struct Holdings {
     pub(crate) wal: WalCatalog,
     pub(crate) histories: BTreeMap<TimelineId, TimelineHistory>,
     pub(crate) caught_up: Option<CaughtUp>,
+    /// Where the server went on with `wal_level = minimal`.
+    pub(crate) minimal: BTreeSet<(TimelineId, Lsn)>,
 }
 
 /// A target found.
@@ -166,7 +171,7 @@ impl Holdings {
     }
 
     /// The WAL from the start of the segment in which `base` begins, or from as near to its start as
-    /// there is any.
+    /// there is any, for as far as `base` leads.
     fn chain_of(&self, base: &Base, path: &[PathPart]) -> Chain {
         let starts = [
             base.segment_size.start_of(base.start_lsn),
@@ -175,7 +180,12 @@ impl Holdings {
         ];
         let chains = starts.map(|start| Chain::follow(&self.wal, path, start));
         let [.., last] = &chains;
-        chains.iter().find(|chain| chain.end() > base.start_lsn).unwrap_or(last).clone()
+        let chain =
+            chains.iter().find(|chain| chain.end() > base.start_lsn).unwrap_or(last).clone();
+        match minimal_after(path, &self.minimal, base.start_lsn) {
+            Some(lsn) => chain.barred_at(lsn),
+            None => chain,
+        }
     }
 }
 
@@ -472,10 +482,14 @@ impl<S: WalSource> Search<'_, S> {
                 "no record starts at {at} or after it yet: all WAL before it is replayed"
             ));
         }
-        if let ChainEnd::Gap(Gap { timeline, missing }) = chain.stopped_by()
-            && stop == Stop::EndOfWal
-        {
-            notes.push(format!("WAL {missing} of timeline {timeline} is missing; what is stored after it cannot be reached from this backup"));
+        match chain.stopped_by() {
+            ChainEnd::Gap(Gap { timeline, missing }) if stop == Stop::EndOfWal => {
+                notes.push(format!("WAL {missing} of timeline {timeline} is missing; what is stored after it cannot be reached from this backup"));
+            }
+            ChainEnd::Minimal(lsn) if stop == Stop::EndOfWal => {
+                notes.push(format!("from {lsn} on the server ran with wal_level = minimal; what is stored after it cannot be reached from this backup"));
+            }
+            _ => {}
         }
         let (commit_before, commit_after) = self.commits_around(base, &chain, applied_end).await?;
         let timeline =
@@ -673,6 +687,7 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
             format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
+        (_, _, Some(ChainEnd::Minimal(lsn))) => behind_minimal(lsn),
         (Some(_), Some(_), _) => {
             "it is between the WAL of one backup and the end of the next".to_owned()
         }
@@ -696,6 +711,12 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
     (why, hint + ".")
 }
 
+fn behind_minimal(lsn: Lsn) -> String {
+    format!(
+        "it is after {lsn}, where the server went on with wal_level = minimal, and before the end of a backup taken later"
+    )
+}
+
 fn why_not_lsn(at: Lsn, intervals: &[Interval], beyond: Option<&Chain>) -> (String, String) {
     let usable = || intervals.iter().filter(|interval| interval.until_lsn.is_valid());
     let before = usable().map(|interval| interval.until_lsn).filter(|until| *until < at).max();
@@ -705,6 +726,7 @@ fn why_not_lsn(at: Lsn, intervals: &[Interval], beyond: Option<&Chain>) -> (Stri
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
             format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
+        (_, _, Some(ChainEnd::Minimal(lsn))) => behind_minimal(lsn),
         _ => "it is after the end of the durable WAL".to_owned(),
     };
     let sides =

@@ -292,6 +292,40 @@ async fn a_target_in_a_gap_names_both_sides() {
 }
 
 #[tokio::test]
+async fn nothing_behind_minimal_wal_is_reached_from_a_backup_that_began_before_it() {
+    let mut world = World::new();
+    let barrier = world.abort.start();
+    world.holdings.minimal.insert((TimelineId::FIRST, barrier));
+    let latest = world.to(Target::Latest).await.unwrap();
+    assert_eq!((latest.chain.end(), around(&latest)), (barrier, (102, 0)));
+    assert!(latest.notes[0].contains("wal_level = minimal"), "{:?}", latest.notes);
+    assert!(latest.needed_end <= barrier);
+    let before = world.to_time("10:00:25", Edge::Inclusive).await.unwrap();
+    assert_eq!(before.stop, Stop::Before { lsn: world.commits[1].start() });
+    let behind = [
+        Target::Time { at: ts("10:00:37"), edge: Edge::Inclusive },
+        Target::Lsn { at: world.commits[2].start(), edge: Edge::Inclusive },
+        Target::Xid { xid: 103, edge: Edge::Inclusive },
+    ];
+    for target in &behind {
+        let error = world.to(target.clone()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound, "{target}");
+    }
+    let error = world.to(behind[0].clone()).await.unwrap_err();
+    assert!(error.message().contains("wal_level = minimal"), "{error}");
+
+    // A backup taken after it leads on, from the same segment; the other still leads to before it.
+    let (start, end) = (world.abort.end(), world.commits[2].start());
+    world.holdings.bases.push(base(&world.craft, start, end, "10:00:36"));
+    for target in behind {
+        assert_eq!(world.to(target).await.unwrap().base.start_lsn, start);
+    }
+    assert_eq!(around(&world.to(Target::Latest).await.unwrap()), (103, 0));
+    let error = world.to_time("10:00:35.5", Edge::Inclusive).await.unwrap_err();
+    assert!(error.hint_text().unwrap().contains("after it 2026-11-22T10:00:36Z"), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_promotion_is_followed_and_the_branch_left_behind_needs_its_number() {
     let mut world = World::new();
     let switch = world.craft.end();

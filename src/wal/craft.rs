@@ -126,6 +126,13 @@ impl Craft {
         self.main_data((1, 0), xid, &time.0.to_le_bytes())
     }
 
+    /// Appends a change of the settings that matter to recovery (`xl_parameter_change`).
+    #[cfg(test)]
+    pub(crate) fn parameter_change(&mut self, wal_level: u32) -> LsnRange {
+        let numbers = [100, 8, 10, 0, 64, wal_level].map(u32::to_le_bytes).concat();
+        self.main_data((0, 0x60), 0, &[&numbers[..], &[0; 4]].concat())
+    }
+
     /// Appends a heap record of this length that means nothing.
     pub(crate) fn filler(&mut self, body_bytes: usize) -> LsnRange {
         let data: Vec<u8> = (0..body_bytes).map(|index| (index * 31) as u8).collect();

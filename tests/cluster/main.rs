@@ -15,6 +15,7 @@ mod base;
 mod check;
 mod kill;
 mod memory;
+mod minimal_wal;
 mod pitr;
 mod restore;
 mod run;

@@ -76,6 +76,8 @@ const COMMANDS: &[&str] = &[
     "list",
     "verify",
     "expire",
+    "hold",
+    "release",
     "wal-get",
     "inspect",
     "config",

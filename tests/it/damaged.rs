@@ -313,6 +313,7 @@ exhibits! {
         NOT SOUND
         backup ONE: DAMAGED
         backup TWO: DAMAGED
+        NOT REACHED by any backup: the WAL up to 0/70000 of timeline 2
         DEFECT base/ONE/pack-000001: unable to read the footer of pack 'base/ONE/pack-000001': at byte _: the frame is damaged: frame 4 is not authentic
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
@@ -354,6 +355,7 @@ exhibits! {
         NOT SOUND
         backup ONE: DAMAGED
         backup TWO: DAMAGED
+        NOT REACHED by any backup: the WAL up to 0/70000 of timeline 2
         DEFECT base/ONE/manifest: unable to read manifest 'base/ONE/manifest': it is the manifest of 'TWO' of cluster 7300000000000000001
           lost: backup ONE cannot be restored
         DEFECT base/TWO/manifest: unable to read manifest 'base/TWO/manifest': it is the manifest of 'ONE' of cluster 7300000000000000001
@@ -401,14 +403,16 @@ exhibits! {
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
           lost: times from 12:11:00Z to 12:21:00Z on timeline 2
     ";
+    // No name tells it from WAL that was never stored; it is told, and a later backup leads on.
     wal_missing: async |m: &Museum| m.remove(&m.extent(2)).await, "
-        NOT SOUND
+        sound
         WAL [0/20000, 0/30000) of timeline 1: LOST, with the commits between 12:14:00Z and 12:22:00Z
     ";
     the_wal_of_a_backup_missing: async |m: &Museum| m.remove(&m.extent(5)).await, "
         NOT SOUND
         backup TWO: NOT RESTORABLE: its WAL is not complete
         WAL [0/50000, 0/60000) of timeline 2: LOST, with the commits between 12:26:00Z and 12:34:00Z
+        NOT REACHED by any backup: the WAL up to 0/70000 of timeline 2
     ";
     two_pieces_of_wal_swapped: async |m: &Museum| m.swap(&m.extent(1), &m.extent(2)).await, "
         NOT SOUND

@@ -1,5 +1,6 @@
 //! Retention carried out on real objects: what stays can be restored whatever fails on the way.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,9 +14,10 @@ use tidemark::repo::retention::{self, DeletionPlan, RetentionOptions};
 use tidemark::repo::verify::{VerifyOptions, verify};
 use tidemark::repo::{
     BackupId, Budget, Catalog, ClusterName, Encryption, ExtentBuilder, FileMeta, FilePath, Level,
-    ManifestFacts, PackOptions, Repository, Writer, marks,
+    ManifestFacts, Object, PackName, PackOptions, Repository, Writer, marks,
 };
 use tidemark::store::Store;
+use tidemark::store::directory::Directory;
 use tidemark::store::memory::{Call, Memory, Outcome};
 
 const PIECE_BYTES: u64 = 64 * 1024;
@@ -159,6 +161,40 @@ async fn wal_before_the_window_goes_and_its_hole_is_no_loss() {
 }
 
 #[tokio::test]
+async fn lone_backups_are_sound_and_newest_wal_that_no_backup_leads_to_is_not() {
+    let (_, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let own = |number| id(number).start_lsn().0..id(number).start_lsn().0 + PIECE_BYTES;
+    let between = catalog.wal.extents(TimelineId::FIRST).map(|extent| extent.name);
+    let between = between.filter(|n| (0..DAYS).all(|i| !own(i).contains(&n.range.start().0)));
+    let names: Vec<_> =
+        between.map(|name| repository.name(&Object::Extent(name)).unwrap()).collect();
+    repository.store().delete(&names).await.unwrap();
+    let report = async || {
+        let reader = repository.reader(vec![]);
+        verify(&repository, &reader, &VerifyOptions::new(1), &Arc::default()).await.unwrap()
+    };
+    let lone = report().await;
+    assert_eq!((lone.lost_count(), lone.is_sound()), (3, true), "{lone}");
+    assert!(lone.to_string().contains("LOST"), "what was lost is told all the same: {lone}");
+
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    put_wal(&writer, DAYS, 0).await;
+    let error = report().await.ensure_sound().unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
+    assert!(error.message().contains("no backup leads to 0/410000"), "{error}");
+    put_backup(&writer, DAYS).await;
+    report().await.ensure_sound().unwrap();
+
+    // A backup without its own WAL cannot be restored, whatever comes after it.
+    let first = catalog.wal.extents(TimelineId::FIRST).next().unwrap().name;
+    let name = repository.name(&Object::Extent(first)).unwrap();
+    repository.store().delete(&[name]).await.unwrap();
+    let error = report().await.ensure_sound().unwrap_err();
+    assert!(error.message().contains(&format!("the WAL of backup {}", id(0))), "{error}");
+}
+
+#[tokio::test]
 async fn a_run_that_dies_anywhere_is_finished_by_the_next() {
     for outcome in [Outcome::FailsBefore, Outcome::FailsAfter] {
         for failing_call in 1..=4 {
@@ -211,4 +247,93 @@ fn fail_nth_delete(memory: &Memory, number: u64, outcome: Outcome) {
         memory.fail_next(Call::Delete, Outcome::Passes);
     }
     memory.fail_next(Call::Delete, outcome);
+}
+
+fn expire(folder: &Path, args: &[&str]) -> (Option<i32>, String) {
+    tidemark(folder, &[&["expire", "--keep-count", "1"], args].concat())
+}
+
+/// `tidemark ARGS` on the repository in `folder`: exit status and standard output.
+fn tidemark(folder: &Path, args: &[&str]) -> (Option<i32>, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_tidemark"))
+        .args(args)
+        .arg("--repository")
+        .arg(folder)
+        .env_clear()
+        .env("HOME", folder)
+        .output()
+        .unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+/// For who streams and takes backups by hand nobody else would ever remove it.
+#[tokio::test]
+async fn expire_removes_what_a_killed_backup_left_and_says_so_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::system();
+    let store = Arc::new(Directory::new(folder.path(), &clock));
+    let cluster = ClusterName::new("main").unwrap();
+    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    for (number, hours) in [(1, 49), (2, 47)] {
+        let pack = PackName { backup: id(number), number: 1 };
+        let name = repository.name(&Object::Pack(pack)).unwrap();
+        repository.store().put_if_absent(&name, Bytes::from_static(b"12345")).await.unwrap();
+        let made = std::time::SystemTime::now() - std::time::Duration::from_secs(hours * 3600);
+        let file = std::fs::File::open(folder.path().join(name.as_str())).unwrap();
+        file.set_modified(made).unwrap();
+    }
+    let incomplete = async || Catalog::load(&repository).await.unwrap().incomplete.len();
+    let planned = format!("delete 1 packs of aborted backup {}: 5 B", id(1));
+    let (status, text) = expire(folder.path(), &["--dry-run"]);
+    assert_eq!(status, Some(0));
+    assert!(text.contains(&planned) && !text.contains(&id(2).to_string()), "{text}");
+    assert!(text.contains("uploads begun more than 48 h ago"), "{text}");
+    let (status, json) = expire(folder.path(), &["--dry-run", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((status, json["sweep"]["backups"][0]["pack_count"].as_u64()), (Some(0), Some(1)));
+    assert!(json["report"].is_null() && json["swept"].is_null());
+    let (status, _) = expire(folder.path(), &[]);
+    assert_eq!((status, incomplete().await), (Some(2), 2), "nobody confirmed it");
+    let (status, text) = expire(folder.path(), &["--yes"]);
+    assert!(text.contains(&planned), "{text}");
+    assert_eq!((status, incomplete().await), (Some(0), 1), "one may be under way still");
+    let (status, text) = expire(folder.path(), &[]);
+    assert!(status == Some(0) && text.ends_with("nothing to delete\n"), "{text}");
+}
+
+#[tokio::test]
+async fn a_backup_is_held_and_released_by_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::system();
+    let store = Arc::new(Directory::new(folder.path(), &clock));
+    let cluster = ClusterName::new("main").unwrap();
+    let repository = Repository::create(store, cluster, SystemId(7), &clock).await.unwrap();
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    for number in 0..2 {
+        put_wal(&writer, number, 0).await;
+        put_backup(&writer, number).await;
+    }
+    let run = |args: &[&str]| tidemark(folder.path(), args);
+    let (old, none) = (id(0).to_string(), id(9).to_string());
+    let goes = || expire(folder.path(), &["--dry-run"]).1.contains(&format!("delete backup {old}"));
+    assert!(goes());
+    assert_eq!(run(&["hold", &none]).0, Some(6), "there is no such backup");
+    assert_eq!(run(&["hold", &old, "--reason", "two\nlines"]).0, Some(2));
+    assert_eq!(run(&["hold", &old, "--reason", "audit"]).0, Some(0));
+    assert!(!goes());
+    let (_, json) = run(&["hold", &old, "--reason", "other", "--json"]);
+    assert_eq!(json, format!("{{\"backup\":\"{old}\",\"held\":true,\"was_held\":true}}\n"));
+    let (_, text) = run(&["list"]);
+    assert!(text.contains(&format!("Held: {old}: audit\n")), "{text}");
+    let (_, json) = run(&["list", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["holds"], serde_json::json!([old]));
+    assert_eq!(
+        (&json["backups"][0]["hold"], json["backups"][1]["hold"].is_null()),
+        (&"audit".into(), true)
+    );
+    assert!(json["durable_end"]["age_seconds"].as_f64().is_some_and(|age| age < 3600.0), "{json}");
+    assert_eq!(run(&["release", &old]).0, Some(0));
+    assert!(goes() && run(&["release", &old]).0 == Some(0));
+    assert!(!run(&["list"]).1.contains("Held"));
 }

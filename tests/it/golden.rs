@@ -14,12 +14,12 @@ use bytes::Bytes;
 use tidemark::clock::Clock;
 use tidemark::pg::{Lsn, LsnRange, PgTime, SegmentSize, SystemId, TimelineId};
 use tidemark::pipeline::{Budget, Level, Worker};
-use tidemark::repo::keys;
 use tidemark::repo::{
-    BackupId, Check, ChecksumFailure, ClusterName, DecryptionIdentity, Encryption, EntryKind,
-    ExtentBuilder, ExtentName, FileMeta, FilePath, FrameBatch, Inspect, Manifest, ManifestFacts,
-    Object, PackName, PackOptions, Reader, Repository, Tablespace, Writer,
+    BackupId, Catalog, Check, ChecksumFailure, ClusterName, DecryptionIdentity, Encryption,
+    EntryKind, ExtentBuilder, ExtentName, FileMeta, FilePath, FrameBatch, Inspect, Manifest,
+    ManifestFacts, Object, PackName, PackOptions, Reader, Repository, Tablespace, Writer,
 };
+use tidemark::repo::{keys, marks};
 use tidemark::store::memory::Memory;
 use tidemark::store::{ObjectName, Store};
 
@@ -301,6 +301,24 @@ async fn version_1_without_encryption_is_read() {
     for (plain, _) in ROOTS {
         read(plain, Vec::new()).await;
     }
+}
+
+#[tokio::test]
+async fn marks_of_version_1_are_read_and_written_again() {
+    let memory = load("marks").await;
+    let cluster = ClusterName::new("main").unwrap();
+    let store: Arc<dyn Store> = Arc::new(memory.clone());
+    let repository = Repository::open(store, cluster, &Clock::system()).await.unwrap();
+    let catalog = Catalog::load(&repository).await.unwrap();
+    assert_eq!(catalog.foreign_count, 0);
+    let second = TimelineId::new(2).unwrap();
+    assert_eq!(catalog.marks.holds, [backup_id()].into());
+    assert_eq!(catalog.marks.expired, [(TimelineId::FIRST, Lsn(0x200_0000))].into());
+    let record = (second, Lsn(0x1_2345_6789_ABC8));
+    assert_eq!(catalog.marks.minimal, [record].into());
+    let listed = memory.list_all("main/marks/").await.unwrap();
+    marks::put_minimal(&repository, record.0, record.1).await.unwrap();
+    assert_eq!(memory.list_all("main/marks/").await.unwrap(), listed, "it is the same object");
 }
 
 #[tokio::test]

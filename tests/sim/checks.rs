@@ -178,6 +178,7 @@ impl Judge {
                 if let Some((id, "manifest")) = parse_base(name) {
                     self.committed_backup(id, before, state);
                 }
+                self.minimal_wal(name, before, state);
             }
             Change::Deleted { names, .. } => {
                 let gone: BTreeSet<&str> = names.iter().map(String::as_str).collect();
@@ -186,6 +187,33 @@ impl Judge {
                 self.deleted(&gone, (before, &after), state, now);
             }
             Change::Replaced { .. } => {}
+        }
+    }
+
+    /// WAL behind a place where changes are left out comes after the mark that says so, and no mark says
+    /// so of any other place.
+    fn minimal_wal(&mut self, name: &str, before: &Names, state: &State) {
+        let mark = |line: &Line, at: u64| {
+            format!("main/marks/minimal-{:08X}-{at:016X}", line.number_at(at))
+        };
+        let all =
+            || state.lines.iter().flat_map(|line| line.minimals.iter().map(move |m| (line, *m)));
+        let is_said = |(line, (at, _)): (&Line, Span)| {
+            let name_of =
+                |part: (u32, u64, u64)| format!("main/marks/minimal-{:08X}-{at:016X}", part.0);
+            line.parts().into_iter().any(|part| name_of(part) == name)
+        };
+        if name.starts_with("main/marks/minimal-") && !all().any(is_said) {
+            return self.accuse(format!("{name} is said of WAL that holds all changes"));
+        }
+        let Some(Stored { timeline, span: (start, end), .. }) = parse_extent(name) else { return };
+        let unmarked = all().find(|(line, (at, record_end))| {
+            let inside = start < *record_end && *record_end <= end;
+            let ours = line.number_at(*at) == timeline;
+            inside && ours && !before.contains_key(&mark(line, *at))
+        });
+        if let Some((line, (at, _))) = unmarked {
+            self.accuse(format!("{name} is stored before {}", mark(line, at)));
         }
     }
 
@@ -338,7 +366,9 @@ impl Judge {
                 self.accuse(format!("an interval towards unknown timeline {number}"));
                 continue;
             };
-            let end = contiguous_end(&coverage(names, line), interval.backup.start_lsn().0);
+            let start = interval.backup.start_lsn().0;
+            let end = contiguous_end(&coverage(names, line), start);
+            let end = line.minimal_after(start).map_or(end, |barrier| end.min(barrier));
             if interval.until_lsn.0 != end {
                 self.accuse(format!("{interval:?}: the WAL reaches to {}", Lsn(end)));
             }
@@ -356,6 +386,7 @@ impl Judge {
         let said: BTreeSet<(u32, Span)> = catalog
             .gaps()
             .iter()
+            .filter(|gap| !gap.minimal)
             .map(|gap| {
                 let missing = gap.gap.missing;
                 (gap.gap.timeline.get(), (missing.start().0, missing.end().0))

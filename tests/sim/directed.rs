@@ -95,6 +95,51 @@ fn a_sidecar_outlives_an_outage_that_is_longer_than_its_lease() {
     assert!(world.server.state().slot > told);
 }
 
+/// A process that dies between the mark and the WAL behind it leaves nothing that is shown wrongly, the next
+/// one goes on, and a backup leads past it.
+#[test]
+fn a_past_with_minimal_wal_is_not_forgotten_by_whoever_comes_later() {
+    let mut world = world();
+    world.load_bytes = 2000;
+    world.start_sidecar();
+    world.run(seconds(3), STEP);
+    world.order_backup(0);
+    while world.judge.committed.is_empty() && world.judge.violations.is_empty() {
+        world.run(STEP, STEP);
+    }
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.minimal(now);
+    let at = world.server.state().line().minimals[0].0;
+    let mark = format!("main/marks/minimal-00000001-{at:016X}");
+    let short = Duration::from_millis(2);
+    while !world.net.names().contains_key(&mark) && world.judge.violations.is_empty() {
+        world.run(short, short);
+    }
+    world.kill(0);
+    let ends = |world: &mut World| {
+        let catalog = world.look(async |_, repository, _| Catalog::load(repository).await).unwrap();
+        let ends: Vec<u64> = catalog.intervals().iter().map(|it| it.until_lsn.0).collect();
+        (ends, catalog.gaps().iter().filter(|gap| gap.minimal).count(), catalog)
+    };
+    let (before, gap_count, _) = ends(&mut world);
+    assert!(before[0] <= at && gap_count == 0, "nothing lies behind it yet");
+    world.start_sidecar();
+    world.run(seconds(60), STEP);
+    let (after, gap_count, catalog) = ends(&mut world);
+    assert_eq!((after, gap_count), (vec![at], 1));
+    let (timeline, end) = catalog.durable_end().unwrap();
+    assert!(end.0 > at && !catalog.reaches(timeline, end), "a backup is needed at once");
+    world.order_backup(0);
+    while world.judge.committed.len() < 2 && world.judge.violations.is_empty() {
+        world.run(STEP, STEP);
+    }
+    let (_, _, catalog) = ends(&mut world);
+    let (timeline, end) = catalog.durable_end().unwrap();
+    assert!(catalog.reaches(timeline, end));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
 /// The end of a backup is known by the clock of the host that took it. A commit of that very moment may
 /// be in WAL that is not stored yet.
 #[test]

@@ -56,6 +56,8 @@ pub struct Line {
     paddings: Vec<(u64, u64)>,
     pub endings: Vec<Ending>,
     pub points: Vec<Point>,
+    /// Start and end of each record by which the server went on with `wal_level = minimal`.
+    pub minimals: Vec<(u64, u64)>,
 }
 
 impl Line {
@@ -69,6 +71,7 @@ impl Line {
             paddings: Vec::new(),
             endings: Vec::new(),
             points: Vec::new(),
+            minimals: Vec::new(),
         }
     }
 
@@ -82,6 +85,7 @@ impl Line {
         line.paddings.retain(|(_, end)| *end <= at);
         line.endings.retain(|ending| ending.end <= at);
         line.points.retain(|point| point.end <= at);
+        line.minimals.retain(|(_, end)| *end <= at);
         line
     }
 
@@ -254,6 +258,20 @@ impl Line {
         data.extend(self.number.to_le_bytes());
         data.extend(previous.to_le_bytes());
         self.record((0, 0x90), 0, &data);
+    }
+
+    /// A change of the settings that matter to recovery: `wal_level` 0 is minimal.
+    pub fn parameter_change(&mut self, wal_level: u32) {
+        let numbers = [100, 8, 10, 0, 64, wal_level].map(u32::to_le_bytes).concat();
+        let record = self.record((0, 0x60), 0, &[&numbers[..], &[0; 4]].concat());
+        if wal_level == 0 {
+            self.minimals.push(record);
+        }
+    }
+
+    /// Where the WAL from `start` on stops to hold all changes.
+    pub fn minimal_after(&self, start: u64) -> Option<u64> {
+        self.minimals.iter().map(|(at, _)| *at).find(|at| *at >= start)
     }
 
     /// The last record of a base backup that began at `start`; gives its end.

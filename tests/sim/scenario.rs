@@ -162,7 +162,7 @@ fn sleep_through(world: &mut World, dice: &mut Dice, step: Duration) {
 
 fn server_trouble(world: &mut World, dice: &mut Dice) {
     let now = world.now;
-    match dice.below(6) {
+    match dice.below(7) {
         0 | 1 => {
             world.note("connections break");
             world.server.break_connections();
@@ -175,6 +175,10 @@ fn server_trouble(world: &mut World, dice: &mut Dice) {
             world.note("the slot is dropped");
             world.server.drop_slot();
             world.server.checkpoint(now);
+        }
+        6 => {
+            world.note("the server runs with wal_level = minimal");
+            world.server.minimal(now);
         }
         4 => {
             world.note("the server is promoted under the stream");

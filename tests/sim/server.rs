@@ -230,6 +230,23 @@ impl Server {
         });
     }
 
+    /// The server runs with `wal_level = minimal` for a while, which no slot outlives, and keeps its WAL.
+    pub fn minimal(&self, now: Timestamp) {
+        self.change(|state| {
+            state.disconnect();
+            state.slot = None;
+            state.up = true;
+            state.generation += 1;
+            for wal_level in [0, 1] {
+                let time = state.time(now);
+                state.redo = state.line_mut().checkpoint(None, time);
+                state.line_mut().parameter_change(wal_level);
+                let (size, salt) = (state.dice.below(20_000), state.dice.next());
+                state.line_mut().filler(size as usize, salt);
+            }
+        });
+    }
+
     /// A standby that has received `all` or all but the last of the WAL is promoted and takes the
     /// place of this server. One that has all of it may be the one we stream from: its connections
     /// last.

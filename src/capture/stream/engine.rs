@@ -103,7 +103,12 @@ impl<'a> Engine<'a> {
             status: Arc::clone(&stream.status),
             ledger: Ledger::new(Held::default()),
             loaded: false,
-            uploads: Uploads::new(stream.writer.clone(), options.uploads_max, &stream.status),
+            uploads: Uploads::new(
+                stream.writer.clone(),
+                lease.guard(),
+                options.uploads_max,
+                &stream.status,
+            ),
             sealer: Sealer::start(
                 stream.writer.clone(),
                 options.level,
@@ -455,7 +460,8 @@ impl<'a> Engine<'a> {
         self.lease.report(Progress { timeline, durable_end_lsn, caught_up_time });
     }
 
-    /// The server ran without logging all changes: no base backup from before leads past this.
+    /// The server ran without logging all changes: no base backup from before leads past this. The
+    /// repository is told by the upload of the extent that holds the record (see [`super::uploads`]).
     pub(super) fn note_minimal_wal(&self, timeline: TimelineId, position: Lsn) {
         if let Some(point) = LsnRange::new(position, position) {
             self.record_gap(timeline, point, "the server ran with wal_level = minimal before it");

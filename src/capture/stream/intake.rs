@@ -23,6 +23,9 @@ use crate::wal::{CheckpointKind, Landmark, Scanner};
 /// Most commit times kept of one extent for the latency histogram. The first ones are kept: they
 /// wait longest, so sampling never flatters.
 const COMMIT_TIMES_MAX: usize = 1024;
+/// Most records kept of one extent by which the server went on with `wal_level = minimal`: a server is
+/// stopped and started for each, and a backup in between ends with a segment, where extents end too.
+const MINIMAL_MAX: usize = 1024;
 
 /// What is to be done with received WAL, in order.
 #[derive(Debug)]
@@ -52,6 +55,9 @@ pub struct CutExtent {
     pub boundary: Lsn,
     /// Times of the first commits inside.
     pub commit_times: Vec<PgTime>,
+    /// Starts of the records that end inside by which the server went on with `wal_level = minimal`:
+    /// each is marked in the repository before the extent is put.
+    pub minimal: Vec<Lsn>,
 }
 
 /// What to do when the decoder cannot read the WAL at a position.
@@ -75,6 +81,7 @@ pub struct Intake {
     /// Ranges at or after `received_end` that are stored already, ascending.
     known: VecDeque<LsnRange>,
     commit_times: Vec<PgTime>,
+    minimal: Vec<Lsn>,
 }
 
 impl Intake {
@@ -91,6 +98,7 @@ impl Intake {
             received_end: attempt.stream_from,
             known: before.into_iter().chain(attempt.known.iter().copied()).collect(),
             commit_times: Vec::new(),
+            minimal: Vec::new(),
         }
     }
 
@@ -152,8 +160,10 @@ impl Intake {
     /// Cuts the extent being filled, if anything is in it.
     pub fn cut(&mut self, reason: CutReason, steps: &mut Vec<Step>) {
         if let Some(cut) = self.cutter.cut(reason) {
+            let boundary = self.boundary();
             let commit_times = std::mem::take(&mut self.commit_times);
-            steps.push(Step::Cut(CutExtent { cut, boundary: self.boundary(), commit_times }));
+            let minimal = std::mem::take(&mut self.minimal);
+            steps.push(Step::Cut(CutExtent { cut, boundary, commit_times, minimal }));
         }
     }
 
@@ -262,6 +272,11 @@ impl Intake {
             }
             // Nobody waits for an abort, but a recovery to a time may stop at it.
             Landmark::Abort { time, .. } => self.cutter.timed(*time),
+            Landmark::ParameterChange { wal_level: 0, range, .. } => {
+                if self.minimal.len() < MINIMAL_MAX {
+                    self.minimal.push(range.start());
+                }
+            }
             Landmark::Checkpoint { .. }
             | Landmark::Switch { .. }
             | Landmark::ParameterChange { .. } => {}
@@ -431,6 +446,36 @@ mod tests {
         let stored: Vec<u8> = all.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
         assert!(stored == wal);
         assert_eq!(all.last().unwrap().0.cut.greatest_time, Some(commits.last().unwrap().0));
+    }
+
+    #[test]
+    fn minimal_wal_is_told_at_once_and_belongs_to_the_extent_that_holds_its_last_byte() {
+        let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+        let before = craft.filler(8084);
+        let record = craft.parameter_change(0);
+        craft.parameter_change(1);
+        craft.filler(100);
+        assert!(before.end().0 < SEGMENT + 8192 && record.end().0 > SEGMENT + 8192, "{record:?}");
+        // The first extent ends in the middle of the record, at the end of a page.
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut steps = Vec::new();
+        let (head, tail) = craft.bytes.split_at(8192);
+        for piece in [head, tail] {
+            let start = intake.received_end();
+            intake.take(start, Bytes::copy_from_slice(piece), now, &mut steps).unwrap();
+            intake.cut(CutReason::Idle, &mut steps);
+        }
+        let place = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
+        let told = place(|step| matches!(step, Step::MinimalWal(_)));
+        let cut = place(|step| matches!(step, Step::Cut(cut) if !cut.minimal.is_empty()));
+        assert!(told < cut);
+        let marks: Vec<_> = extents(steps).into_iter().map(|(extent, _)| extent.minimal).collect();
+        assert_eq!(marks, [vec![], vec![record.start()]]);
+        // What is stored already was marked by whoever stored it.
+        let end = SEGMENT + craft.bytes.len() as u64;
+        let stored = run(&attempt(SEGMENT, end - 8, &[]), &craft.bytes, 1000);
+        assert!(stored.iter().all(|(extent, _)| extent.minimal.is_empty()));
     }
 
     #[test]

@@ -211,7 +211,8 @@ mod tests {
 
     fn stored(start: u64, end: u64, chain: u64) -> Stored {
         let cut = Cut { range: range(start, end), greatest_time: None, reason: CutReason::Idle };
-        let extent = CutExtent { cut, boundary: Lsn(end), commit_times: Vec::new() };
+        let extent =
+            CutExtent { cut, boundary: Lsn(end), commit_times: Vec::new(), minimal: Vec::new() };
         Stored { extent, timeline: TimelineId::FIRST, chain, stored_bytes: 1 }
     }
 

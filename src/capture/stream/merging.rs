@@ -1,8 +1,9 @@
 //! Small extents of complete segments are merged while the stream runs.
 //!
 //! Every ten minutes, on one request at a time, and only while nothing waits for the repository: the
-//! memory budget is the stream's. What a run finds is the listing of the newest WAL; older WAL was
-//! looked at by earlier runs, or is by `tidemark expire`.
+//! memory budget is the stream's. The first runs of a process look at all WAL of the timeline that is
+//! streamed, later ones at what came since. While nobody streams nothing is merged, and what was small at
+//! the end of a timeline that was left stays so.
 //!
 //! # Durability
 //! See [`compaction`]: nothing is deleted that another object was not read back to hold. Dying on any

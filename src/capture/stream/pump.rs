@@ -313,7 +313,8 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// It names the position it has *sent*, and it answers before it looks for more to send: WAL may
     /// have been written that it has not looked at yet (`ProcessStandbyReplyMessage`, `WalSndLoop`). So
     /// the first sign of life promises nothing; the next one promises that nothing was there at the
-    /// first, for that would have been sent in between.
+    /// first, for that would have been sent in between. A commit of the very microsecond of the first may
+    /// still come: what is promised ends before it.
     fn note_quiet(&mut self, server_time: PgTime) {
         let all_stored = self.server_had <= self.intake.received_end()
             && !self.intake.cutter().holds_commit()
@@ -323,7 +324,8 @@ impl<'e, 'a> Pump<'e, 'a> {
             return;
         }
         if let Some(quiet_since) = self.quiet_since.replace(server_time) {
-            self.engine.status.update(|now| now.caught_up_at = quiet_since.to_timestamp());
+            let promised = PgTime(quiet_since.0.saturating_sub(1)).to_timestamp();
+            self.engine.status.update(|now| now.caught_up_at = promised);
             self.engine.report(self.timeline);
         }
     }

@@ -6,6 +6,12 @@
 //! greatest commit time, so what is there was made from the same WAL by an earlier try or an earlier
 //! life of this process.
 //!
+//! Where the server went on with `wal_level = minimal`, the mark that says so
+//! ([`marks::put_minimal`]) is durable before the extent that holds the record is put: no listing shows that
+//! WAL without the mark, nothing is acknowledged before both are there, and dying in between leaves a mark
+//! at the end of the WAL, where every interval ends anyway. Who has lost the lease puts no mark: his server
+//! may be one that was rolled back, whose WAL at that place is not the WAL that another stores.
+//!
 //! # Cancel safety
 //! Dropping [`Uploads`] stops its tasks; what they leave behind is a whole object or none. Nothing
 //! was acknowledged for them, so the server still has their WAL.
@@ -21,7 +27,8 @@ use super::status::Status;
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::TimelineId;
-use crate::repo::{SealedExtent, Writer};
+use crate::repo::lease::Guard;
+use crate::repo::{SealedExtent, Writer, marks};
 
 /// First pause after a failed upload; the store has retried by itself before.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
@@ -56,6 +63,7 @@ pub struct Stored {
 #[derive(Debug)]
 pub struct Uploads {
     writer: Writer,
+    guard: Guard,
     clock: Clock,
     status: Arc<Status>,
     tasks: JoinSet<Stored>,
@@ -67,10 +75,11 @@ pub struct Uploads {
 impl Uploads {
     /// None yet; `uploads_max` may run at a time.
     #[must_use]
-    pub fn new(writer: Writer, uploads_max: usize, status: &Arc<Status>) -> Self {
+    pub fn new(writer: Writer, guard: Guard, uploads_max: usize, status: &Arc<Status>) -> Self {
         Self {
             clock: writer.repository().clock().clone(),
             writer,
+            guard,
             status: Arc::clone(status),
             tasks: JoinSet::new(),
             waiting: VecDeque::new(),
@@ -128,41 +137,66 @@ impl Uploads {
     fn start(&mut self) {
         while self.tasks.len() < self.uploads_max {
             let Some(upload) = self.waiting.pop_front() else { return };
-            let (writer, clock) = (self.writer.clone(), self.clock.clone());
-            self.tasks.spawn(put(writer, upload, clock, Arc::clone(&self.status)));
+            let put = Put {
+                writer: self.writer.clone(),
+                guard: self.guard.clone(),
+                clock: self.clock.clone(),
+                status: Arc::clone(&self.status),
+                upload,
+            };
+            self.tasks.spawn(put.run());
         }
     }
 }
 
-/// Puts one extent, however long it takes. Every kind of failure is tried again: what the operator
-/// must repair (rights, a full disk, a missing bucket) is repaired while the slot holds the WAL.
-async fn put(writer: Writer, upload: Upload, clock: Clock, status: Arc<Status>) -> Stored {
-    let mut pause = PAUSE_MIN;
-    let began = clock.instant();
-    let mut failed = false;
-    loop {
-        match writer.put_extent(&upload.sealed).await {
-            Ok(_) => break,
-            Err(error) => {
-                let waited = clock.instant().saturating_duration_since(began).as_secs();
-                tracing::warn!("{error}; trying again for {waited} s so far");
-                status.update(|now| now.repository_error = Some(error.to_string()));
-                failed = true;
-            }
+/// One extent on its way.
+struct Put {
+    writer: Writer,
+    guard: Guard,
+    clock: Clock,
+    status: Arc<Status>,
+    upload: Upload,
+}
+
+impl Put {
+    /// Puts the extent, however long it takes. Every kind of failure is tried again: what the operator
+    /// must repair (rights, a full disk, a missing bucket) is repaired while the slot holds the WAL.
+    async fn run(self) -> Stored {
+        let (clock, status) = (self.clock.clone(), Arc::clone(&self.status));
+        let mut pause = PAUSE_MIN;
+        let began = clock.instant();
+        let mut failed = false;
+        while let Err(error) = self.attempt().await {
+            let waited = clock.instant().saturating_duration_since(began).as_secs();
+            tracing::warn!("{error}; trying again for {waited} s so far");
+            status.update(|now| now.repository_error = Some(error.to_string()));
+            failed = true;
+            tokio::time::sleep(jittered(pause, &clock)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
         }
-        tokio::time::sleep(jittered(pause, &clock)).await;
-        pause = (pause * 2).min(PAUSE_MAX);
+        let upload = self.upload;
+        if failed {
+            let waited = clock.instant().saturating_duration_since(began).as_secs();
+            tracing::info!("the repository took WAL {} after {waited} s", upload.sealed.name.range);
+        }
+        status.update(|now| now.repository_error = None);
+        Stored {
+            stored_bytes: upload.sealed.body.len() as u64,
+            timeline: upload.sealed.name.timeline,
+            extent: upload.extent,
+            chain: upload.chain,
+        }
     }
-    if failed {
-        let waited = clock.instant().saturating_duration_since(began).as_secs();
-        tracing::info!("the repository took WAL {} after {waited} s", upload.sealed.name.range);
-    }
-    status.update(|now| now.repository_error = None);
-    Stored {
-        stored_bytes: upload.sealed.body.len() as u64,
-        timeline: upload.sealed.name.timeline,
-        extent: upload.extent,
-        chain: upload.chain,
+
+    /// Tries once: first what must be known about the extent, then the extent.
+    async fn attempt(&self) -> Result<()> {
+        let sealed = &self.upload.sealed;
+        for record_lsn in &self.upload.extent.minimal {
+            self.guard.ensure_held()?;
+            let repository = self.writer.repository();
+            marks::put_minimal(repository, sealed.name.timeline, *record_lsn).await?;
+        }
+        self.writer.put_extent(sealed).await.map(drop)
     }
 }
 
@@ -177,21 +211,24 @@ mod tests {
     use super::super::cutter::{Cut, CutReason};
     use super::*;
     use crate::pg::{Lsn, LsnRange};
-    use crate::repo::Level;
-    use crate::repo::{Encryption, ExtentBuilder, Repository};
+    use crate::repo::{Encryption, ExtentBuilder, Lease, LeaseOptions, Level, Repository};
+    use crate::store::Store;
+    use crate::store::memory::{Call, Memory, Outcome};
 
     use bytes::Bytes;
 
-    async fn writer() -> Writer {
+    async fn scene() -> (Memory, Writer, Lease) {
         let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
-        let (_, repository) = Repository::in_memory(&clock).await;
-        repository.writer(&Encryption::None).await.unwrap()
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let lease = Lease::acquire(&repository, LeaseOptions::new("test")).await.unwrap();
+        (memory, repository.writer(&Encryption::None).await.unwrap(), lease)
     }
 
     fn upload(writer: &Writer, start: u64) -> Upload {
         let range = LsnRange::new(Lsn(start), Lsn(start + 10)).unwrap();
         let cut = Cut { range, greatest_time: None, reason: CutReason::Idle };
-        let extent = CutExtent { cut, boundary: Lsn(start), commit_times: Vec::new() };
+        let (commit_times, minimal) = (Vec::new(), Vec::new());
+        let extent = CutExtent { cut, boundary: Lsn(start), commit_times, minimal };
         let mut builder =
             ExtentBuilder::new(writer, TimelineId::FIRST, Lsn(start), Level::default()).unwrap();
         builder.push(Bytes::from_static(b"0123456789")).unwrap();
@@ -200,8 +237,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn extents_are_counted_until_the_store_holds_them() {
-        let writer = writer().await;
-        let mut uploads = Uploads::new(writer.clone(), 2, &Arc::new(Status::new()));
+        let (_, writer, lease) = scene().await;
+        let mut uploads = Uploads::new(writer.clone(), lease.guard(), 2, &Arc::new(Status::new()));
         for start in [1000, 1010, 1020] {
             uploads.push(upload(&writer, start));
         }
@@ -218,12 +255,58 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_extent_that_is_there_already_counts_as_stored() {
-        let writer = writer().await;
+        let (_, writer, lease) = scene().await;
         let again = upload(&writer, 1000);
         writer.put_extent(&again.sealed).await.unwrap();
-        let mut uploads = Uploads::new(writer, 2, &Arc::new(Status::new()));
+        let mut uploads = Uploads::new(writer, lease.guard(), 2, &Arc::new(Status::new()));
         let range = again.extent.cut.range;
         uploads.push(again);
         assert_eq!(uploads.next_stored().await.unwrap().extent.cut.range, range);
+    }
+
+    const MARK: &str = "main/marks/minimal-00000001-00000000000003EA";
+
+    fn minimal_upload(writer: &Writer) -> Upload {
+        let mut upload = upload(writer, 1000);
+        upload.extent.minimal.push(Lsn(1002));
+        upload
+    }
+
+    async fn names(memory: &Memory) -> Vec<String> {
+        let listed = memory.list_all("main/").await.unwrap();
+        let names = listed.into_iter().map(|object| object.name.to_string());
+        names.filter(|name| name.contains("/wal/") || name.contains("/marks/")).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_changes_are_left_out_is_marked_before_the_wal_behind_it_is_stored() {
+        let (memory, writer, lease) = scene().await;
+        let status = Arc::new(Status::new());
+        let mut uploads = Uploads::new(writer.clone(), lease.guard(), 2, &status);
+        // The mark's put fails: nothing else may be tried.
+        memory.fail_next(Call::Put, Outcome::FailsBefore);
+        uploads.push(minimal_upload(&writer));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(status.snapshot().repository_error.unwrap().contains("unable to mark"));
+        assert!(names(&memory).await.is_empty());
+        // The mark is there and the extent's put fails: dying here leaves the mark alone.
+        memory.fail_next(Call::Put, Outcome::Passes);
+        memory.fail_next(Call::Put, Outcome::FailsBefore);
+        tokio::time::sleep(PAUSE_MIN).await;
+        assert_eq!(names(&memory).await, [MARK]);
+        uploads.next_stored().await.unwrap();
+        assert_eq!(names(&memory).await.len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_lost_the_lease_marks_nothing() {
+        let (memory, writer, lease) = scene().await;
+        let guard = lease.guard();
+        lease.release().await;
+        assert!(guard.ensure_held().is_err());
+        let mut uploads = Uploads::new(writer.clone(), guard, 2, &Arc::new(Status::new()));
+        uploads.push(minimal_upload(&writer));
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(names(&memory).await.is_empty());
     }
 }

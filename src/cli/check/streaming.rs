@@ -104,13 +104,7 @@ impl<'a> Streaming<'a> {
     /// What is wrong when WAL arrives to which no backup leads.
     pub(super) fn dead_end(&self) -> Option<Error> {
         let catalog = self.catalog?;
-        let (timeline, mut durable_end_lsn) = catalog.durable_end()?;
-        // Uploads overlap: behind what the writer told there may be a hole that is being filled.
-        if let Some(told) = self.holder().and_then(|holder| holder.progress)
-            && told.timeline == timeline
-        {
-            durable_end_lsn = durable_end_lsn.min(told.durable_end_lsn);
-        }
+        let (timeline, durable_end_lsn) = catalog.settled_end(self.now)?;
         let in_order = catalog.backups.is_empty() || catalog.reaches(timeline, durable_end_lsn);
         if in_order || !self.is_streamed() {
             return None;

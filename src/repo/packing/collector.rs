@@ -13,7 +13,7 @@ use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 
 use super::patience::{self, outlast};
-use super::worker::{PartBuffer, PartFrame};
+use super::worker::{PartBuffer, PartFrame, keep_memory};
 use super::{Event, Item, ItemKind, OpenPack, PieceDone, Shared};
 use crate::clock::{Clock, Instant};
 use crate::error::{Error, Kind, Result};
@@ -273,6 +273,7 @@ impl Collector {
         let upload = self.upload_mut(pack)?;
         upload.parts_in_flight += 1;
         let target = Arc::clone(&upload.target);
+        let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
             let bytes = body.len() as u64;
             let attempted = || format!("unable to put part {part_number} of '{}'", target.object);
@@ -281,6 +282,7 @@ impl Collector {
                 place.multipart().await?.put_part(part_number, part.clone()).await
             })
             .await?;
+            keep_memory(&shared, body);
             drop(permits);
             Ok(Outcome::Part { pack, bytes })
         });

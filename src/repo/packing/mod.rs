@@ -154,6 +154,8 @@ struct Shared {
     inspect: Arc<dyn Inspect>,
     /// One for each part buffer that may exist.
     parts: Permits,
+    /// Memory of parts that are stored, for those to come; never more than permits are free.
+    spare_parts: std::sync::Mutex<Vec<Vec<u8>>>,
     /// One for each pack whose blocks may be with the workers.
     packs: Permits,
     counters: Arc<PackCounters>,
@@ -283,6 +285,7 @@ impl BackupWriter {
             backup,
             inspect,
             parts: Permits::new(parts_max as u64),
+            spare_parts: std::sync::Mutex::default(),
             packs: Permits::new(UNFINISHED_PACKS_MAX as u64),
             counters: Arc::default(),
             stop: CancellationToken::new(),

@@ -58,6 +58,7 @@ fn left_after(catalog: &Catalog, plan: &DeletionPlan, gone: &BTreeSet<BackupId>)
         wal: catalog.wal.without(|name| extents.contains(name)),
         histories: catalog.histories.clone(),
         lease: catalog.lease.clone(),
+        marks: catalog.marks.clone(),
         ..Catalog::default()
     }
 }

@@ -62,7 +62,16 @@ fn now(day: i64) -> Timestamp {
 fn without_a_rule_nothing_goes() {
     let plan = plan(&month(), &options(None, None, None), now(30)).unwrap();
     assert!(plan.is_empty());
-    assert_eq!(plan.to_string().lines().last(), Some("nothing to delete"));
+    assert!(plan.to_string().lines().all(|line| line.ends_with("keep_count is set")));
+}
+
+#[test]
+fn a_window_alone_deletes_no_backup_and_the_plan_says_so() {
+    let of = |count| plan(&month(), &options(None, count, Some(7)), now(30)).unwrap();
+    let alone = of(None);
+    assert!(alone.backups.is_empty());
+    assert!(alone.to_string().contains("note: pitr_days alone deletes no backup"), "{alone}");
+    assert!(of(Some(1)).remarks.is_empty());
 }
 
 #[test]
@@ -97,6 +106,21 @@ fn the_window_keeps_the_backup_it_begins_with() {
     assert_eq!(kept_days(&plan), [22, 23, 24, 25, 26, 27, 28, 29]);
     assert_eq!(plan.keep[0].reasons, [Reason::WindowBase].into());
     assert_eq!(plan.wal[0].horizon_lsn.0, 22 * 1440 * MINUTE_BYTES);
+}
+
+#[test]
+fn a_backup_that_minimal_wal_cut_off_from_the_window_is_no_base_of_it() {
+    let mut catalog = Catalog { backups: vec![daily(1, 0), daily(1, 20)], ..month() };
+    let window = options(None, Some(1), Some(15));
+    assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [0, 20]);
+    let noon = Lsn((10 * DAY + DAY / 2).unsigned_abs() * MINUTE_BYTES);
+    catalog.marks.minimal.insert((timeline(1), noon));
+    assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [20]);
+    // The second check sees the same barrier: what stays reaches as far as before.
+    let all = plan(&catalog, &options(None, Some(2), None), now(30)).unwrap();
+    assert_eq!((kept_days(&all), all.backups.len()), (vec![0, 20], 0));
+    let longer = plan(&catalog, &options(None, Some(1), Some(21)), now(30)).unwrap();
+    assert_eq!(kept_days(&longer), [0, 20], "the window begins before the barrier");
 }
 
 #[test]

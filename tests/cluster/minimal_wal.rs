@@ -1,0 +1,104 @@
+//! A server that ran with `wal_level = minimal` for a while: its WAL has no hole and not all changes.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::harness::postgres::Stop;
+use crate::harness::{Binaries, Postgres, Settings, Tidemark};
+
+const DEADLINE: Duration = Duration::from_secs(90);
+
+fn list(tidemark: &Tidemark) -> Value {
+    tidemark.run(&["list", "--json"]).ok().json()
+}
+
+fn until(tidemark: &Tidemark, what: &str, done: impl Fn(&Value) -> bool) -> Value {
+    let began = Instant::now();
+    loop {
+        let listed = list(tidemark);
+        if done(&listed) {
+            return listed;
+        }
+        assert!(began.elapsed() < DEADLINE, "{what}: {listed:#}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn count(listed: &Value, what: &str) -> usize {
+    listed[what].as_array().unwrap().len()
+}
+
+/// Rows of the table that WAL of level minimal does not hold, in a restore of the newest state.
+fn restored_rows(tidemark: &Tidemark, name: &str) -> Result<String, String> {
+    let target = tidemark.new_target(name);
+    tidemark.run(&["restore", "--into", target.to_str().unwrap()]).ok();
+    let restored = Postgres::adopt(&Binaries::of_this_run(), &target);
+    restored.run();
+    let began = Instant::now();
+    while restored.psql("select pg_is_in_recovery()") != "f" {
+        assert!(began.elapsed() < DEADLINE, "{}", restored.log_tail());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(restored.psql("select count(*) from kept"), "1");
+    let rows = restored.try_psql("select count(*) from unlogged_changes");
+    restored.stop(Stop::Fast);
+    rows
+}
+
+/// Runs the server with `wal_level = minimal` while nobody is there.
+fn run_minimal(server: &Postgres) {
+    server.psql("select pg_drop_replication_slot('tidemark')");
+    server.psql("alter system set wal_level = minimal");
+    server.psql("alter system set max_wal_senders = 0");
+    server.stop(Stop::Fast);
+    server.run();
+    server.psql("create table unlogged_changes as select generate_series(1, 5000) as id");
+    server.psql("alter system reset all");
+    server.stop(Stop::Fast);
+    server.run();
+}
+
+#[test]
+fn a_past_with_minimal_wal_is_never_forgotten() {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    let conninfo = server.conninfo();
+    server.psql("create table kept as select 1 as id");
+    let tidemark = Tidemark::with_directory();
+    let run = ["run", "--postgres", &conninfo, "--backup-interval", "1d"];
+    let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
+    tidemark.run(&["backup", "--postgres", &conninfo]).ok();
+    assert_eq!(stream.terminate(), Some(0));
+    run_minimal(&server);
+
+    // This one finds it, stores what follows, takes no backups, and ends.
+    let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
+    server.psql("create table later (id int)");
+    let after = server.psql("select now()");
+    let found = until(&tidemark, "no gap", |listed| count(listed, "gaps") > 0);
+    assert_eq!(stream.terminate(), Some(0));
+    assert_eq!(found["gaps"][0]["minimal"], true, "{found:#}");
+    let listed = list(&tidemark);
+    let (gap, windows) = (&listed["gaps"][0], listed["windows"].as_array().unwrap());
+    assert_eq!(windows.len(), 1, "{listed:#}");
+    assert_eq!(windows[0]["until_lsn"], gap["missing"]["start"], "{listed:#}");
+    assert_eq!(windows[0]["open"], false);
+    let text = tidemark.run(&["list"]).ok().stdout;
+    assert!(text.contains("GAP, wal_level was 'minimal': timeline 1 from "), "{text}");
+    let verified = tidemark.run(&["verify"]).failed(8);
+    assert!(verified.stdout.contains("wal_level was 'minimal'"), "{verified:?}");
+    let refused = tidemark.run(&["restore", "--dry-run", "--to-time", &after]).failed(6);
+    assert!(refused.stderr.contains("wal_level = minimal"), "{refused:?}");
+    let rows = restored_rows(&tidemark, "before");
+    assert!(rows.unwrap_err().contains("does not exist"), "the restore ends before it");
+
+    // Nothing in memory tells this one.
+    let sidecar = tidemark.spawn(&run);
+    let listed = until(&tidemark, "no backup", |listed| count(listed, "backups") > 1);
+    assert_eq!(sidecar.terminate(), Some(0));
+    assert_eq!(count(&listed, "windows"), 2, "{listed:#}");
+    tidemark.run(&["verify"]).ok();
+    assert_eq!(restored_rows(&tidemark, "after"), Ok("5000".to_owned()));
+}
