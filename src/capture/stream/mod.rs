@@ -46,7 +46,8 @@ pub enum SlotLife {
     /// For ever: the server keeps WAL while we are away.
     Permanent,
     /// As long as the connection: for a single base backup, which must not leave a slot behind that
-    /// fills the server's disk. A permanent slot of the name is used if it is there.
+    /// fills the server's disk. A permanent slot of the name is left where it is: it may keep the WAL of
+    /// another repository (see [`server::ensure_slot`]).
     Connection,
 }
 
