@@ -131,3 +131,25 @@ fn a_listing_promises_no_moment_after_a_backup_before_a_commit_was_stored() {
     });
     assert_eq!(promised.unwrap(), vec![true]);
 }
+
+/// At a promotion the history of the new timeline is put before anything else happens. A store that does
+/// not answer keeps nobody from hearing that he is to stop.
+#[test]
+fn a_stop_is_heard_while_the_history_of_a_new_timeline_is_on_its_way() {
+    let mut world = world();
+    world.settings.lease_ttl = seconds(180);
+    world.start_sidecar();
+    world.run(seconds(10), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(20), STEP);
+    world.net.set_weather(Weather { late: 1000, ..Weather::FAIR });
+    let now = world.now;
+    world.server.promote(0, true, now);
+    world.run(seconds(2), STEP);
+    world.terminate(0);
+    // Giving the lease back is tried for ten seconds; a request to the store waits for thirty.
+    world.run(seconds(15), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes.is_empty(), "{:?}", world.log);
+}

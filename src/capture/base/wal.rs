@@ -187,13 +187,16 @@ impl OwnStream {
         let mut own = Self { status, stop, task };
         let deadline = clock.instant() + BEGIN_MAX;
         let mut changes = own.status.subscribe();
-        let begun = changes.wait_for(|now| now.phase == Phase::Streaming);
+        let begun = async {
+            let streams = changes.wait_for(|now| now.phase == Phase::Streaming).await;
+            streams.map(drop).map_err(|_| Error::new(Kind::Bug, "the status went away"))
+        };
         tokio::select! {
             ended = &mut own.task => {
                 joined(ended)?;
                 Err(Error::new(Kind::Unavailable, "the WAL stream ended before it began"))
             }
-            _ = begun => Ok(own),
+            begun = begun => begun.map(|()| own),
             () = tokio::time::sleep_until(deadline) => Err(own.abandon().await),
         }
     }

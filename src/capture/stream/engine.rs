@@ -535,7 +535,7 @@ impl<'a> Engine<'a> {
 
     /// Asked to stop with no server at hand: stores what was received, for as long as a stop may
     /// take.
-    async fn stop_without_server(&mut self) -> Result<SessionEnd> {
+    pub(super) async fn stop_without_server(&mut self) -> Result<SessionEnd> {
         self.status.update(|now| now.phase = Phase::Stopping);
         let deadline = self.clock.instant() + self.stream.options.stop_grace;
         while self.unstored_count() > 0 {
