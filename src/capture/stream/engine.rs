@@ -12,13 +12,14 @@ use tokio_util::sync::CancellationToken;
 use super::ledger::{Held, Ledger};
 use super::merging::Merging;
 use super::pump::{Ended, Pump};
+use super::relief::LeftSlot;
 use super::resume::{self, Attempt, OlderWal, Situation};
 use super::sealer::Sealer;
 use super::server::{self, OurSlot, Server};
 use super::status::{Phase, Status};
 use super::uploads::{Stored, Upload, Uploads, jittered};
 use super::upstream::Walsender;
-use super::watch::{Observation, Watch};
+use super::watch::{self, Observation, Watch};
 use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -72,6 +73,8 @@ pub(super) struct Engine<'a> {
     connected_before: bool,
     gave_up: bool,
     slot_is_void: bool,
+    /// The permanent slot, once a session has used it.
+    pub(super) left_slot: Option<LeftSlot>,
     /// Where a stream for one backup began: from there on its WAL has no hole.
     began_at: Option<Lsn>,
 }
@@ -118,6 +121,7 @@ impl<'a> Engine<'a> {
             connected_before: false,
             gave_up: false,
             slot_is_void: false,
+            left_slot: None,
             began_at: None,
         })
     }
@@ -245,6 +249,10 @@ impl<'a> Engine<'a> {
             }
         }
         let slot = server::ensure_slot(&mut server, &stored, &stream.options, &self.clock).await?;
+        if stream.options.slot_life == SlotLife::Permanent {
+            let segment_size = server.segment_size;
+            self.left_slot = Some(LeftSlot { lsn: slot.restart_lsn, segment_size });
+        }
         self.warn_of_other_timelines(&server);
         self.connected_before = true;
         Ok(Ok((server, slot)))
@@ -509,20 +517,7 @@ impl<'a> Engine<'a> {
     /// Takes note of the catalog's answer; whether the lag ceiling is passed.
     pub(super) fn on_observation(&mut self, observed: &Observation) -> bool {
         let durable_end = self.ledger.durable_end();
-        let before = self.status.snapshot().slot.wal_status;
-        self.status.update(|now| {
-            now.server_end_lsn = now.server_end_lsn.max(observed.server_end_lsn);
-            now.slot = observed.slot.clone();
-        });
-        if let Some(state) = observed.slot.wal_status.as_deref()
-            && matches!(state, "unreserved" | "lost")
-            && before.as_deref() != Some(state)
-        {
-            tracing::error!(
-                "the server is about to remove, or has removed, WAL that is not stored yet: the \
-                 slot is '{state}' (max_slot_wal_keep_size)"
-            );
-        }
+        watch::take_note(&self.status, observed);
         self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end))
     }
 

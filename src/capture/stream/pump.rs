@@ -508,6 +508,9 @@ impl<'e, 'a> Pump<'e, 'a> {
             }
         }
         self.told = flushed;
+        if let Some(slot) = &mut self.engine.left_slot {
+            slot.lsn = slot.lsn.max(flushed);
+        }
         self.told_at = self.engine.clock.instant();
         self.reply_owed = false;
         self.engine.status.update(|now| now.acknowledged_end_lsn = flushed);
