@@ -194,3 +194,30 @@ fn past_the_ceiling_the_server_is_relieved_while_nobody_holds_the_lease() {
     assert_eq!(missing[0].end(), told.gaps[0].end_lsn);
     assert_eq!(world.judge.violations, Vec::<String>::new());
 }
+
+/// Past the ceiling, with everything received: only what the store has not answered for is missing, and
+/// moving the slot past it would acknowledge it.
+#[test]
+fn what_is_on_its_way_to_the_store_is_not_given_up_for_the_ceiling() {
+    let mut world = world();
+    world.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.judge.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.settings.lease_ttl = seconds(600);
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(30), STEP);
+    let left_at = world.server.state().slot;
+    world.net.set_weather(Weather::DOWN);
+    let now = world.now;
+    world.server.work(3 << 20, now);
+    world.run(seconds(120), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(world.server.state().slot, left_at);
+    world.net.set_weather(Weather::FAIR);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes[0].status.snapshot().gaps.is_empty());
+    assert!(world.server.state().slot > left_at);
+}

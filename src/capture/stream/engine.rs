@@ -23,7 +23,7 @@ use super::watch::{self, Observation, Watch};
 use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
 use crate::repo::lease::{Guard, Lease, Progress};
 
 /// First pause before connecting again.
@@ -73,6 +73,7 @@ pub(super) struct Engine<'a> {
     connected_before: bool,
     gave_up: bool,
     slot_is_void: bool,
+    segment_size: Option<SegmentSize>,
     /// The permanent slot, once a session has used it.
     pub(super) left_slot: Option<LeftSlot>,
     /// Where a stream for one backup began: from there on its WAL has no hole.
@@ -121,6 +122,7 @@ impl<'a> Engine<'a> {
             connected_before: false,
             gave_up: false,
             slot_is_void: false,
+            segment_size: None,
             left_slot: None,
             began_at: None,
         })
@@ -249,6 +251,7 @@ impl<'a> Engine<'a> {
             }
         }
         let slot = server::ensure_slot(&mut server, &stored, &stream.options, &self.clock).await?;
+        self.segment_size = Some(server.segment_size);
         if stream.options.slot_life == SlotLife::Permanent {
             let segment_size = server.segment_size;
             self.left_slot = Some(LeftSlot { lsn: slot.restart_lsn, segment_size });
@@ -518,7 +521,16 @@ impl<'a> Engine<'a> {
     pub(super) fn on_observation(&mut self, observed: &Observation) -> bool {
         let durable_end = self.ledger.durable_end();
         watch::take_note(&self.status, observed);
-        self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end))
+        let passed = self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end));
+        passed && self.has_what_to_give_up(observed.server_end_lsn)
+    }
+
+    /// Whether the server has whole segments that were not received: what was, is on its way to the
+    /// store. Moving the slot past that alone would acknowledge it before it is stored, and no gap would
+    /// say so; it is as much as the budget holds, and waited for.
+    fn has_what_to_give_up(&self, server_end: Lsn) -> bool {
+        let received_end = self.status.received_end();
+        self.segment_size.is_none_or(|segment| segment.start_of(server_end) > received_end)
     }
 
     /// Whether the server shuts down and waits for us, while we wait for the repository
