@@ -189,7 +189,7 @@ impl OwnStream {
         let mut changes = own.status.subscribe();
         let begun = async {
             let streams = changes.wait_for(|now| now.phase == Phase::Streaming).await;
-            streams.map(drop).map_err(|_| Error::new(Kind::Bug, "the status went away"))
+            streams.map(drop).map_err(|_gone| Error::new(Kind::Bug, "the status went away"))
         };
         tokio::select! {
             ended = &mut own.task => {
