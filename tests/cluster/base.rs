@@ -297,3 +297,136 @@ async fn it_goes_on_under_load_and_pages_written_meanwhile_are_no_damage() {
     assert!(writing.await.unwrap() > 0);
     running.stop().await.unwrap();
 }
+
+fn slot_position(server: &Postgres) -> String {
+    server.psql("select restart_lsn from pg_replication_slots where slot_name = 'tidemark'")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 1000);
+    let (first, second) = (Place::of(&server).await, Place::of(&server).await);
+    let running = Running::start(first.stream(&server)).await;
+    running.durable(wal_end(&server)).await;
+
+    // While the sidecar of the first streams by the slot, and as soon as it is stopped.
+    let began = Instant::now();
+    take(&alone(&second, &server)).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    running.stop().await.unwrap();
+    let left_at = slot_position(&server);
+    server.psql("insert into t (body) values ('only the slot keeps this for the first')");
+    // The second of these finds the slot amidst what its own repository holds.
+    for _ in 0..2 {
+        take(&alone(&second, &server)).await.unwrap();
+        assert_eq!(slot_position(&server), left_at);
+    }
+    assert_eq!(server.psql("select count(*) from pg_replication_slots"), "1");
+    assert_eq!(second.catalog().await.backups.len(), 3);
+
+    let running = Running::start(first.stream(&server)).await;
+    server.psql("insert into t (body) values ('a commit is not kept waiting')");
+    let now = running.durable(wal_end(&server)).await;
+    assert!(now.gaps.is_empty(), "{:?}", now.gaps);
+    running.stop().await.unwrap();
+    let covered = first.check_wal(&[&server]).await;
+    assert_eq!(covered.values().map(Vec::len).collect::<Vec<_>>(), [1], "{covered:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn between_two_lives_of_a_sidecar_it_stores_what_follows_and_moves_no_slot() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 1000);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.durable(wal_end(&server)).await;
+    running.stop().await.unwrap();
+    let left_at = slot_position(&server);
+    // Several segments, and a checkpoint behind them: a new slot begins after.
+    for _ in 0..3 {
+        server.psql(
+            "insert into t (body) select repeat(md5(i::text), 30) from generate_series(1, 3000) i",
+        );
+        server.psql("checkpoint");
+    }
+    take(&alone(&place, &server)).await.unwrap();
+    assert_eq!(slot_position(&server), left_at);
+    let covered = place.check_wal(&[&server]).await;
+    assert_eq!(covered.values().map(Vec::len).collect::<Vec<_>>(), [1], "{covered:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_keeps_nothing_keeps_nothing_after_it() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    server.psql("select pg_create_physical_replication_slot('tidemark')");
+    let place = Place::of(&server).await;
+    take(&alone(&place, &server)).await.unwrap();
+    let slots = "select slot_name, temporary, restart_lsn is null from pg_replication_slots";
+    assert_eq!(server.psql(slots), "tidemark|f|t");
+}
+
+/// Begins a slow backup of its own process beside `running`, which ends in the middle of it.
+async fn slow_backup_left_alone(
+    place: &Place,
+    server: &Postgres,
+    running: Running,
+    left: impl FnOnce(),
+) -> Result<BackupReport> {
+    let mut slow = alone(place, server);
+    slow.options.rate_max_kib = Some(8192);
+    slow.options.wal_stall_max = Duration::from_secs(600);
+    let mut progress = slow.progress.subscribe();
+    let leaving = async {
+        progress.wait_for(|now| now.received_bytes > 4 << 20).await.unwrap();
+        running.stop().await.unwrap();
+        left();
+    };
+    let (taken, ()) = tokio::join!(take(&slow), leaving);
+    taken
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_process_that_streams_ends_its_work_is_taken_over() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 5000);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    let began = Instant::now();
+    let left = || fill_more(&server);
+    let report = slow_backup_left_alone(&place, &server, running, left).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(90), "{:?}", began.elapsed());
+    assert_eq!(place.catalog().await.backups[0].manifest.id, report.manifest.public.id);
+    let covered = place.check_wal(&[&server]).await;
+    assert_eq!(covered.values().map(Vec::len).collect::<Vec<_>>(), [1], "{covered:?}");
+}
+
+fn fill_more(server: &Postgres) {
+    server.psql(
+        "insert into t (body) select repeat(md5(i::text), 30) from generate_series(1, 5000) i",
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_server_has_removed_what_that_process_left_the_backup_fails_at_once() {
+    let conf =
+        Settings::default().segment_mib(1).conf("max_wal_size = 4MB").conf("min_wal_size = 2MB");
+    let server = Postgres::start(&Binaries::of_this_run(), &conf);
+    fill(&server, 5000);
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    running.streaming().await;
+    let began = Instant::now();
+    let left = || {
+        server.psql("select pg_drop_replication_slot('tidemark')");
+        for _ in 0..4 {
+            fill_more(&server);
+            server.psql("checkpoint");
+        }
+    };
+    let error = slow_backup_left_alone(&place, &server, running, left).await.unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(90), "{:?}", began.elapsed());
+    assert!(error.message().contains("the base backup still needs is gone"), "{error}");
+    assert!(place.catalog().await.backups.is_empty());
+}

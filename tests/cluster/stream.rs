@@ -549,6 +549,50 @@ async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_lag_ceiling_holds_when_the_outage_outlasts_the_lease() {
+    let conf =
+        Settings::default().segment_mib(1).conf("max_wal_size = 4MB").conf("min_wal_size = 2MB");
+    let server = Postgres::start(&Binaries::of_this_run(), &conf);
+    let place = Place::of(&server).await;
+    let mut stream = place.stream(&server);
+    stream.options.lag_ceiling_bytes = Some(8 << 20);
+    let running = Running::start(stream).await;
+    load(&server, 100);
+    running.durable(wal_end(&server)).await;
+    place.set_down(true);
+    load(&server, 10);
+    let waits = |now: &Snapshot| now.phase == Phase::WaitingForRepository;
+    running.until("lease lost", |now| waits(now) && now.uploads_in_flight == 0).await;
+    for _ in 0..6 {
+        server.psql("insert into load (body) select gen_random_uuid()::text || gen_random_uuid()::text from generate_series(1, 30000)");
+    }
+    let (kept, began) = (wal_end(&server), Instant::now());
+    loop {
+        let restart: Lsn =
+            server.psql("select restart_lsn from pg_replication_slots").parse().unwrap();
+        if kept.saturating_since(restart) <= 8 << 20 {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{restart} of {kept}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let now = running.status.snapshot();
+    assert!(now.gaps.is_empty() && waits(&now), "{now:#?}");
+    server.psql("checkpoint");
+    place.set_down(false);
+    load(&server, 100);
+    let now = running.durable(wal_end(&server)).await;
+    assert_eq!(now.gaps.len(), 1, "{now:#?}");
+    assert!(now.base_backup_needed);
+    running.stop().await.unwrap();
+    let catalog = place.catalog().await;
+    let coverage = catalog.wal.coverage(TimelineId::FIRST);
+    assert_eq!(coverage.len(), 2, "{coverage:?}");
+    let gap = (now.gaps[0].start_lsn, now.gaps[0].end_lsn);
+    assert_eq!((coverage[0].end(), coverage[1].start()), gap);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn commits_that_trickle_in_are_durable_within_two_seconds() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     load(&server, 10);

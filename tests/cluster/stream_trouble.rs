@@ -4,16 +4,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark::capture::stream::relief::SlotMove;
+use tidemark::capture::stream::upstream::Upstream as _;
 use tidemark::capture::stream::{Phase, Stream};
+use tidemark::clock::Clock;
 use tidemark::error::Kind;
-use tidemark::pg::{Lsn, TimelineId};
+use tidemark::pg::{Lsn, SystemId, TimelineId};
 use tidemark::store::{ObjectName, Replace, Store};
-use tidemark::wire::ConnectOptions;
+use tidemark::wire::{ConnectOptions, Session};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::stream::{Place, Running, lease, settings, wal_end};
+use super::stream::{Place, Running, connect_options, lease, settings, wal_end};
 use crate::harness::postgres::Stop;
 use crate::harness::{Account, Binaries, Postgres};
 
@@ -247,4 +250,40 @@ async fn a_server_can_shut_down_while_the_repository_is_away() {
     running.stop().await.unwrap();
     let covered = place.check_wal(&[&server]).await;
     assert_eq!(covered[&TimelineId::FIRST].len(), 1, "{covered:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_is_moved_on_only_where_it_was_seen_and_while_nobody_uses_it() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    load(&server, 100);
+    running.durable(wal_end(&server)).await;
+    load(&server, 100);
+    let slot =
+        || -> Lsn { server.psql("select restart_lsn from pg_replication_slots").parse().unwrap() };
+    let ours = place.repository.system_id();
+    let options = connect_options(&server);
+    let mut asking = options.connect(Session::Database, &Clock::system()).await.unwrap();
+
+    // Somebody streams by it.
+    let flushed = || server.psql("select pg_current_wal_flush_lsn()").parse().unwrap();
+    let way = SlotMove { from: slot(), to: flushed() };
+    assert!(!asking.move_slot("tidemark", way, ours).await.unwrap());
+    let observed = asking.observe("tidemark").await.unwrap();
+    assert!(observed.slot_in_use && observed.slot_restart_lsn.is_some());
+    running.stop().await.unwrap();
+
+    load(&server, 100);
+    let (from, to) = (slot(), flushed());
+    let observed = asking.observe("tidemark").await.unwrap();
+    assert_eq!((observed.slot_in_use, observed.slot_restart_lsn), (false, Some(from)));
+    let elsewhere = SlotMove { from: Lsn(from.0 - 8), to };
+    let way = SlotMove { from, to };
+    assert!(!asking.move_slot("tidemark", elsewhere, ours).await.unwrap());
+    assert!(!asking.move_slot("tidemark", way, SystemId(ours.0 ^ 1)).await.unwrap());
+    assert!(!asking.move_slot("another", way, ours).await.unwrap());
+    assert_eq!(slot(), from);
+    assert!(asking.move_slot("tidemark", way, ours).await.unwrap());
+    assert_eq!(slot(), to);
 }

@@ -176,3 +176,93 @@ fn a_listing_promises_no_moment_after_a_backup_before_a_commit_was_stored() {
     });
     assert_eq!(promised.unwrap(), vec![true]);
 }
+
+/// At a promotion the history of the new timeline is put before anything else happens. A store that does
+/// not answer keeps nobody from hearing that he is to stop.
+#[test]
+fn a_stop_is_heard_while_the_history_of_a_new_timeline_is_on_its_way() {
+    let mut world = world();
+    world.settings.lease_ttl = seconds(180);
+    world.start_sidecar();
+    world.run(seconds(10), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(20), STEP);
+    world.net.set_weather(Weather { late: 1000, ..Weather::FAIR });
+    let now = world.now;
+    world.server.promote(0, true, now);
+    world.run(seconds(2), STEP);
+    world.terminate(0);
+    // Giving the lease back is tried for ten seconds; a request to the store waits for thirty.
+    world.run(seconds(15), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes.is_empty(), "{:?}", world.log);
+}
+
+/// An outage that outlasts the lease leaves nobody who may acknowledge; the server is relieved all the
+/// same, and the gap is seen by the process that goes on.
+#[test]
+fn past_the_ceiling_the_server_is_relieved_while_nobody_holds_the_lease() {
+    let mut world = world();
+    world.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.judge.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(30), STEP);
+    let left_at = world.server.state().slot.unwrap();
+    world.net.set_weather(Weather::DOWN);
+    world.run(seconds(60), STEP);
+    let now = world.now;
+    world.server.work(1 << 20, now);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.server.state().slot, Some(left_at), "below the ceiling");
+    let now = world.now;
+    world.server.work(2 << 20, now);
+    world.run(seconds(60), STEP);
+    assert!(world.server.state().slot.unwrap() > left_at + (2 << 20), "{:?}", world.log);
+    assert!(world.processes[0].status.snapshot().gaps.is_empty(), "it is no gap yet");
+    let now = world.now;
+    world.server.checkpoint(now);
+    world.server.work(5000, now);
+    world.net.set_weather(Weather::FAIR);
+    world.run(seconds(60), STEP);
+    let told = world.processes[0].status.snapshot();
+    assert_eq!((told.gaps.len(), told.base_backup_needed), (1, true), "{told:#?}");
+    let listed = world.look(async |_, repository, _| {
+        let catalog = Catalog::load(repository).await?;
+        Ok(catalog.gaps().iter().map(|gap| gap.gap.missing).collect::<Vec<_>>())
+    });
+    let missing = listed.unwrap();
+    assert_eq!(missing.len(), 1, "{missing:?}");
+    assert_eq!(missing[0].end(), told.gaps[0].end_lsn);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
+/// Past the ceiling, with everything received: only what the store has not answered for is missing, and
+/// moving the slot past it would acknowledge it.
+#[test]
+fn what_is_on_its_way_to_the_store_is_not_given_up_for_the_ceiling() {
+    let mut world = world();
+    world.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.judge.settings.lag_ceiling_bytes = Some(2 << 20);
+    world.settings.lease_ttl = seconds(600);
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(30), STEP);
+    let left_at = world.server.state().slot;
+    world.net.set_weather(Weather::DOWN);
+    let now = world.now;
+    world.server.work(3 << 20, now);
+    world.run(seconds(120), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(world.server.state().slot, left_at);
+    world.net.set_weather(Weather::FAIR);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes[0].status.snapshot().gaps.is_empty());
+    assert!(world.server.state().slot > left_at);
+}

@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use tidemark::capture::stream::DEFAULT_NAME;
+use tidemark::capture::stream::relief::SlotMove;
 use tidemark::capture::stream::upstream::{Sending, Upstream, Walsender};
 use tidemark::capture::stream::watch::Observation;
 use tidemark::clock::Clock;
@@ -338,6 +339,10 @@ impl State {
         found.ok_or_else(|| gone("the connection broke"))
     }
 
+    fn is_slot_used(&self) -> bool {
+        self.slot_user.is_some_and(|user| self.is_connected(user))
+    }
+
     fn is_connected(&self, id: u64) -> bool {
         self.conns.iter().any(|conn| conn.id == id)
     }
@@ -485,7 +490,24 @@ impl Walsender for Connected {
         if !state.up {
             return Err(gone("it is down"));
         }
-        Ok(Observation { server_end_lsn: Lsn(state.line().end()), ..Observation::default() })
+        Ok(Observation {
+            server_end_lsn: Lsn(state.line().end()),
+            slot_restart_lsn: state.slot.map(Lsn),
+            slot_in_use: state.is_slot_used(),
+            ..Observation::default()
+        })
+    }
+
+    async fn move_slot(&mut self, _name: &str, way: SlotMove, system_id: SystemId) -> Result<bool> {
+        let mut state = self.server.state();
+        if !state.up {
+            return Err(gone("it is down"));
+        }
+        if state.slot != Some(way.from.0) || state.is_slot_used() || system_id.0 != SYSTEM_ID {
+            return Ok(false);
+        }
+        state.slot = Some(way.to.0);
+        Ok(true)
     }
 
     async fn start_replication(

@@ -2,8 +2,9 @@
 //!
 //! Three cases. The caller streams in this process and gives its status. Nobody streams: we take the
 //! lease and run the stream for as long as the backup lasts, through a slot that vanishes with its
-//! connection unless the permanent one exists already. Somebody else holds the lease: we watch the
-//! repository.
+//! connection. Somebody else holds the lease: we watch the repository and the lease. When the holder ends
+//! before the backup's WAL is stored (it was another backup, or it was stopped), we take over and begin
+//! where the WAL of the backup is not stored.
 //!
 //! # A silent database
 //! A backup from a primary ends with a record that the stream treats like a commit, and with a switch
@@ -19,14 +20,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, resume};
-use crate::clock::Clock;
-use crate::error::{Error, Kind, Result};
+use crate::clock::{Clock, Instant};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
-use crate::repo::{Lease, LeaseOptions, Repository, WalCatalog};
+use crate::repo::{Lease, LeaseOptions, Object, Repository, WalCatalog, lease};
 
 /// Between two looks at the repository while another process streams.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
@@ -41,15 +43,22 @@ pub enum Feed {
     /// A stream that runs for this backup only.
     Own(OwnStream),
     /// Another process, which holds the lease.
-    Other,
+    Other(Box<OtherStream>),
 }
 
-/// A stream that runs for one backup.
+/// A stream that runs for one backup; dropped, it stops.
 #[derive(Debug)]
 pub struct OwnStream {
     status: Arc<Status>,
-    cancel: CancellationToken,
+    stop: DropGuard,
     task: JoinHandle<Result<()>>,
+}
+
+/// The stream of another process, and how ours would run in its place.
+#[derive(Debug)]
+pub struct OtherStream {
+    ours: Stream,
+    lease: LeaseOptions,
 }
 
 /// The WAL that a backup needs.
@@ -93,76 +102,52 @@ impl Feed {
     /// What taking the lease reports, except that somebody else holds it; what the stream reports
     /// when it cannot begin.
     pub async fn open(stream: Stream, lease: LeaseOptions, clock: &Clock) -> Result<Self> {
-        let lease = match Lease::acquire(stream.writer.repository(), lease).await {
-            Ok(lease) => lease,
+        match Lease::acquire(stream.writer.repository(), lease.clone()).await {
+            Ok(held) => {
+                tracing::info!("nobody streams WAL: it is streamed until this backup is complete");
+                OwnStream::begin(stream, held, clock).await.map(Self::Own)
+            }
             Err(error) if error.kind() == Kind::Conflict => {
                 tracing::info!("the WAL is left to the process that streams it: {error}");
-                return Ok(Self::Other);
+                Ok(Self::Other(Box::new(OtherStream { ours: stream, lease })))
             }
-            Err(error) => return Err(error),
-        };
-        tracing::info!("nobody streams WAL: it is streamed until this backup is complete");
-        let (cancel, status) = (CancellationToken::new(), Arc::clone(&stream.status));
-        let token = cancel.clone();
-        let task = tokio::spawn(async move {
-            let outcome = stream::run(&stream, &lease, &token).await;
-            lease.release().await;
-            outcome
-        });
-        let mut own = OwnStream { status, cancel, task };
-        own.wait_until_streaming(clock).await?;
-        Ok(Self::Own(own))
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits until `needed` is stored, for as long as it gets on within `stall_max`.
     ///
     /// # Errors
-    /// `unavailable` when it does not, or the stream ended.
+    /// `unavailable` when it does not, or the stream ended; what taking over from another process
+    /// reports: `not found` when the server has removed what that one left.
     pub async fn wait(
         &mut self,
         needed: &NeededWal,
         repository: &Repository,
         stall_max: Duration,
     ) -> Result<()> {
-        let end = needed.range.end();
+        if let Self::Other(other) = self {
+            match other.wait(needed, repository, stall_max).await? {
+                Some(own) => *self = Self::Own(own),
+                None => return Ok(()),
+            }
+        }
         let status = match self {
             Self::Caller(status) => Some(Arc::clone(status)),
             Self::Own(own) => Some(Arc::clone(&own.status)),
-            Self::Other => None,
+            Self::Other(_) => None,
         };
         if let Some(status) = status {
+            let end = needed.range.end();
             status.request_flush(end);
             wait_durable(&status, end, stall_max).await?;
         }
-        let clock = repository.clock();
-        let mut best = Lsn::INVALID;
-        let mut since = clock.instant();
-        loop {
-            let stored_end = match stored_end(repository, needed).await {
-                // An outage now must not cost the whole backup.
-                Err(error)
-                    if error.is_transient()
-                        && clock.instant().saturating_duration_since(since) < stall_max =>
-                {
-                    tracing::debug!("unable to list the WAL of the backup for now: {error}");
-                    tokio::time::sleep(LOOK_PAUSE).await;
-                    continue;
-                }
-                asked => asked?,
-            };
-            if stored_end >= end {
-                return Ok(());
-            }
-            if stored_end > best {
-                (best, since) = (stored_end, clock.instant());
-            }
-            // A stream of this process said that all is stored: then it must be, at once.
-            let limit = if matches!(self, Self::Other) { stall_max } else { LOOK_PAUSE };
-            if clock.instant().saturating_duration_since(since) > limit {
-                return Err(not_stored(needed, best));
-            }
+        let mut looks = Looks::begin(needed, repository, stall_max);
+        // A stream of this process said that all is stored: then it must be, at once.
+        while !looks.is_stored(LOOK_PAUSE).await? {
             tokio::time::sleep(LOOK_PAUSE).await;
         }
+        Ok(())
     }
 
     /// Ends a stream of ours.
@@ -172,10 +157,10 @@ impl Feed {
     pub async fn close(self) -> Result<()> {
         match self {
             Self::Own(own) => {
-                own.cancel.cancel();
+                drop(own.stop);
                 joined(own.task.await)
             }
-            Self::Caller(_) | Self::Other => Ok(()),
+            Self::Caller(_) | Self::Other(_) => Ok(()),
         }
     }
 
@@ -184,30 +169,162 @@ impl Feed {
         match self {
             Self::Caller(status) => status.base_backup_taken(start_lsn),
             Self::Own(own) => own.status.base_backup_taken(start_lsn),
-            Self::Other => {}
+            Self::Other(_) => {}
         }
     }
 }
 
 impl OwnStream {
-    async fn wait_until_streaming(&mut self, clock: &Clock) -> Result<()> {
+    /// Streams under `lease` until dropped; returns when it streams.
+    async fn begin(stream: Stream, lease: Lease, clock: &Clock) -> Result<Self> {
+        let (cancel, status) = (CancellationToken::new(), Arc::clone(&stream.status));
+        let stop = cancel.clone().drop_guard();
+        let task = tokio::spawn(async move {
+            let outcome = stream::run(&stream, &lease, &cancel).await;
+            lease.release().await;
+            outcome
+        });
+        let mut own = Self { status, stop, task };
         let deadline = clock.instant() + BEGIN_MAX;
-        let mut changes = self.status.subscribe();
-        let begun = changes.wait_for(|now| now.phase == Phase::Streaming);
+        let mut changes = own.status.subscribe();
+        let begun = async {
+            let streams = changes.wait_for(|now| now.phase == Phase::Streaming).await;
+            streams.map(drop).map_err(|_gone| Error::new(Kind::Bug, "the status went away"))
+        };
         tokio::select! {
-            ended = &mut self.task => {
+            ended = &mut own.task => {
                 joined(ended)?;
                 Err(Error::new(Kind::Unavailable, "the WAL stream ended before it began"))
             }
-            _ = begun => Ok(()),
-            () = tokio::time::sleep_until(deadline) => {
-                self.cancel.cancel();
-                let found = self.status.snapshot();
-                let cause = found.server_error.or(found.repository_error).unwrap_or_default();
-                let message = format!("unable to begin the WAL stream of the backup: {cause}");
-                Err(Error::new(Kind::Unavailable, message))
-            }
+            begun = begun => begun.map(|()| own),
+            () = tokio::time::sleep_until(deadline) => Err(own.abandon().await),
         }
+    }
+
+    /// Ends a stream that does not begin; the error says why it does not.
+    async fn abandon(self) -> Error {
+        // Before it is stopped: a stream that ends as it was told has no error any more.
+        let found = self.status.snapshot();
+        let cause = found.server_error.or(found.repository_error);
+        let cause = cause.unwrap_or_else(|| "the server does not answer".to_owned());
+        drop(self.stop);
+        if let Err(error) = joined(self.task.await) {
+            tracing::debug!("the WAL stream that did not begin ended so: {error}");
+        }
+        let limit = BEGIN_MAX.as_secs();
+        let message =
+            format!("unable to begin the WAL stream of the backup within {limit} s: {cause}");
+        Error::new(Kind::Unavailable, message)
+            .hint("Run 'tidemark check' to see what stands in the way, then take the backup again.")
+    }
+}
+
+impl OtherStream {
+    /// Waits until `needed` is stored; when the other process ends first, gives the stream that was
+    /// begun in its place.
+    async fn wait(
+        &self,
+        needed: &NeededWal,
+        repository: &Repository,
+        stall_max: Duration,
+    ) -> Result<Option<OwnStream>> {
+        let mut looks = Looks::begin(needed, repository, stall_max);
+        loop {
+            if looks.is_stored(stall_max).await? {
+                return Ok(None);
+            }
+            if self.has_ended(repository).await?
+                && let Some(own) = self.take_over(needed, repository).await?
+            {
+                return Ok(Some(own));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+    }
+
+    /// Whether the lease was given back, or looks as if its holder had died.
+    async fn has_ended(&self, repository: &Repository) -> Result<bool> {
+        let name = repository.name(&Object::Lease)?;
+        let found = match lease::read(&**repository.store(), &name).await {
+            Err(error) if error.is_transient() => {
+                tracing::debug!("unable to look at the lease for now: {error}");
+                return Ok(false);
+            }
+            found => found?,
+        };
+        Ok(found.is_none_or(|holder| {
+            let age = repository.clock().now().duration_since(holder.renewed_time);
+            let ttl = SignedDuration::from_millis(holder.ttl_ms.try_into().unwrap_or(i64::MAX));
+            holder.released || age > ttl
+        }))
+    }
+
+    /// Streams in place of the process that ended; `None` when somebody streams after all.
+    ///
+    /// Nothing but that process kept the WAL of the backup on the server. So the stream begins where
+    /// the backup's WAL is not stored, or it fails at once.
+    async fn take_over(
+        &self,
+        needed: &NeededWal,
+        repository: &Repository,
+    ) -> Result<Option<OwnStream>> {
+        let held = match Lease::acquire(repository, self.lease.clone()).await {
+            Err(error) if error.is_transient() || error.kind() == Kind::Conflict => {
+                tracing::debug!("the WAL is still left to another process: {error}");
+                return Ok(None);
+            }
+            held => held?,
+        };
+        tracing::info!("the process that streamed the WAL has ended: it is streamed here");
+        let mut stream = self.ours.clone();
+        stream.options.older = OlderWal::Since(needed.range.start());
+        let begun = OwnStream::begin(stream, held, repository.clock()).await;
+        begun.map(Some).context(|| {
+            "the process that streamed the WAL of the backup ended before all of it was stored, and \
+             it cannot be streamed here"
+        })
+    }
+}
+
+/// Looks at the repository until the WAL of a backup is there.
+struct Looks<'a> {
+    needed: &'a NeededWal,
+    repository: &'a Repository,
+    outage_max: Duration,
+    best: Lsn,
+    since: Instant,
+}
+
+impl<'a> Looks<'a> {
+    fn begin(needed: &'a NeededWal, repository: &'a Repository, outage_max: Duration) -> Self {
+        let since = repository.clock().instant();
+        Self { needed, repository, outage_max, best: Lsn::INVALID, since }
+    }
+
+    /// One look.
+    ///
+    /// # Errors
+    /// `unavailable` when nothing was stored for longer than `limit`; what the store reports, when it
+    /// cannot be asked for too long.
+    async fn is_stored(&mut self, limit: Duration) -> Result<bool> {
+        let idle = || self.repository.clock().instant().saturating_duration_since(self.since);
+        let stored_end = match stored_end(self.repository, self.needed).await {
+            // An outage now must not cost the whole backup.
+            Err(error) if error.is_transient() && idle() < self.outage_max => {
+                tracing::debug!("unable to list the WAL of the backup for now: {error}");
+                return Ok(false);
+            }
+            asked => asked?,
+        };
+        if stored_end >= self.needed.range.end() {
+            return Ok(true);
+        }
+        if stored_end > self.best {
+            (self.best, self.since) = (stored_end, self.repository.clock().instant());
+        } else if idle() > limit {
+            return Err(not_stored(self.needed, self.best));
+        }
+        Ok(false)
     }
 }
 
@@ -294,11 +411,82 @@ pub async fn stored_end(repository: &Repository, needed: &NeededWal) -> Result<L
 mod tests {
     use super::*;
 
-    use crate::repo::{ExtentName, Object};
+    use crate::capture::stream::upstream::{Upstream, Walsender};
+    use crate::capture::stream::{Compaction, StreamOptions};
+    use crate::repo::{Encryption, ExtentName};
+    use crate::wire::Session;
 
+    use async_trait::async_trait;
     use bytes::Bytes;
 
     const SEG: u64 = 16 << 20;
+
+    /// A server that lets nobody in.
+    #[derive(Debug)]
+    struct Closed;
+
+    #[async_trait]
+    impl Upstream for Closed {
+        async fn connect(&self, _: Session, _: &Clock) -> Result<Box<dyn Walsender>> {
+            Err(Error::new(Kind::Unavailable, "the server is closed today"))
+        }
+    }
+
+    fn simulated() -> Clock {
+        Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1)
+    }
+
+    async fn lone_stream(repository: &Repository) -> Stream {
+        let mut options = StreamOptions { compaction: Compaction::Off, ..StreamOptions::default() };
+        options.budget.thread_count = 0;
+        for_one_backup(Stream {
+            options,
+            upstream: Arc::new(Closed),
+            writer: repository.writer(&Encryption::None).await.unwrap(),
+            status: Arc::new(Status::new()),
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_does_not_begin_says_why_and_gives_the_lease_back() {
+        let clock = simulated();
+        let (_, repository) = Repository::in_memory(&clock).await;
+        let stream = lone_stream(&repository).await;
+        let error = Feed::open(stream, LeaseOptions::new("backup"), &clock).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.message().contains("the server is closed today"), "{error}");
+        assert!(error.hint_text().is_some());
+        let name = repository.name(&Object::Lease).unwrap();
+        let left = lease::read(&**repository.store(), &name).await.unwrap().unwrap();
+        assert!(left.released);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_wal_of_a_process_that_ends_is_taken_over_and_not_waited_for() {
+        let clock = simulated();
+        let (_, repository) = Repository::in_memory(&clock).await;
+        let mut theirs = LeaseOptions::new("another backup");
+        theirs.process.host = "elsewhere".to_owned();
+        let holder = Lease::acquire(&repository, theirs).await.unwrap();
+        let stream = lone_stream(&repository).await;
+        let mut feed = Feed::open(stream, LeaseOptions::new("backup"), &clock).await.unwrap();
+        assert!(matches!(feed, Feed::Other(_)));
+
+        let history = TimelineHistory::first_timeline_only(TimelineId::FIRST);
+        let needed = needed(history, 3 * SEG, 4 * SEG);
+        let began = clock.instant();
+        let ends = async {
+            tokio::time::sleep(Duration::from_secs(30)).await;
+            holder.release().await;
+        };
+        let (waited, ()) =
+            tokio::join!(feed.wait(&needed, &repository, Duration::from_secs(3600)), ends);
+        // This server lets nobody in: that is said, and not that nothing was stored for an hour.
+        let error = waited.unwrap_err();
+        assert!(error.message().contains("ended before all of it was stored"), "{error}");
+        assert!(error.message().contains("the server is closed today"), "{error}");
+        assert!(clock.instant() - began < Duration::from_secs(200));
+    }
 
     async fn repository(extents: &[(u32, u64, u64)]) -> Repository {
         let (_, repository) = Repository::in_memory(&Clock::system()).await;

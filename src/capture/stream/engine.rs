@@ -12,17 +12,18 @@ use tokio_util::sync::CancellationToken;
 use super::ledger::{Held, Ledger};
 use super::merging::Merging;
 use super::pump::{Ended, Pump};
+use super::relief::LeftSlot;
 use super::resume::{self, Attempt, OlderWal, Situation};
 use super::sealer::Sealer;
 use super::server::{self, OurSlot, Server};
 use super::status::{Phase, Status};
 use super::uploads::{Stored, Upload, Uploads, jittered};
 use super::upstream::Walsender;
-use super::watch::{Observation, Watch};
+use super::watch::{self, Observation, Watch};
 use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
 use crate::repo::lease::{Guard, Lease, Progress};
 
 /// First pause before connecting again.
@@ -72,6 +73,11 @@ pub(super) struct Engine<'a> {
     connected_before: bool,
     gave_up: bool,
     slot_is_void: bool,
+    segment_size: Option<SegmentSize>,
+    /// The permanent slot, once a session has used it.
+    pub(super) left_slot: Option<LeftSlot>,
+    /// Where a stream for one backup began: from there on its WAL has no hole.
+    began_at: Option<Lsn>,
 }
 
 /// Whether the server keeps too much WAL for us.
@@ -121,6 +127,9 @@ impl<'a> Engine<'a> {
             connected_before: false,
             gave_up: false,
             slot_is_void: false,
+            segment_size: None,
+            left_slot: None,
+            began_at: None,
         })
     }
 
@@ -236,10 +245,22 @@ impl<'a> Engine<'a> {
         if let Err(error) = self.store_history(&server).await {
             return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
         }
+        let mut stored = self.ledger.held().ranges();
         if std::mem::take(&mut self.slot_is_void) {
-            server::drop_void_slot(&mut server, &stream.options).await?;
+            match stream.options.slot_life {
+                SlotLife::Permanent => {
+                    server::drop_void_slot(&mut server, &stream.options).await?;
+                }
+                // It is not ours to drop; what it was said to keep is not asked for again.
+                SlotLife::Connection => stored.clear(),
+            }
         }
-        let slot = server::ensure_slot(&mut server, &stream.options, &self.clock).await?;
+        let slot = server::ensure_slot(&mut server, &stored, &stream.options, &self.clock).await?;
+        self.segment_size = Some(server.segment_size);
+        if stream.options.slot_life == SlotLife::Permanent {
+            let segment_size = server.segment_size;
+            self.left_slot = Some(LeftSlot { lsn: slot.restart_lsn, segment_size });
+        }
         self.warn_of_other_timelines(&server);
         self.connected_before = true;
         Ok(Ok((server, slot)))
@@ -256,20 +277,30 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Stores the history of the timeline that the stream begins on, when the server has left it: those
-    /// that follow are stored as the stream comes to them.
-    async fn store_earlier_history(
+    /// Opens a connection for `attempt`, if `open` is not one, and stores the history of the timeline it
+    /// begins on when the server has left that one: the histories of those that follow are stored as the
+    /// stream comes to them. The inner error is final.
+    async fn open(
         &self,
-        connection: &mut dyn Walsender,
-        timeline: TimelineId,
+        open: Option<Box<dyn Walsender>>,
+        attempt: &Attempt,
         current: TimelineId,
-    ) -> Result<()> {
-        if timeline == current {
-            return Ok(());
+    ) -> Result<Result<Box<dyn Walsender>>> {
+        let stream = self.stream;
+        let mut open = match open {
+            Some(open) => open,
+            None => {
+                let expected = stream.writer.repository().system_id();
+                Server::reconnect(&*stream.upstream, expected, &self.clock).await?
+            }
+        };
+        if attempt.timeline == current {
+            return Ok(Ok(open));
         }
-        match server::read_history(connection, timeline).await? {
-            (_, Some(content)) => self.stream.writer.put_history(timeline, content).await.map(drop),
-            (_, None) => Ok(()),
+        match server::store_history(&mut *open, attempt.timeline, &stream.writer).await {
+            Err(error) if error.kind() == Kind::Conflict => Ok(Err(error)),
+            Err(error) => Err(error),
+            Ok(()) => Ok(Ok(open)),
         }
     }
 
@@ -281,9 +312,10 @@ impl<'a> Engine<'a> {
         slot: OurSlot,
         cancel: &CancellationToken,
     ) -> Result<SessionEnd> {
+        let older = self.older();
         let attempts = match begin {
             Begin::GiveUp => vec![self.give_up(&server)],
-            Begin::Resume => self.plan(&server, &slot),
+            Begin::Resume => self.plan(&server, &slot, older),
         };
         if let Some(refused) = self.check_not_behind(&server, &attempts)? {
             return Ok(SessionEnd::Refused(refused));
@@ -298,21 +330,20 @@ impl<'a> Engine<'a> {
             self.merging = Some(Merging::start(repository, segment_size, &self.status));
         }
         for (index, attempt) in attempts.iter().enumerate() {
-            let mut open = match connection.take() {
-                Some(open) => open,
-                None => {
-                    let expected = stream.writer.repository().system_id();
-                    Server::reconnect(&*stream.upstream, expected, &self.clock).await?
-                }
+            let mut guard = self.lease.guard();
+            let opened = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return self.stop_without_server().await,
+                error = guard.lost() => return Ok(SessionEnd::Refused(error)),
+                opened = self.open(connection.take(), attempt, timeline) => opened?,
             };
-            match self.store_earlier_history(&mut *open, attempt.timeline, timeline).await {
-                Err(error) if error.kind() == Kind::Conflict => {
-                    return Ok(SessionEnd::Refused(error));
-                }
-                stored => stored?,
-            }
+            let open = match opened {
+                Ok(open) => open,
+                Err(refused) => return Ok(SessionEnd::Refused(refused)),
+            };
             if begin == Begin::Resume {
                 self.ledger.begin(attempt, slot.restart_lsn);
+                self.began_at.get_or_insert(attempt.store_from);
             }
             if let Some(gap) = attempt.gap {
                 self.record_gap(
@@ -330,9 +361,13 @@ impl<'a> Engine<'a> {
                 Ok(Ended::WalRemoved(error)) if index < last => {
                     tracing::info!("WAL from {} on is gone: {error}", attempt.stream_from);
                 }
+                Ok(Ended::WalRemoved(error)) if matches!(older, OlderWal::Since(_)) => {
+                    let message = "the WAL that the base backup still needs is gone on the server";
+                    return Ok(SessionEnd::Refused(error.context(message)));
+                }
                 Ok(Ended::WalRemoved(error)) => {
                     // Not even what the slot promised: it was invalidated, and a new one is needed.
-                    self.slot_is_void = true;
+                    (self.slot_is_void, self.began_at) = (true, None);
                     return Err(error);
                 }
                 Err(error) => return Err(error),
@@ -341,14 +376,20 @@ impl<'a> Engine<'a> {
         Err(Error::new(Kind::Bug, "no way to begin the WAL stream was tried"))
     }
 
-    fn plan(&mut self, server: &Server, slot: &OurSlot) -> Vec<Attempt> {
-        let options = &self.stream.options;
-        // A connection lost in the middle of a backup must not leave a hole in its WAL.
-        let older = if self.ledger.chain() > 0 { OlderWal::Ask } else { options.older };
+    /// What to do about WAL that no slot keeps.
+    fn older(&self) -> OlderWal {
+        match (self.stream.options.older, self.began_at) {
+            // A connection lost in the middle of a backup must not leave a hole in its WAL.
+            (OlderWal::Leave, Some(began_at)) => OlderWal::Since(began_at),
+            (older, _) => older,
+        }
+    }
+
+    fn plan(&self, server: &Server, slot: &OurSlot, older: OlderWal) -> Vec<Attempt> {
         resume::attempts(&Situation {
             history: &server.history,
             stored: &self.ledger.held().ranges(),
-            slot_restart_lsn: slot.restart_lsn,
+            slot_restart_lsn: slot.kept_lsn,
             segment_size: server.segment_size,
             older,
         })
@@ -485,21 +526,17 @@ impl<'a> Engine<'a> {
     /// Takes note of the catalog's answer; whether the lag ceiling is passed.
     pub(super) fn on_observation(&mut self, observed: &Observation) -> bool {
         let durable_end = self.ledger.durable_end();
-        let before = self.status.snapshot().slot.wal_status;
-        self.status.update(|now| {
-            now.server_end_lsn = now.server_end_lsn.max(observed.server_end_lsn);
-            now.slot = observed.slot.clone();
-        });
-        if let Some(state) = observed.slot.wal_status.as_deref()
-            && matches!(state, "unreserved" | "lost")
-            && before.as_deref() != Some(state)
-        {
-            tracing::error!(
-                "the server is about to remove, or has removed, WAL that is not stored yet: the \
-                 slot is '{state}' (max_slot_wal_keep_size)"
-            );
-        }
-        self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end))
+        watch::take_note(&self.status, observed);
+        let passed = self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end));
+        passed && self.has_what_to_give_up(observed.server_end_lsn)
+    }
+
+    /// Whether the server has whole segments that were not received: what was, is on its way to the
+    /// store. Moving the slot past that alone would acknowledge it before it is stored, and no gap would
+    /// say so; it is as much as the budget holds, and waited for.
+    fn has_what_to_give_up(&self, server_end: Lsn) -> bool {
+        let received_end = self.status.received_end();
+        self.segment_size.is_none_or(|segment| segment.start_of(server_end) > received_end)
     }
 
     /// Whether the server shuts down and waits for us, while we wait for the repository
@@ -511,7 +548,7 @@ impl<'a> Engine<'a> {
 
     /// Asked to stop with no server at hand: stores what was received, for as long as a stop may
     /// take.
-    async fn stop_without_server(&mut self) -> Result<SessionEnd> {
+    pub(super) async fn stop_without_server(&mut self) -> Result<SessionEnd> {
         self.status.update(|now| now.phase = Phase::Stopping);
         let deadline = self.clock.instant() + self.stream.options.stop_grace;
         while self.unstored_count() > 0 {

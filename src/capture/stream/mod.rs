@@ -16,6 +16,7 @@ pub mod cutter;
 pub mod intake;
 pub mod ledger;
 pub mod prefix;
+pub mod relief;
 pub mod resume;
 pub mod sealer;
 pub mod server;
@@ -33,6 +34,8 @@ use crate::error::{Error, Kind, Result};
 use crate::repo::budget::STREAM_BYTES;
 use crate::repo::{Budget, Lease, Level, Writer};
 
+use relief::LeftSlot;
+
 pub use resume::OlderWal;
 pub use status::{Phase, SlotHealth, Snapshot, Status, WalGap};
 pub use upstream::Upstream;
@@ -46,7 +49,8 @@ pub enum SlotLife {
     /// For ever: the server keeps WAL while we are away.
     Permanent,
     /// As long as the connection: for a single base backup, which must not leave a slot behind that
-    /// fills the server's disk. A permanent slot of the name is used if it is there.
+    /// fills the server's disk. A permanent slot of the name is left where it is: it may keep the WAL of
+    /// another repository (see [`server::ensure_slot`]).
     Connection,
 }
 
@@ -73,8 +77,8 @@ pub struct StreamOptions {
     pub idle_flush_interval: Duration,
     /// Most WAL the server may keep for us when the repository takes it too slowly or not at all:
     /// above this, and while the lag does not shrink, the slot is moved on, the gap recorded and
-    /// reported, and a new base backup is needed. `None`: the server's own limit
-    /// (`max_slot_wal_keep_size`) is the only one.
+    /// reported, and a new base backup is needed. An outage that outlasts the lease is no exception (see
+    /// [`relief`]). `None`: the server's own limit (`max_slot_wal_keep_size`) is the only one.
     pub lag_ceiling_bytes: Option<u64>,
     /// What to do about WAL that is older than the slot and missing in the repository.
     pub older: OlderWal,
@@ -139,12 +143,14 @@ pub struct Stream {
 /// The server is told a flush position only for WAL that the repository holds; killed at any moment,
 /// a later call goes on where the books in the repository end.
 pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
+    let mut left_slot = None;
     let outcome = loop {
-        let outcome = run_while_held(stream, lease, cancel).await;
+        let outcome = run_while_held(stream, lease, &mut left_slot, cancel).await;
         let lapsed = lease.guard().ensure_held().is_err() && !cancel.is_cancelled();
         match outcome {
             Err(lost) if lapsed && lost.kind() == Kind::Conflict => {
-                if let Err(error) = take_lease_again(stream, lease, &lost, cancel).await {
+                let taken = take_lease_again(stream, lease, &lost, &mut left_slot, cancel).await;
+                if let Err(error) = taken {
                     break Err(error);
                 }
             }
@@ -158,19 +164,27 @@ pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> 
     outcome
 }
 
-/// As [`run`], until the lease is lost.
-async fn run_while_held(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
-    match engine::Engine::start(stream, lease) {
-        _ if !is_slot_name(&stream.options.slot_name) => Err(bad_slot_name(&stream.options)),
-        Ok(mut engine) => engine.run(cancel).await,
-        Err(error) => Err(error),
+/// As [`run`], until the lease is lost; `left_slot` is then the slot as it was left, if it was used.
+async fn run_while_held(
+    stream: &Stream,
+    lease: &Lease,
+    left_slot: &mut Option<LeftSlot>,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    if !is_slot_name(&stream.options.slot_name) {
+        return Err(bad_slot_name(&stream.options));
     }
+    let mut engine = engine::Engine::start(stream, lease)?;
+    let outcome = engine.run(cancel).await;
+    *left_slot = engine.left_slot.or(*left_slot);
+    outcome
 }
 
 async fn take_lease_again(
     stream: &Stream,
     lease: &Lease,
     lost: &Error,
+    left_slot: &mut Option<LeftSlot>,
     cancel: &CancellationToken,
 ) -> Result<()> {
     tracing::warn!("{lost}; nothing is acknowledged until it can be taken again");
@@ -196,6 +210,7 @@ async fn take_lease_again(
                 .hint("Nothing is lost: the server keeps the WAL in the replication slot."));
         }
         retaken = lease.retake(&told) => retaken?,
+        never = relief::relieve(stream, left_slot) => match never {},
     }
     tracing::info!("the lease was taken again, epoch {}: nobody else had it", lease.epoch());
     stream.status.update(|now| {

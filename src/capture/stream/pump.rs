@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::cutter::{CutPolicy, CutReason};
-use super::engine::Engine;
+use super::engine::{Engine, SessionEnd};
 use super::intake::{Damage, Intake, Step};
 use super::resume::Attempt;
 use super::sealer::Place;
@@ -44,7 +44,8 @@ const SEND_MAX: Duration = Duration::from_secs(60);
 /// How the connection ended.
 #[derive(Debug)]
 pub(super) enum Ended {
-    /// We were asked to stop, and everything received is stored and acknowledged.
+    /// We were asked to stop, and everything received is stored, and acknowledged if there was a server
+    /// to tell.
     Stopped,
     /// The server keeps more WAL for us than it may.
     CeilingPassed,
@@ -52,6 +53,16 @@ pub(super) enum Ended {
     Refused(Error),
     /// The server no longer has the WAL that was asked for.
     WalRemoved(Error),
+}
+
+impl From<SessionEnd> for Ended {
+    fn from(end: SessionEnd) -> Self {
+        match end {
+            SessionEnd::Stopped => Self::Stopped,
+            SessionEnd::CeilingPassed => Self::CeilingPassed,
+            SessionEnd::Refused(error) => Self::Refused(error),
+        }
+    }
 }
 
 /// What became of one timeline's stream.
@@ -174,7 +185,11 @@ impl<'e, 'a> Pump<'e, 'a> {
                 }
                 Flow::NextTimeline { timeline, start } => {
                     connection = wal.finish().await?;
-                    self.switch(&mut *connection, timeline, start).await?;
+                    if let Some(ended) =
+                        self.switch(&mut *connection, (timeline, start), cancel).await?
+                    {
+                        return Ok(ended);
+                    }
                 }
             }
         }
@@ -194,13 +209,16 @@ impl<'e, 'a> Pump<'e, 'a> {
         });
     }
 
-    /// The server finished a timeline: so do we, exactly there.
+    /// The server finished a timeline: so do we, exactly there; `None` to go on with the next one.
+    ///
+    /// Between two timelines the walsender waits for a command, without a time-out of its own: nobody
+    /// has to be answered while the store takes its time (`WalSndCheckTimeOut` is for one that sends).
     async fn switch(
         &mut self,
         connection: &mut dyn Walsender,
-        timeline: TimelineId,
-        start: Lsn,
-    ) -> Result<()> {
+        (timeline, start): (TimelineId, Lsn),
+        cancel: &CancellationToken,
+    ) -> Result<Option<Ended>> {
         let received = self.intake.received_end();
         if received != start {
             let message = format!(
@@ -212,12 +230,31 @@ impl<'e, 'a> Pump<'e, 'a> {
         tracing::info!("timeline {} ended at {start}; timeline {timeline} follows", self.timeline);
         self.cut(CutReason::StreamEnd).await?;
         // Its history is durable before any of its WAL is, and so before any is acknowledged.
-        let (_, content) = server::read_history(connection, timeline).await?;
-        if let Some(content) = content {
-            self.engine.stream.writer.put_history(timeline, content).await?;
+        let writer = self.engine.stream.writer.clone();
+        let mut storing = std::pin::pin!(server::store_history(connection, timeline, &writer));
+        loop {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => {
+                    return self.engine.stop_without_server().await.map(Ended::from).map(Some);
+                }
+                error = self.engine.guard.lost() => return Ok(Some(Ended::Refused(error))),
+                stored = self.engine.uploads.next_stored() => {
+                    let stored = stored?;
+                    self.engine.on_stored(&stored);
+                }
+                sealed = self.engine.sealer.next() => {
+                    let sealed = sealed?;
+                    self.engine.upload([sealed]);
+                }
+                stored = &mut storing => {
+                    stored?;
+                    break;
+                }
+            }
         }
         self.timeline = timeline;
-        Ok(())
+        Ok(None)
     }
 
     async fn stream_timeline(
@@ -473,6 +510,9 @@ impl<'e, 'a> Pump<'e, 'a> {
             }
         }
         self.told = flushed;
+        if let Some(slot) = &mut self.engine.left_slot {
+            slot.lsn = slot.lsn.max(flushed);
+        }
         self.told_at = self.engine.clock.instant();
         self.reply_owed = false;
         self.engine.status.update(|now| now.acknowledged_end_lsn = flushed);

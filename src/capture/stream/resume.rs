@@ -29,7 +29,7 @@ pub struct Situation<'a> {
     pub history: &'a TimelineHistory,
     /// What the repository holds of each timeline on that way, in any order.
     pub stored: &'a [(TimelineId, LsnRange)],
-    /// Oldest position the slot keeps.
+    /// Oldest position that a slot keeps for us.
     pub slot_restart_lsn: Lsn,
     /// Size of the server's WAL segments.
     pub segment_size: SegmentSize,
@@ -44,6 +44,9 @@ pub enum OlderWal {
     Ask,
     /// Leave it: the stream runs only for one base backup.
     Leave,
+    /// Ask for what follows this position, and begin nowhere else: the stream runs for one base backup
+    /// that needs all WAL from here on. The position is a segment's first, or where such a stream began.
+    Since(Lsn),
 }
 
 /// One way to begin.
@@ -64,8 +67,14 @@ pub struct Attempt {
 /// The ways to begin, best first; never empty.
 #[must_use]
 pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
-    let stored = stored_on_path(situation);
+    let stored = stored_on_path(situation.history, situation.stored);
     let slot = situation.slot_restart_lsn;
+    if let OlderWal::Since(begin) = situation.older {
+        let covers = |range: &&LsnRange| range.start() <= begin && begin <= range.end();
+        let store_from = stored.iter().find(covers).map_or(begin, |range| range.end());
+        let stream_from = situation.segment_size.start_of(store_from);
+        return vec![attempt(situation, &stored, stream_from, store_from, None)];
+    }
     if let Some(chain) = stored.iter().find(|range| range.start() <= slot && slot <= range.end()) {
         // The slot trails the durable end by what was in flight, or, after a crash of the server,
         // by up to a checkpoint: no need to read all of that again.
@@ -103,13 +112,23 @@ fn attempt(
     Attempt { timeline, stream_from, store_from, known, gap }
 }
 
+/// Whether what is stored on the way to a timeline reaches `position` without a hole right before it.
+#[must_use]
+pub fn touches(
+    history: &TimelineHistory,
+    stored: &[(TimelineId, LsnRange)],
+    position: Lsn,
+) -> bool {
+    let stored = stored_on_path(history, stored);
+    stored.iter().any(|range| range.start() <= position && position <= range.end())
+}
+
 /// The parts of the repository's WAL that lie on the path, joined where they touch.
-fn stored_on_path(situation: &Situation<'_>) -> Vec<LsnRange> {
+fn stored_on_path(history: &TimelineHistory, stored: &[(TimelineId, LsnRange)]) -> Vec<LsnRange> {
     let mut clipped = Vec::new();
-    for part in situation.history.path() {
+    for part in history.path() {
         let part_end = part.end.unwrap_or(Lsn(u64::MAX));
-        for (_, range) in situation.stored.iter().filter(|(timeline, _)| *timeline == part.timeline)
-        {
+        for (_, range) in stored.iter().filter(|(timeline, _)| *timeline == part.timeline) {
             let range = LsnRange::new(range.start().max(part.start), range.end().min(part_end));
             clipped.extend(range.filter(|range| !range.is_empty()));
         }
@@ -230,6 +249,39 @@ mod tests {
         });
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].store_from, Lsn(9 * SEG));
+    }
+
+    #[test]
+    fn a_stream_for_a_backup_under_way_begins_where_its_wal_is_not_stored() {
+        let history = first();
+        let decide = |stored: &[(TimelineId, LsnRange)], since: u64| {
+            let found = attempts(&Situation {
+                history: &history,
+                stored,
+                slot_restart_lsn: Lsn(9 * SEG + 100),
+                segment_size: SegmentSize::DEFAULT,
+                older: OlderWal::Since(Lsn(since)),
+            });
+            assert_eq!((found.len(), found[0].gap), (1, None));
+            (found[0].stream_from.0, found[0].store_from.0)
+        };
+        let older = (timeline(1), range(SEG, 2 * SEG));
+        assert_eq!(decide(&[older], 5 * SEG), (5 * SEG, 5 * SEG));
+        let ours = (timeline(1), range(4 * SEG, 6 * SEG + 70));
+        assert_eq!(decide(&[older, ours], 5 * SEG), (6 * SEG, 6 * SEG + 70));
+        // Not where the slot would be touched: the hole before it is in the backup.
+        let later = (timeline(1), range(9 * SEG, 10 * SEG));
+        assert_eq!(decide(&[later], 8 * SEG), (8 * SEG, 8 * SEG));
+    }
+
+    #[test]
+    fn what_touches_a_position_ends_or_goes_on_there() {
+        let stored = [(timeline(1), range(SEG, 2 * SEG)), (timeline(2), range(3 * SEG, 4 * SEG))];
+        for (position, expected) in
+            [(SEG, true), (2 * SEG, true), (2 * SEG + 1, false), (3 * SEG, false)]
+        {
+            assert_eq!(touches(&first(), &stored, Lsn(position)), expected, "{position}");
+        }
     }
 
     #[test]

@@ -5,10 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::upstream::{Upstream, Walsender};
-use super::{SlotLife, StreamOptions, watch};
+use super::{SlotLife, StreamOptions, resume, watch};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, LsnRange, SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::repo::Writer;
 use crate::wire::{Session, Slot, SlotLife as WireSlotLife};
 
 /// Longest time between two messages of ours, whatever the server allows.
@@ -131,6 +132,25 @@ pub async fn read_history(
     }
 }
 
+/// Stores the history of `timeline` as the server has it, so that it is durable before any WAL of that
+/// timeline is.
+///
+/// # Errors
+/// As [`read_history`], and what the store reports: `conflict` when the repository has another.
+///
+/// # Cancel safety
+/// The object is there whole or not at all.
+pub async fn store_history(
+    connection: &mut dyn Walsender,
+    timeline: TimelineId,
+    writer: &Writer,
+) -> Result<()> {
+    match read_history(connection, timeline).await? {
+        (_, Some(content)) => writer.put_history(timeline, content).await.map(drop),
+        (_, None) => Ok(()),
+    }
+}
+
 async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
     // Reported since PostgreSQL 14; before, a transaction in recovery is at least read-only.
     match connection.parameter("in_hot_standby") {
@@ -146,37 +166,60 @@ pub struct OurSlot {
     pub name: String,
     /// Oldest WAL it keeps.
     pub restart_lsn: Lsn,
+    /// Oldest WAL that is kept for this repository: by this slot, or by the permanent one that a stream
+    /// for one backup leaves alone.
+    pub kept_lsn: Lsn,
 }
 
-/// Finds the slot or makes it.
+impl OurSlot {
+    fn new(name: String, restart_lsn: Lsn) -> Self {
+        Self { name, restart_lsn, kept_lsn: restart_lsn }
+    }
+}
+
+/// Finds the slot or makes it; `stored` is what the repository holds.
+///
+/// # Durability
+/// A stream for one backup moves no slot but the temporary one it made itself. A permanent slot of our
+/// name may be that of a sidecar which streams into another repository and is away for a moment: moved
+/// by what *this* repository holds, it would let go of WAL that the other one lacks. No position tells
+/// whose the slot is: two repositories that stream from one server hold the same ranges. What the slot
+/// keeps is asked for where it follows what this repository holds, so that a backup between two lives of
+/// our own sidecar leaves no gap.
 ///
 /// # Errors
 /// What the server says: `config` when no slot is free, `conflict` when a logical slot has the name.
 pub async fn ensure_slot(
     server: &mut Server,
+    stored: &[(TimelineId, LsnRange)],
     options: &StreamOptions,
     clock: &Clock,
 ) -> Result<OurSlot> {
-    let connection = &mut server.connection;
     let name = options.slot_name.clone();
-    let found = connection.read_slot(&name).await?;
-    match (found, options.slot_life) {
-        (Some(Slot { restart_lsn: Some(restart_lsn), .. }), _) => Ok(OurSlot { name, restart_lsn }),
-        (None, SlotLife::Connection) => {
+    let found = server.connection.read_slot(&name).await?;
+    match (options.slot_life, found) {
+        (SlotLife::Connection, standing) => {
             let unique = u32::from_le_bytes(clock.random()?);
             let name = format!("{}_{unique:08x}", name.get(..54).unwrap_or(&name));
-            make_slot(server, name, WireSlotLife::Temporary).await
+            let slot = make_slot(server, name, WireSlotLife::Temporary).await?;
+            let follows = |at: &Lsn| resume::touches(&server.history, stored, *at);
+            let kept = standing.and_then(|slot| slot.restart_lsn).filter(follows);
+            let kept_lsn = kept.unwrap_or(slot.restart_lsn).min(slot.restart_lsn);
+            Ok(OurSlot { kept_lsn, ..slot })
         }
-        (None, SlotLife::Permanent) => {
+        (SlotLife::Permanent, Some(Slot { restart_lsn: Some(restart_lsn), .. })) => {
+            Ok(OurSlot::new(name, restart_lsn))
+        }
+        (SlotLife::Permanent, None) => {
             tracing::info!("creating replication slot '{name}'");
             make_slot(server, name, WireSlotLife::Permanent).await
         }
-        (Some(_), _) => {
+        (SlotLife::Permanent, Some(_)) => {
             tracing::warn!(
                 "replication slot '{name}' keeps no WAL (it was invalidated, or made without \
                  reserving any); it is made anew"
             );
-            connection.drop_slot(&name).await?;
+            server.connection.drop_slot(&name).await?;
             make_slot(server, name, WireSlotLife::Permanent).await
         }
     }
@@ -203,7 +246,7 @@ async fn make_slot(server: &mut Server, name: String, life: WireSlotLife) -> Res
     let made = server.connection.read_slot(&name).await?;
     // A server that cannot tell keeps at least what follows its newest checkpoint.
     let restart_lsn = made.and_then(|slot| slot.restart_lsn).unwrap_or(server.flushed_end_lsn);
-    Ok(OurSlot { name, restart_lsn })
+    Ok(OurSlot::new(name, restart_lsn))
 }
 
 /// A third of the server's `wal_sender_timeout`, at most ten seconds.

@@ -207,9 +207,10 @@ impl Status {
             return Ok(now);
         }
         let found = now.durable_end_lsn;
+        let cause = now.server_error.map(|cause| format!(": {cause}")).unwrap_or_default();
         Err(Error::new(
             Kind::Unavailable,
-            format!("the WAL stream stopped at {found}, before {end}"),
+            format!("the WAL stream stopped at {found}, before {end}{cause}"),
         ))
     }
 

@@ -13,10 +13,11 @@ use std::fmt;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use super::relief::{self, SlotMove};
 use super::watch::{self, Observation};
 use crate::clock::Clock;
 use crate::error::Result;
-use crate::pg::{Lsn, SegmentSize, TimelineId};
+use crate::pg::{Lsn, SegmentSize, SystemId, TimelineId};
 use crate::wire::{
     ConnectOptions, Connection, Session, Slot, SlotLife, StandbyStatus, SystemIdentification,
     WalEvent, WalStream,
@@ -50,6 +51,14 @@ pub trait Walsender: Send + Sync + fmt::Debug {
     async fn timeline_history(&mut self, timeline: TimelineId) -> Result<(String, Bytes)>;
     /// What the catalog says about a slot; only on a [`Session::Database`].
     async fn observe(&mut self, slot_name: &str) -> Result<Observation>;
+    /// Moves a slot on that nobody uses; false when that is not what was found. Only on a
+    /// [`Session::Database`].
+    async fn move_slot(
+        &mut self,
+        slot_name: &str,
+        way: SlotMove,
+        system_id: SystemId,
+    ) -> Result<bool>;
     /// Starts streaming.
     async fn start_replication(
         self: Box<Self>,
@@ -115,6 +124,15 @@ impl Walsender for Connection {
 
     async fn observe(&mut self, slot_name: &str) -> Result<Observation> {
         watch::observe(self, slot_name).await
+    }
+
+    async fn move_slot(
+        &mut self,
+        slot_name: &str,
+        way: SlotMove,
+        system_id: SystemId,
+    ) -> Result<bool> {
+        relief::move_slot(self, slot_name, way, system_id).await
     }
 
     async fn start_replication(

@@ -38,6 +38,10 @@ pub struct Observation {
     pub server_end_lsn: Lsn,
     /// The slot and whether it is waited for; empty when the catalog could not be asked.
     pub slot: SlotHealth,
+    /// Oldest WAL the slot keeps; `None` when there is none, or it is not known.
+    pub slot_restart_lsn: Option<Lsn>,
+    /// Somebody streams by the slot, or holds it for another reason.
+    pub slot_in_use: bool,
     /// The server accepts no connections although it streams: it is shutting down.
     pub shutting_down: bool,
     /// Number of the observation; 0 = none yet.
@@ -173,7 +177,7 @@ pub(super) async fn observe(connection: &mut Connection, slot_name: &str) -> Res
          then coalesce(greatest(pg_catalog.pg_last_wal_receive_lsn(), \
          pg_catalog.pg_last_wal_replay_lsn()), '0/0') \
          else pg_catalog.pg_current_wal_flush_lsn() end, \
-         s.wal_status, s.safe_wal_size, r.sync_state \
+         s.wal_status, s.safe_wal_size, r.sync_state, s.restart_lsn, s.active \
          from (select 1) as one \
          left join pg_catalog.pg_replication_slots s on s.slot_name = '{slot_name}' \
          left join pg_catalog.pg_stat_replication r on r.pid = s.active_pid"
@@ -194,7 +198,33 @@ fn decode(row: &Row) -> Result<Observation> {
         None => None,
     };
     let slot = SlotHealth { wal_status: text(1)?, safe_wal_bytes, sync_state: text(3)? };
-    Ok(Observation { server_end_lsn, slot, ..Observation::default() })
+    let slot_restart_lsn = row.get(4)?.map(str::parse).transpose()?;
+    let slot_in_use = row.get(5)? == Some("t");
+    Ok(Observation {
+        server_end_lsn,
+        slot,
+        slot_restart_lsn,
+        slot_in_use,
+        ..Observation::default()
+    })
+}
+
+/// Shows an observation, and tells when the slot has come into danger.
+pub(super) fn take_note(status: &Status, observed: &Observation) {
+    let before = status.snapshot().slot.wal_status;
+    status.update(|now| {
+        now.server_end_lsn = now.server_end_lsn.max(observed.server_end_lsn);
+        now.slot = observed.slot.clone();
+    });
+    if let Some(state) = observed.slot.wal_status.as_deref()
+        && matches!(state, "unreserved" | "lost")
+        && before.as_deref() != Some(state)
+    {
+        tracing::error!(
+            "the server is about to remove, or has removed, WAL that is not stored yet: the slot is \
+             '{state}' (max_slot_wal_keep_size)"
+        );
+    }
 }
 
 fn unexpected(found: &str) -> Error {
