@@ -317,6 +317,9 @@ impl<'a> Looks<'a> {
             asked => asked?,
         };
         if stored_end >= self.needed.range.end() {
+            // The process that put it may have died before it was sure of that.
+            let wal = self.repository.cluster().wal_prefix();
+            self.repository.store().make_durable(&wal).await?;
             return Ok(true);
         }
         if stored_end > self.best {
