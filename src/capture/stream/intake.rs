@@ -51,7 +51,8 @@ pub enum Step {
 pub struct CutExtent {
     /// Range, greatest time and reason.
     pub cut: Cut,
-    /// The last position in or at the end of the range where a record ends, if one does.
+    /// The last position in or at the end of the range where a record ends; `Lsn::INVALID` when none is
+    /// known yet.
     pub boundary: Lsn,
     /// Times of the first commits inside.
     pub commit_times: Vec<PgTime>,
@@ -75,6 +76,8 @@ pub struct Intake {
     policy: CutPolicy,
     /// `None` while a damaged segment is stored unread.
     scanner: Option<Scanner>,
+    /// Where the decoder began: perhaps in the middle of a record.
+    decoded_from: Lsn,
     damage: Damage,
     cutter: Cutter,
     received_end: Lsn,
@@ -93,6 +96,7 @@ impl Intake {
         Self {
             policy,
             scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from)),
+            decoded_from: attempt.stream_from,
             damage,
             cutter: Cutter::new(policy, attempt.store_from),
             received_end: attempt.stream_from,
@@ -204,12 +208,15 @@ impl Intake {
         }
     }
 
-    /// The last record end that is not after what was received. Damaged WAL has none; there, any
-    /// position must do, or a synchronous commit behind it would wait for ever.
+    /// The last record end that is not after what was received; `Lsn::INVALID` before the first one:
+    /// where the decoder begins is the start of a page, and a record may go on there. Damaged WAL has
+    /// none; there, any position must do, or a synchronous commit behind it would wait for ever.
     #[must_use]
     pub fn boundary(&self) -> Lsn {
-        let known = self.scanner.as_ref().map(Scanner::last_record_end);
-        known.unwrap_or(self.received_end).min(self.received_end)
+        match self.scanner.as_ref().map(Scanner::last_record_end) {
+            Some(end) if end <= self.decoded_from => Lsn::INVALID,
+            known => known.unwrap_or(self.received_end).min(self.received_end),
+        }
     }
 
     /// Lets the decoder see `piece`, which lies at `received_end` and in one extent.
@@ -223,6 +230,7 @@ impl Intake {
         let segment_size = self.policy.segment_size;
         if self.scanner.is_none() && segment_size.start_of(self.received_end) == self.received_end {
             self.scanner = Some(Scanner::new(segment_size, self.received_end));
+            self.decoded_from = self.received_end;
         }
         let Some(scanner) = &mut self.scanner else { return Ok(()) };
         // Noted only when the whole piece was read: a piece that is refused is not stored, and its
@@ -303,6 +311,20 @@ mod tests {
 
     fn range(start: u64, end: u64) -> LsnRange {
         LsnRange::new(Lsn(start), Lsn(end)).unwrap()
+    }
+
+    #[test]
+    fn where_a_stream_begins_is_no_record_boundary_before_a_record_has_ended() {
+        let (wal, commits) = crafted(&[20_000]);
+        let from = SEGMENT + 8192;
+        let (clock, known) = (Clock::system(), SEGMENT + wal.len() as u64);
+        let mut intake = Intake::new(policy(), &attempt(from, known, &[]), Damage::Report);
+        let mut steps = Vec::new();
+        let wal = Bytes::from(wal).slice(8192..);
+        intake.take(Lsn(from), wal.slice(..5000), clock.instant(), &mut steps).unwrap();
+        assert_eq!(intake.boundary(), Lsn::INVALID);
+        intake.take(Lsn(from + 5000), wal.slice(5000..), clock.instant(), &mut steps).unwrap();
+        assert_eq!(intake.boundary(), commits[0].1.end());
     }
 
     /// WAL from the start of a segment with a commit after each filler, and the commits.

@@ -126,6 +126,10 @@ impl Ledger {
         for known in &attempt.known {
             self.prefix.complete(*known);
         }
+        if slot_lsn == attempt.stream_from {
+            // A record ends there, which a decoder that begins there does not see; commits may wait.
+            self.prefix.note_boundary(slot_lsn);
+        }
         self.floor = slot_lsn;
         self.told = Lsn::INVALID;
         self.cut_end = attempt.store_from;
@@ -256,6 +260,13 @@ mod tests {
         ledger.note_boundary(Lsn(1600));
         ledger.stored(&stored(1400, 1700, 1));
         assert_eq!(ledger.flush_position(), Lsn(1600));
+    }
+
+    #[test]
+    fn a_stream_that_begins_at_its_slot_tells_that_position_at_once() {
+        let mut ledger = Ledger::new(Held::default());
+        ledger.begin(&attempt(1000), Lsn(1000));
+        assert_eq!(ledger.flush_position(), Lsn(1000));
     }
 
     #[test]

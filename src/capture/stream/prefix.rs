@@ -48,9 +48,10 @@ impl Prefix {
         self.pass_boundaries();
     }
 
-    /// A record ends at `boundary` (and the next one, if any, begins there).
+    /// A record ends at `boundary` (and the next one, if any, begins there); `Lsn::INVALID` says nothing.
     pub fn note_boundary(&mut self, boundary: Lsn) {
-        if self.boundaries.back().is_none_or(|last| *last < boundary)
+        if boundary.is_valid()
+            && self.boundaries.back().is_none_or(|last| *last < boundary)
             && self.passed < Some(boundary)
         {
             self.boundaries.push_back(boundary);
