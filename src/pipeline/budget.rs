@@ -36,7 +36,7 @@ pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 /// Kept out of the shares of `stream`: the block being compressed and the context for it, and what a
 /// repository that is away leaves its client with, retries in hand. Measured with WAL that does not
 /// compress and a repository that was away: without it the process peaked at its limit.
-const GROWTH_BYTES: u64 = 8 * MIB;
+const GROWTH_BYTES: u64 = 11 * MIB;
 
 /// Smallest part all stores take.
 pub const PART_BYTES_MIN: u64 = 5 * MIB;
@@ -67,6 +67,9 @@ pub struct Budget {
     pub extent_bytes_cut: usize,
     /// WAL: sealed bytes of extents that may wait or be uploaded.
     pub extent_bytes_in_flight: u64,
+    /// WAL: sealed bytes of the extent being filled and of those in flight together, above which no more
+    /// is read.
+    pub extent_bytes_held: u64,
     /// Bytes one request fetches at most.
     pub batch_bytes: usize,
     /// Batches that may be fetched or opened at once.
@@ -123,14 +126,15 @@ impl Budget {
     #[must_use]
     pub fn stream(limit_bytes: u64) -> Self {
         let data = limit_bytes.saturating_sub(PROCESS_BYTES + GROWTH_BYTES).max(8 * MIB);
-        // A little less than half for the extent being filled: by default a segment that shrinks to
-        // 44 % is one object. The rest for those on their way: several, or one as large as may be.
-        let cut = (data / 2 - MIB).clamp(MIB, 16 * MIB);
+        let held = data - context_bytes(Level::default());
+        // By default a segment that shrinks to 31 % is one object, and another is filled meanwhile.
+        let cut = (held / 2).clamp(MIB, 16 * MIB);
         Self {
             thread_count: 1,
             blocks_max: 2,
             extent_bytes_cut: to_count(cut),
-            extent_bytes_in_flight: data - cut,
+            extent_bytes_in_flight: held - MIB,
+            extent_bytes_held: held,
             ..Self::none()
         }
     }
@@ -158,6 +162,7 @@ impl Budget {
             blocks_max: 1,
             extent_bytes_cut: to_count(MIB),
             extent_bytes_in_flight: 0,
+            extent_bytes_held: 0,
             batch_bytes: to_count(BATCH_BYTES),
             batches_max: 1,
         }
@@ -239,6 +244,7 @@ mod tests {
     fn stream_and_restore_stay_in_their_limits() {
         let stream = Budget::stream(STREAM_BYTES);
         let used = stream.extent_bytes_cut as u64 + stream.extent_bytes_in_flight + PROCESS_BYTES;
+        assert!(stream.extent_bytes_held < used - PROCESS_BYTES);
         assert!(used <= STREAM_BYTES && stream.extent_bytes_in_flight > 8 * MIB);
         for cores in [1, 2, 64] {
             let restore = Budget::restore(RESTORE_BYTES, cores);

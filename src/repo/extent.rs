@@ -18,6 +18,10 @@ use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
 use crate::pipeline::codec::{Compressor, Level};
 use crate::pipeline::frame::{self, BLOCK_BYTES, FrameHeader, Last};
 
+/// Room made for the object at once. What is not written to costs no memory, and a buffer that grew from
+/// nothing would leave its smaller selves as holes in the heap.
+const BODY_ROOM_BYTES: usize = 6 << 20;
+
 /// An extent ready to be put.
 #[derive(Clone, Debug)]
 pub struct SealedExtent {
@@ -53,6 +57,8 @@ impl ExtentBuilder {
     /// # Errors
     /// `unavailable` when there is no memory for a compression context.
     pub fn new(writer: &Writer, timeline: TimelineId, start: Lsn, level: Level) -> Result<Self> {
+        let mut body = Vec::with_capacity(BODY_ROOM_BYTES);
+        body.resize(EXTENT_HEADER_BYTES, 0);
         Ok(Self {
             header: writer.header(ObjectKind::Extent)?,
             writer: writer.clone(),
@@ -63,7 +69,7 @@ impl ExtentBuilder {
             waiting: Vec::new(),
             waiting_bytes: 0,
             frames: Vec::new(),
-            body: vec![0; EXTENT_HEADER_BYTES],
+            body,
         })
     }
 

@@ -395,8 +395,11 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// Whether the memory budget allows another message.
     fn may_read(&self) -> bool {
         let budget = &self.engine.stream.options.budget;
-        let filling = self.engine.sealer.held_bytes() < budget.extent_bytes_cut as u64;
-        filling && self.engine.uploads.unstored_bytes() < budget.extent_bytes_in_flight
+        let held = self.engine.sealer.held_bytes();
+        let unstored = self.engine.uploads.unstored_bytes();
+        held < budget.extent_bytes_cut as u64
+            && unstored < budget.extent_bytes_in_flight
+            && held + unstored < budget.extent_bytes_held
     }
 
     /// Whether an extent may be cut only because it is due: while all uploads are busy, more WAL

@@ -21,9 +21,9 @@ use crate::pg::{Lsn, TimelineId};
 use crate::repo::Level;
 use crate::repo::{ExtentBuilder, Writer};
 
-/// Pieces that may wait for the thread: 2 MiB at PostgreSQL's 128 KiB a message, a few milliseconds
+/// Pieces that may wait for the thread: 1 MiB at PostgreSQL's 128 KiB a message, a few milliseconds
 /// of compression.
-const ORDERS_MAX: usize = 16;
+const ORDERS_MAX: usize = 8;
 
 /// Below this a sealed extent is copied out of the buffer it was made in, which has room for a
 /// megabyte more.

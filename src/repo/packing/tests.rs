@@ -23,6 +23,7 @@ const SMALL: Budget = Budget {
     blocks_max: 6,
     extent_bytes_cut: 0,
     extent_bytes_in_flight: 0,
+    extent_bytes_held: 0,
     batch_bytes: 3 << 20,
     batches_max: 1,
 };
