@@ -68,34 +68,12 @@ pub async fn identify_server(config: &Config, clock: &Clock) -> Result<SystemIde
 
 /// Whether our slot was ever used: it keeps WAL, or did until just now. One that was only made keeps none.
 ///
-/// Where the server says so only to ordinary connections (before PostgreSQL 15) and lets none in, the
-/// question stays open, which is told and no error: replication alone is all that a backup needs.
-///
 /// # Errors
-/// As [`identify_server`].
+/// As [`identify_server`]; before PostgreSQL 15 the server says so only to ordinary connections, which
+/// every command that writes WAL needs there.
 pub async fn slot_keeps_wal(config: &Config, clock: &Clock) -> Result<bool> {
-    let mut server = connect(config, clock).await?;
-    if server.version().major() < 15 {
-        let options = config.connect_options()?;
-        match Connection::connect(&options, Session::Database, clock).await {
-            Ok(ordinary) => server = ordinary,
-            Err(refusal) => return untold(config.slot_name(), refusal),
-        }
-    }
-    let slot = server.read_slot(config.slot_name()).await?;
+    let slot = connect(config, clock).await?.read_slot(config.slot_name()).await?;
     Ok(slot.is_some_and(|slot| slot.restart_lsn.is_some()))
-}
-
-/// What follows when the server does not let us ask for the slot: nothing speaks for one.
-fn untold(slot_name: &str, refusal: Error) -> Result<bool> {
-    if refusal.is_transient() {
-        return Err(refusal);
-    }
-    tracing::warn!(
-        "unable to find out whether slot '{slot_name}' was used before, so a repository that is only \
-         not mounted is not told from a new one: {refusal}"
-    );
-    Ok(false)
 }
 
 async fn connect(config: &Config, clock: &Clock) -> Result<Connection> {
@@ -121,17 +99,4 @@ pub fn same_system(repository: &Repository, server: SystemId) -> Result<()> {
     .hint(
         "Check the connection string, or give this server a cluster name of its own (--cluster).",
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_that_lets_no_ordinary_connection_in_is_not_asked_again() {
-        let refusal = Error::new(Kind::Denied, "no pg_hba.conf entry");
-        assert!(!untold("tidemark", refusal).unwrap());
-        let outage = Error::new(Kind::Unavailable, "connection refused");
-        assert_eq!(untold("tidemark", outage).unwrap_err().kind(), Kind::Unavailable);
-    }
 }
