@@ -67,13 +67,13 @@ impl Root {
     /// The root, `None` when there is none and never was.
     pub(super) fn open(&self) -> Result<Option<Opened>> {
         let attempted = || format!("unable to use '{}'", self.path.display());
+        // Asked first: another thread may make the root, and meet it, right after it was missing here.
+        let was_there = self.known().folder.is_some();
         let mut options = File::options();
         options.read(true).custom_flags(OFlags::DIRECTORY.bits().cast_signed());
         let folder = match options.open(&self.path) {
             Ok(folder) => folder,
-            Err(error) if is_missing(&error) && self.known().folder.is_some() => {
-                return Err(self.gone());
-            }
+            Err(error) if is_missing(&error) && was_there => return Err(self.gone()),
             Err(error) if error.kind() == ErrorKind::NotADirectory && self.path.is_file() => {
                 let found = format!("'{}' is a file, expected a folder", self.path.display());
                 return Err(Error::new(Kind::Config, found)

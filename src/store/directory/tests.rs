@@ -23,6 +23,18 @@ async fn a_put_leaves_one_file_and_nothing_in_the_making() {
     assert_eq!(fs::read_dir(store.0.root.path().join(".incoming")).unwrap().count(), 0);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn first_puts_that_meet_do_not_take_the_root_of_another_for_one_that_went_away() {
+    for _ in 0..150 {
+        let (_folder, store) = store();
+        let names: Vec<ObjectName> = (0..12).map(|index| name(&format!("c/{index}"))).collect();
+        let puts = names.iter().map(|name| store.put_if_absent(name, Bytes::new()));
+        for put in futures::future::join_all(puts).await {
+            assert_eq!(put.unwrap(), PutOutcome::Created);
+        }
+    }
+}
+
 #[tokio::test]
 async fn the_sweep_takes_what_a_crash_left_and_nothing_that_is_held() {
     let (_folder, store) = store();
