@@ -33,8 +33,8 @@ pub const PROCESS_BYTES: u64 = 24 * MIB;
 /// made when all files are written and the allocator still keeps what the batches held.
 pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 
-/// Kept out of the shares of `stream`: the block being compressed and the context for it, and what a
-/// repository that is away leaves its client with, retries in hand. Measured with WAL that does not
+/// Kept out of the shares of `stream`: read buffers that wait to be compressed, the block being put
+/// together, and what a repository that is away leaves its client with, retries in hand. Measured with WAL that does not
 /// compress and a repository that was away: without it the process peaked at its limit.
 const GROWTH_BYTES: u64 = 11 * MIB;
 
@@ -74,7 +74,7 @@ pub struct Budget {
     /// WAL: sealed bytes of the extent being filled and of those in flight together, above which no more
     /// is read.
     pub extent_bytes_held: u64,
-    /// Bytes one request fetches at most.
+    /// Bytes that are opened together at most; a request of a restore fetches many times that.
     pub batch_bytes: usize,
     /// Batches that may be fetched or opened at once.
     pub batches_max: usize,
