@@ -90,6 +90,10 @@ impl Store for Sink {
         self.0.probe().await
     }
 
+    async fn probe_replace(&self) -> Result<bool> {
+        self.0.probe_replace().await
+    }
+
     async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
         self.0.abort_stale_multiparts(prefix, older_than).await
     }

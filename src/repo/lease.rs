@@ -500,7 +500,7 @@ impl Lease {
             )
             .hint("Choose a time to live from 5 seconds to 1 hour."));
         }
-        let look_first = !store.probe().await?.conditional_replace;
+        let look_first = !store.probe_replace().await?;
         if look_first && options.unconditional_store == UnconditionalStore::Refuse {
             return Err(Error::new(
                 Kind::Unsupported,

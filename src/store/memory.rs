@@ -381,6 +381,10 @@ impl Store for Memory {
         })
     }
 
+    async fn probe_replace(&self) -> Result<bool> {
+        Ok(self.probe().await?.conditional_replace)
+    }
+
     async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         let fate = self.fate(Call::Any).await?;
         let (prefix, now) = (folder_prefix(folder), self.clock.now());

@@ -154,6 +154,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Finds out by trying what the place really does; writes and deletes a few tiny objects.
     async fn probe(&self) -> Result<Capabilities>;
 
+    /// The one promise that a writer's life hangs on, [`Capabilities::conditional_replace`], found out
+    /// as [`Store::probe`] does and with a third of its requests: a writer asks at each start.
+    async fn probe_replace(&self) -> Result<bool>;
+
     /// Removes what abandoned uploads in `folder` (with or without the slash at its end, empty for
     /// the whole root) left behind, if they are known to have begun `older_than` ago or longer; says
     /// how many. One of unknown age stays, and so does whatever lies outside of the root: it may be

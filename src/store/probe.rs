@@ -4,6 +4,7 @@
 //! nothing is believed here that was not seen.
 
 use std::ops::Range;
+use std::slice;
 
 use bytes::Bytes;
 use futures::future::try_join_all;
@@ -21,15 +22,35 @@ const RIVALS: usize = 8;
 /// Tries everything that can be tried through the trait; what only a driver can find out is left
 /// `None` for it to fill in.
 pub(super) async fn probe(store: &dyn Store, clock: &Clock) -> Result<Capabilities> {
-    let folder = format!("{FOLDER}/{:032x}", u128::from_le_bytes(clock.random::<16>()?));
+    let folder = folder(clock)?;
     let names = Names::below(&folder)?;
-    let found = try_all(store, &folder, &names).await;
-    let delete = match store.delete(&names.all()).await {
+    let (found, delete) = tidy_up(store, &names.all(), try_all(store, &folder, &names)).await?;
+    Ok(Capabilities { delete, ..found })
+}
+
+/// Tries the replacement alone.
+pub(super) async fn probe_replace(store: &dyn Store, clock: &Clock) -> Result<bool> {
+    let name = ObjectName::new(format!("{}/lease", folder(clock)?))?;
+    Ok(tidy_up(store, slice::from_ref(&name), replace(store, &name)).await?.0)
+}
+
+fn folder(clock: &Clock) -> Result<String> {
+    Ok(format!("{FOLDER}/{:032x}", u128::from_le_bytes(clock.random::<16>()?)))
+}
+
+/// What `trial` found, and whether what it wrote may be deleted, which is done.
+async fn tidy_up<T>(
+    store: &dyn Store,
+    names: &[ObjectName],
+    trial: impl Future<Output = Result<T>>,
+) -> Result<(T, bool)> {
+    let found = trial.await;
+    let delete = match store.delete(names).await {
         Ok(()) => true,
         Err(error) if error.kind() == Kind::Denied => false,
         Err(error) => return Err(found.err().unwrap_or(error)),
     };
-    Ok(Capabilities { delete, ..found? })
+    Ok((found?, delete))
 }
 
 struct Names {

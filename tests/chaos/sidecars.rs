@@ -44,6 +44,8 @@ pub struct Supervised {
     conninfo: String,
     diary: Arc<Diary>,
     inner: Mutex<Inner>,
+    /// Held while one that was told to end is ending: it still stores.
+    ending: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,8 @@ impl Supervised {
             usage: Vec::new(),
             start_count: 0,
         };
-        let supervised = Arc::new(Self { tidemark, conninfo, diary, inner: Mutex::new(inner) });
+        let (inner, ending) = (Mutex::new(inner), Mutex::new(()));
+        let supervised = Arc::new(Self { tidemark, conninfo, diary, inner, ending });
         let watched = Arc::downgrade(&supervised);
         std::thread::spawn(move || {
             while let Some(supervised) = watched.upgrade() {
@@ -141,8 +144,14 @@ impl Supervised {
         self.inner().start_at = Some(Instant::now() + delay);
     }
 
-    /// kill -9; none is started until [`Supervised::resume_in`].
+    fn ending(&self) -> MutexGuard<'_, ()> {
+        self.ending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// kill -9; none is started until [`Supervised::resume_in`]. Afterwards none runs: one that was
+    /// told to end before is waited for.
     pub fn kill(&self) {
+        let _none_is_ending = self.ending();
         if let Some(process) = self.take() {
             process.kill();
         }
@@ -151,6 +160,7 @@ impl Supervised {
     /// SIGTERM; none is started until [`Supervised::resume_in`]. The exit status, when there was one
     /// to end.
     pub fn terminate(&self) -> Option<Exit> {
+        let _one_is_ending = self.ending();
         let mut process = self.take()?;
         process.signal("TERM");
         // One that was frozen by another fault cannot end.

@@ -499,6 +499,7 @@ async fn the_probe_finds_every_promise_kept_and_leaves_nothing() {
         assert!(found.conditional_put, "{}: {found:?}", place.name);
         assert!(found.conditional_complete, "{}: {found:?}", place.name);
         assert!(found.conditional_replace, "{}: {found:?}", place.name);
+        assert!(place.store.probe_replace().await.unwrap(), "{}", place.name);
         assert!(found.ranged_get && found.consistent_list && found.delete, "{found:?}");
         if place.name == "environment" {
             eprintln!("{found:#?}");

@@ -479,6 +479,7 @@ async fn the_probe_finds_out_stores_that_say_yes_and_do_nothing() {
     server.set_quirks(Quirks { ignore_conditions: true, ..Quirks::default() });
     let found = store.probe().await.unwrap();
     assert!(!found.conditional_put && !found.conditional_complete && !found.conditional_replace);
+    assert!(!store.probe_replace().await.unwrap());
     server.set_quirks(Quirks { ignore_conditions_on_complete: true, ..Quirks::default() });
     let found = store.probe().await.unwrap();
     assert!(found.conditional_put && found.conditional_replace && !found.conditional_complete);
@@ -489,6 +490,7 @@ async fn the_probe_finds_out_stores_that_say_yes_and_do_nothing() {
     server.set_quirks(Quirks::default());
     server.faults().add(Fault::new(Effect::error(403, "AccessDenied")).on(Op::DeleteObjects));
     assert!(!store.probe().await.unwrap().delete);
+    assert!(store.probe_replace().await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

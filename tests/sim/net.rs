@@ -329,6 +329,10 @@ impl Store for Wire {
         self.look(|memory| async move { memory.probe().await }).await
     }
 
+    async fn probe_replace(&self) -> Result<bool> {
+        self.look(|memory| async move { memory.probe_replace().await }).await
+    }
+
     async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
         let prefix = prefix.to_owned();
         self.look(

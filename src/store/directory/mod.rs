@@ -201,6 +201,10 @@ impl Store for Directory {
         Ok(Capabilities { clock_skew: Some(skew), ..found })
     }
 
+    async fn probe_replace(&self) -> Result<bool> {
+        probe::probe_replace(self, &self.0.clock).await
+    }
+
     /// Also sweeps outside of `folder`, though not of the root: what no living process holds is garbage
     /// wherever it was meant to go.
     async fn abort_stale_multiparts(&self, _folder: &str, older_than: Duration) -> Result<u64> {

@@ -483,6 +483,10 @@ impl Store for Bucket {
         self.0.inspect(probe::probe(self, &self.0.clock).await?).await
     }
 
+    async fn probe_replace(&self) -> Result<bool> {
+        probe::probe_replace(self, &self.0.clock).await
+    }
+
     async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         self.0.abort_stale(folder, older_than).await
     }
