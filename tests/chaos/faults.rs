@@ -38,13 +38,19 @@ fn make_one(stage: &Stage, fault: &Fault) {
     use Kind::*;
     match fault.kind {
         SidecarKill => {
-            stage.sidecar.kill();
-            stage.sidecar.resume_in(fault.lasts);
+            {
+                let _at_work = stage.sidecar.at_work();
+                stage.sidecar.kill();
+                stage.sidecar.resume_in(fault.lasts);
+            }
             std::thread::sleep(fault.lasts);
         }
         SidecarTerm => {
-            stage.sidecar.terminate();
-            stage.sidecar.resume_in(fault.lasts);
+            {
+                let _at_work = stage.sidecar.at_work();
+                stage.sidecar.terminate();
+                stage.sidecar.resume_in(fault.lasts);
+            }
             std::thread::sleep(fault.lasts);
         }
         SidecarStop => freeze(stage, fault.lasts, false),
@@ -104,6 +110,7 @@ fn losses_told(stage: &Stage) -> usize {
 }
 
 fn second_sidecar(stage: &Stage, lasts: Duration) {
+    let _at_work = stage.sidecar.at_work();
     let undisturbed = !stage
         .plan
         .any(|kind| kind != Kind::SecondSidecar && (kind.hits_sidecar() || kind.hits_store()));
@@ -130,6 +137,7 @@ fn second_sidecar(stage: &Stage, lasts: Duration) {
 }
 
 fn takeover(stage: &Stage, lease_ttl: Duration) {
+    let _at_work = stage.sidecar.at_work();
     let Some(pid) = stage.sidecar.signal("STOP") else { return };
     let mut second = stage.sidecar.rival("second", &["--wait"]);
     let taken = |second: &crate::harness::sidecar::Process| second.log().contains("streaming ");
@@ -225,8 +233,8 @@ fn drop_slot(stage: &Stage, server: &Postgres) -> bool {
 }
 
 fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
+    let none_runs = stage.sidecar.kill_for_good();
     let _hand = stage.take_hand();
-    stage.sidecar.kill();
     // A request that is still on its way may be served.
     std::thread::sleep(Duration::from_millis(400));
     let (_, server) = stage.primary();
@@ -243,6 +251,7 @@ fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
     stage.gaps.lock().unwrap().push(GapExpected { from, kept_from });
     std::thread::sleep(fault.lasts);
     stage.sidecar.resume_in(Duration::ZERO);
+    drop(none_runs);
     if fault.strength % 2 == 1 {
         let log = || std::fs::read_to_string(stage.tidemark.home().join("run.log"));
         stage.wait(Duration::from_secs(30), || log().is_ok_and(|log| log.contains("is lost")));

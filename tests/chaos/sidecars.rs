@@ -1,6 +1,6 @@
 //! The sidecar under a supervisor, as systemd would run it: whenever it ends it is started again.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use crate::harness::Tidemark;
@@ -44,8 +44,9 @@ pub struct Supervised {
     conninfo: String,
     diary: Arc<Diary>,
     inner: Mutex<Inner>,
-    /// Held while one that was told to end is ending: it still stores.
-    ending: Mutex<()>,
+    /// Read by who starts or ends one, or more of them, until that is done; written by who needs that
+    /// none runs: one that was told to end still stores.
+    at_work: RwLock<()>,
 }
 
 #[derive(Debug)]
@@ -72,8 +73,8 @@ impl Supervised {
             usage: Vec::new(),
             start_count: 0,
         };
-        let (inner, ending) = (Mutex::new(inner), Mutex::new(()));
-        let supervised = Arc::new(Self { tidemark, conninfo, diary, inner, ending });
+        let (inner, at_work) = (Mutex::new(inner), RwLock::new(()));
+        let supervised = Arc::new(Self { tidemark, conninfo, diary, inner, at_work });
         let watched = Arc::downgrade(&supervised);
         std::thread::spawn(move || {
             while let Some(supervised) = watched.upgrade() {
@@ -86,7 +87,7 @@ impl Supervised {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Another sidecar with the same settings, beside this one.
@@ -144,14 +145,22 @@ impl Supervised {
         self.inner().start_at = Some(Instant::now() + delay);
     }
 
-    fn ending(&self) -> MutexGuard<'_, ()> {
-        self.ending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// While this is held none is started or ended but by those who hold it, of which there may be many,
+    /// and nobody believes that none runs.
+    pub fn at_work(&self) -> RwLockReadGuard<'_, ()> {
+        self.at_work.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// kill -9; none is started until [`Supervised::resume_in`]. Afterwards none runs: one that was
-    /// told to end before is waited for.
+    /// Waits until all others are done with theirs; then kill -9. None runs, nor is started by another
+    /// fault, for as long as the result is held.
+    pub fn kill_for_good(&self) -> RwLockWriteGuard<'_, ()> {
+        let alone = self.at_work.write().unwrap_or_else(PoisonError::into_inner);
+        self.kill();
+        alone
+    }
+
+    /// kill -9; none is started until [`Supervised::resume_in`].
     pub fn kill(&self) {
-        let _none_is_ending = self.ending();
         if let Some(process) = self.take() {
             process.kill();
         }
@@ -160,7 +169,6 @@ impl Supervised {
     /// SIGTERM; none is started until [`Supervised::resume_in`]. The exit status, when there was one
     /// to end.
     pub fn terminate(&self) -> Option<Exit> {
-        let _one_is_ending = self.ending();
         let mut process = self.take()?;
         process.signal("TERM");
         // One that was frozen by another fault cannot end.
