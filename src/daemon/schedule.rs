@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::error::Retry;
+use crate::error::{Kind, Retry};
 
 /// After the first failure that may pass a backup is tried again so much later; each further one in a row doubles it.
 /// Short: while WAL was lost, or for the first backup, every minute without one cannot be restored.
 const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
 /// The longest pause, or the interval of backups when that is shorter.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// The pause after a failure that an operator has to mend, while nothing new can be restored without a
+/// backup: the mended thing should not have to wait for tomorrow.
+const MENDED_PAUSE: Duration = Duration::from_secs(3600);
 
 /// What is known about base backups.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,8 +40,10 @@ pub struct Failure {
 }
 
 impl BackupHistory {
-    /// Takes note of an attempt that failed at `time`.
-    pub fn fail(&mut self, time: Timestamp, retry: Retry) {
+    /// Takes note of an attempt that failed at `time`. One that somebody else was in the way of may
+    /// succeed the next time: a name that two wanted, or an upload that was taken away before its end.
+    pub fn fail(&mut self, time: Timestamp, kind: Kind) {
+        let retry = if kind == Kind::Conflict { Retry::Later } else { kind.retry() };
         let before = self.failure.map_or(0, |failure| failure.count);
         let needed_at_once = self.needed_at_once;
         let count = before.saturating_add(1);
@@ -65,6 +70,9 @@ fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Ti
             // It would end the same way, having read the whole database for it. But what it is needed
             // for was not there then: that is worth one attempt.
             Retry::Never if history.needed_at_once && !failure.needed_at_once => due,
+            Retry::Never if history.needed_at_once => {
+                due.max(later(failure.time, MENDED_PAUSE.min(interval)))
+            }
             Retry::Never => due.max(later(failure.time, interval)),
         },
     }
@@ -119,16 +127,29 @@ mod tests {
     fn a_failure_that_does_not_pass_waits_for_the_next_interval() {
         for newest_start in [None, Some(at(100))] {
             let mut history = BackupHistory { newest_start, ..BackupHistory::default() };
-            history.fail(at(100_000), Retry::Never);
+            history.fail(at(100_000), Kind::Denied);
             assert_eq!(next_backup(history, DAY, at(100_001)), at(100_000 + 86_400));
-            // WAL is lost afterwards: one attempt at once, and no second one.
+            // WAL is lost afterwards: one attempt at once, then one an hour.
             history.needed_at_once = true;
             assert_eq!(next_backup(history, DAY, at(100_500)), at(100_500));
-            history.fail(at(100_600), Retry::Never);
-            assert_eq!(next_backup(history, DAY, at(100_601)), at(100_600 + 86_400));
+            history.fail(at(100_600), Kind::Denied);
+            assert_eq!(next_backup(history, DAY, at(100_601)), at(100_600 + 3_600));
+            let minute = Duration::from_secs(60);
+            assert_eq!(next_backup(history, minute, at(100_601)), at(100_600 + 60));
             // An outage in between is waited out as ever.
-            history.fail(at(187_000), Retry::Later);
+            history.fail(at(187_000), Kind::Unavailable);
             assert_eq!(next_backup(history, DAY, at(187_001)), at(187_000 + 40));
+        }
+    }
+
+    #[test]
+    fn an_upload_that_was_taken_away_does_not_cost_the_day() {
+        for needed_at_once in [false, true] {
+            let newest_start = Some(at(100));
+            let mut history =
+                BackupHistory { newest_start, needed_at_once, ..BackupHistory::default() };
+            history.fail(at(100_000), Kind::Conflict);
+            assert_eq!(next_backup(history, DAY, at(100_001)), at(100_010));
         }
     }
 }

@@ -184,7 +184,7 @@ impl<'a> Chores<'a> {
             Ok(_) => self.backups = None,
             Err(_) if stop.is_cancelled() => return,
             Err(error) => {
-                history.fail(self.clock.now(), error.kind().retry());
+                history.fail(self.clock.now(), error.kind());
                 self.backups = Some(history);
             }
         }
