@@ -96,7 +96,7 @@ pub fn contiguous_end(spans: &[Span], from: u64) -> u64 {
 /// or all there is.
 fn reaches(line: &Line, spans: &[Span], from: u64, window: i64) -> bool {
     let end = contiguous_end(spans, from);
-    let later = |e: &Ending| from <= e.start && e.end <= end && e.time >= window;
+    let later = |e: &Ending| from <= e.start && e.last <= end && e.time >= window;
     line.endings.iter().any(later) || spans.last().is_some_and(|last| last.1 <= end)
 }
 
@@ -159,7 +159,7 @@ impl Judge {
     pub fn promise(&mut self, process: usize, told: &Snapshot, state: &State) {
         let Some(caught_up) = told.caught_up_at else { return };
         let (until, durable) = (caught_up.as_microsecond(), told.durable_end_lsn.0);
-        let mut newest = state.line().endings.iter().rev().take_while(|e| e.end > durable);
+        let mut newest = state.line().endings.iter().rev().take_while(|e| e.last > durable);
         if let Some(missing) = newest.find(|e| e.commit && e.time <= until) {
             let durable = told.durable_end_lsn;
             self.accuse(format!(
@@ -374,7 +374,7 @@ impl Judge {
             }
             // Every commit up to the time that is promised is there.
             let until = interval.until_time.as_microsecond();
-            let missing = line.endings.iter().find(|e| e.commit && e.end > end && e.time <= until);
+            let missing = line.endings.iter().find(|e| e.commit && e.last > end && e.time <= until);
             if let Some(missing) = missing {
                 self.accuse(format!("{interval:?} promises {missing:?}, stored up to {end:x}"));
             }

@@ -209,7 +209,7 @@ async fn aim(
     let (from, until) = (interval.from_lsn.0, interval.until_lsn.0);
     // Of transactions, those that end after the backup and before the end of the WAL.
     let inside: Vec<&Ending> =
-        line.endings.iter().filter(|e| e.start >= from && e.end <= until).collect();
+        line.endings.iter().filter(|e| e.start >= from && e.last <= until).collect();
     let edge = dice.pick(&[Edge::Inclusive, Edge::Exclusive]);
     let chosen = inside.get(dice.below(inside.len() as u64) as usize).copied();
     let points: Vec<_> = line.points.iter().filter(|p| p.start >= from && p.end <= until).collect();
@@ -242,10 +242,10 @@ async fn aim(
             return Ok(());
         }
     };
-    let commits = || line.endings.iter().filter(|e| e.commit && e.start >= start && e.end <= until);
+    let commits = || line.endings.iter().filter(|e| e.commit && e.start >= start && e.last <= until);
     let expected = Expected {
-        before: commits().filter(|e| e.end <= stop).map(|e| e.xid).next_back(),
-        after: commits().find(|e| e.end > stop).map(|e| e.xid),
+        before: commits().filter(|e| e.last <= stop).map(|e| e.xid).next_back(),
+        after: commits().find(|e| e.last > stop).map(|e| e.xid),
     };
     let xid = |moment: &Option<Moment>| moment.as_ref().map(|moment| moment.xid);
     let (before, after) = (xid(&plan.commit_before), xid(&plan.commit_after));
@@ -269,7 +269,7 @@ fn stop_of(target: &Target, line: &Line, (start, from, until): (u64, u64, u64)) 
         Target::Time { at, edge } => {
             let at = at.as_microsecond();
             let stops = |e: &&Ending| if exclusive(edge) { e.time >= at } else { e.time > at };
-            let later = line.endings.iter().filter(|e| e.start >= start && e.end <= until);
+            let later = line.endings.iter().filter(|e| e.start >= start && e.last <= until);
             later.clone().find(stops).map_or(until, |ending| ending.start)
         }
         Target::Xid { xid, edge } => {
