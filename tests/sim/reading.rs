@@ -242,7 +242,8 @@ async fn aim(
             return Ok(());
         }
     };
-    let commits = || line.endings.iter().filter(|e| e.commit && e.start >= start && e.last <= until);
+    let commits =
+        || line.endings.iter().filter(|e| e.commit && e.start >= start && e.last <= until);
     let expected = Expected {
         before: commits().filter(|e| e.last <= stop).map(|e| e.xid).next_back(),
         after: commits().find(|e| e.last > stop).map(|e| e.xid),
