@@ -6,27 +6,13 @@ use std::time::{Duration, Instant};
 use crate::harness::postgres::Settings;
 use crate::harness::{Account, Binaries, Postgres, Tidemark};
 
-/// Waits until `sql` gives `wanted` on `server`.
-#[track_caller]
-fn wait_for(server: &Postgres, sql: &str, wanted: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let found = server.try_psql(sql);
-        if found.as_deref() == Ok(wanted) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{sql}: {found:?}\n{}", server.log_tail());
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
 /// Waits until all WAL that `server` has is in the repository.
 fn wait_durable(server: &Postgres) {
     let end = server.psql("select pg_current_wal_flush_lsn()");
     let durable = format!(
         "select flush_lsn >= '{end}' from pg_stat_replication where application_name = 'tidemark'"
     );
-    wait_for(server, &durable, "t");
+    server.wait_for(&durable, "t");
 }
 
 /// Makes the server forget all WAL before the current segment, which the repository has; gives the name
@@ -99,17 +85,17 @@ async fn a_standby_streams_from_its_primary_and_takes_from_the_repository_what_t
     let removed = move_wal_into_the_repository(&server);
     let standby = Postgres::adopt(&binaries, &target);
     standby.run();
-    wait_for(&standby, "select count(*) from t", "3");
+    standby.wait_for("select count(*) from t", "3");
     let name = removed.file_name().unwrap().to_str().unwrap();
     assert!(standby.log().contains(&format!("restored log file \"{name}\"")), "{}", standby.log());
-    wait_for(&standby, "select status, slot_name from pg_stat_wal_receiver", "streaming|standby1");
+    standby.wait_for("select status, slot_name from pg_stat_wal_receiver", "streaming|standby1");
     let names = "select application_name, usename from pg_stat_replication where usename = 'rep'";
     assert_eq!(server.psql(names), "it's a \\|rep");
 
     // Nothing reaches the repository any more: what arrives has been streamed.
     assert_eq!(sidecar.terminate(), Some(0));
     server.psql("insert into t values (200)");
-    wait_for(&standby, "select count(*) from t", "4");
+    standby.wait_for("select count(*) from t", "4");
 
     // A standby that has fallen behind again goes through the repository and back to the stream.
     standby.stop(crate::harness::postgres::Stop::Fast);
@@ -119,8 +105,8 @@ async fn a_standby_streams_from_its_primary_and_takes_from_the_repository_what_t
     move_wal_into_the_repository(&server);
     server.psql("select pg_create_physical_replication_slot('standby1')");
     standby.run();
-    wait_for(&standby, "select count(*) from t", "7");
-    wait_for(&standby, "select status from pg_stat_wal_receiver", "streaming");
+    standby.wait_for("select count(*) from t", "7");
+    standby.wait_for("select status from pg_stat_wal_receiver", "streaming");
 
     // An unreachable repository does not end it, even when it looks there.
     assert_eq!(sidecar.terminate(), Some(0));
@@ -128,7 +114,7 @@ async fn a_standby_streams_from_its_primary_and_takes_from_the_repository_what_t
     std::fs::rename(repository, &away).unwrap();
     server.psql("select pg_terminate_backend(pid) from pg_stat_replication where usename = 'rep'");
     server.psql("insert into t values (300)");
-    wait_for(&standby, "select count(*) from t", "8");
+    standby.wait_for("select count(*) from t", "8");
     assert!(standby.log().contains("error: unable to get WAL file"), "{}", standby.log_tail());
     assert!(!standby.log().contains("FATAL:  could not restore file"), "{}", standby.log_tail());
 }
@@ -160,7 +146,7 @@ async fn a_standby_follows_the_configured_server_unless_told_otherwise() {
     let standby = Postgres::adopt(&binaries, &target);
     standby.run();
     server.psql("insert into t values (1)");
-    wait_for(&standby, "select count(*) from t", "1");
+    standby.wait_for("select count(*) from t", "1");
     let names = "select application_name from pg_stat_replication";
     assert_ne!(server.psql(names), "tidemark", "it would count in synchronous_standby_names");
 

@@ -319,9 +319,19 @@ impl Postgres {
     pub fn wait_for_stream(&self) {
         let active =
             "select count(*) from pg_replication_slots where slot_name = 'tidemark' and active";
+        self.wait_for(active, "1");
+    }
+
+    /// Waits until `sql` gives `wanted`.
+    #[track_caller]
+    pub fn wait_for(&self, sql: &str, wanted: &str) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while self.psql(active) != "1" {
-            assert!(Instant::now() < deadline, "no stream connected:\n{}", self.log_tail());
+        loop {
+            let found = self.try_psql(sql);
+            if found.as_deref() == Ok(wanted) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{sql}: {found:?}\n{}", self.log_tail());
             std::thread::sleep(Duration::from_millis(50));
         }
     }
