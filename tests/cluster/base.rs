@@ -176,7 +176,7 @@ async fn beside_a_running_stream_it_leaves_the_wal_to_that() {
     let wal = WalStreaming::InThisProcess(Arc::clone(&running.status));
     let again = take(&Base { wal, ..alone(&place, &server) }).await.unwrap();
     assert!(again.manifest.public.start_lsn > report.manifest.public.start_lsn);
-    assert_eq!(server.psql("select slot_name from pg_replication_slots"), "tidemark");
+    server.wait_for("select slot_name from pg_replication_slots", "tidemark");
     running.stop().await.unwrap();
     assert_eq!(place.catalog().await.backups.len(), 2);
     assert_eq!(place.check_wal(&[&server]).await.len(), 1);
@@ -322,7 +322,7 @@ async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
         take(&alone(&second, &server)).await.unwrap();
         assert_eq!(slot_position(&server), left_at);
     }
-    assert_eq!(server.psql("select count(*) from pg_replication_slots"), "1");
+    server.wait_for("select count(*) from pg_replication_slots", "1");
     assert_eq!(second.catalog().await.backups.len(), 3);
 
     let running = Running::start(first.stream(&server)).await;
@@ -363,7 +363,7 @@ async fn a_slot_that_keeps_nothing_keeps_nothing_after_it() {
     let place = Place::of(&server).await;
     take(&alone(&place, &server)).await.unwrap();
     let slots = "select slot_name, temporary, restart_lsn is null from pg_replication_slots";
-    assert_eq!(server.psql(slots), "tidemark|f|t");
+    server.wait_for(slots, "tidemark|f|t");
 }
 
 /// Begins a slow backup of its own process beside `running`, which ends in the middle of it.
