@@ -272,7 +272,9 @@ pub(crate) fn connection_string(text: &str) {
     let elsewhere = pairs.iter().any(|(name, value)| {
         *name != "password" && (value.contains(password.as_str()) || password.contains(value))
     });
-    let ordinary = password.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b' ');
+    // It may be a word of our messages, or the name of a keyword in them.
+    let ordinary =
+        password.bytes().all(|byte| byte.is_ascii_lowercase() || matches!(byte, b' ' | b'_'));
     assert!(elsewhere || ordinary || !shown.contains(password.as_str()), "{shown}");
 }
 
