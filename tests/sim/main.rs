@@ -24,13 +24,14 @@
 //! cut counts as stored; a hole in the stored WAL is passed; a position inside a record is acknowledged; a
 //! lost lease is taken back from a rival; a manifest is put before its WAL is stored; compaction leaves an
 //! extent out, or names the joint one by a wrong time; a stream resumes a segment too late. Up to 60 more
-//! seeds are needed when: the lease is trusted for three times its life; compaction deletes extents that it did not join; expire takes WAL that a backup needs (with and without
-//! the second check of the plan); the first sign of life counts as caught up.
+//! seeds are needed when: the lease is trusted for three times its life; compaction deletes extents that it
+//! did not join; expire takes WAL that a backup needs (with and without the second check of the plan); the
+//! first sign of life counts as caught up.
 //!
-//! Not noticed by the seeds tried: the sweep knows no grace (560 seeds on 2026-11-25); expire forgets the base of the recovery window; a gap is not told by the
-//! status (the listing knows it by names); a server's history is not stored at the first meeting; every
-//! listed backup counts as restorable (nothing incomplete is ever listed); the sweep takes keys that are in
-//! use; a rival's pack is taken for ours.
+//! Not noticed by the seeds tried: the sweep knows no grace (560 seeds on 2026-11-25); expire forgets the
+//! base of the recovery window; a gap is not told by the status (the listing knows it by names); a server's
+//! history is not stored at the first meeting; every listed backup counts as restorable (nothing incomplete
+//! is ever listed); the sweep takes keys that are in use; a rival's pack is taken for ours.
 #![allow(unreachable_pub)]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
