@@ -6,8 +6,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::error::{Kind, Retry};
 
-/// After the first failure that may pass a backup is tried again so much later; each further one in a row doubles it.
-/// Short: while WAL was lost, or for the first backup, every minute without one cannot be restored.
+/// After the first failure that may pass a backup is tried again so much later; each further one in a row
+/// doubles it. Short: while WAL was lost, or for the first backup, every minute without one cannot be restored.
 const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
 /// The longest pause, or the interval of backups when that is shorter.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);

@@ -34,8 +34,8 @@ pub const PROCESS_BYTES: u64 = 24 * MIB;
 pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 
 /// Kept out of the shares of `stream`: read buffers that wait to be compressed, the block being put
-/// together, and what a repository that is away leaves its client with, retries in hand. Measured with WAL that does not
-/// compress and a repository that was away: without it the process peaked at its limit.
+/// together, and what a repository that is away leaves its client with, retries in hand. Measured with WAL
+/// that does not compress and a repository that was away: without it the process peaked at its limit.
 const GROWTH_BYTES: u64 = 11 * MIB;
 
 /// Kept out of the shares of `backup`: what the store's client and TLS hold of parts on their way. Measured

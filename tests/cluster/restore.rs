@@ -151,11 +151,7 @@ fn verify_backup(binaries: &Binaries, data: &Path) {
 fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
     let restored = Postgres::adopt(binaries, data);
     restored.run();
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
-    while restored.psql("select pg_is_in_recovery()") == "t" {
-        assert!(std::time::Instant::now() < deadline, "{}", restored.log_tail());
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    restored.wait_for("select pg_is_in_recovery()", "f");
     let rows = restored.psql("select id from t order by id");
     restored.stop(StopServer::Fast);
     rows.lines().map(|line| line.parse().unwrap()).collect()
@@ -545,13 +541,7 @@ async fn a_standby_follows_what_the_repository_gets() {
     run(place, &planned, &options).await.unwrap();
     let standby = Postgres::adopt(&binaries, &folder.data());
     standby.run();
-    let wait_for = |rows: &str| {
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        while standby.psql("select count(*) from t") != rows {
-            assert!(std::time::Instant::now() < deadline, "{}", standby.log_tail());
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    };
+    let wait_for = |rows: &str| standby.wait_for("select count(*) from t", rows);
     wait_for("1");
     server.psql("insert into t values (2)");
     running.status.wait_durable(wal_end(&server)).await.unwrap();

@@ -64,9 +64,7 @@ fn after_a_gap_that_another_process_found_a_backup_is_taken_at_once() {
     wait_for_backups(&tidemark, 1);
     sidecar.kill();
     let free = "select count(*) from pg_replication_slots where not active";
-    while server.psql(free) != "1" {
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    server.wait_for(free, "1");
     server.psql("select pg_drop_replication_slot('tidemark')");
     for _ in 0..4 {
         server.psql("create table if not exists t (id int); insert into t values (1)");

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tidemark::pg::backup_manifest::{BackupManifest, ManifestFile};
@@ -508,11 +507,7 @@ fn a_promotion_shows_in_the_wal_and_in_the_history_file() {
     primary.psql("create table t as select generate_series(1, 1000)");
     let target = primary.psql("select pg_current_wal_lsn()");
     let replayed = format!("select pg_last_wal_replay_lsn() >= '{target}'");
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while standby.psql(&replayed) != "t" {
-        assert!(Instant::now() < deadline, "the standby lags:\n{}", standby.log_tail());
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    standby.wait_for(&replayed, "t");
     primary.stop(Stop::Immediate);
     standby.promote();
     // Enough for a page of its own: the page of the switch keeps the old timeline in its header.
