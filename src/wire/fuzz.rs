@@ -262,20 +262,18 @@ pub(crate) fn connection_string(text: &str) {
     if ["service", "servicefile"].iter().any(|name| pairs.contains_key(name)) {
         return;
     }
-    let shown = match ConnectOptions::parse(text, &|_| None) {
+    let shown = |text: &str| match ConnectOptions::parse(text, &|_| None) {
         Ok(options) => format!("{options} {options:?}"),
         Err(error) => format!("{error} {error:?} {:?}", error.hint_text()),
     };
-    let Some(password) = pairs.get("password").filter(|password| password.len() >= 8) else {
+    // Nothing that is shown depends on it. To look for it in what is shown would not do: a password may
+    // be like a piece of the hosts and ports.
+    let mut other = pairs.clone();
+    let Some(password) = other.get_mut("password").filter(|password| !password.is_empty()) else {
         return;
     };
-    let elsewhere = pairs.iter().any(|(name, value)| {
-        *name != "password" && (value.contains(password.as_str()) || password.contains(value))
-            // Messages name the keyword that they are about.
-            || name.contains(password.as_str())
-    });
-    let ordinary = password.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b' ');
-    assert!(elsewhere || ordinary || !shown.contains(password.as_str()), "{shown}");
+    *password = if password == "x" { "another".to_owned() } else { "x".to_owned() };
+    assert_eq!(shown(text), shown(&as_words(&other)));
 }
 
 fn check_again(pairs: &Pairs, text: &str) {
