@@ -2,6 +2,7 @@
 //! catalog, reader and plans and comparing with the model.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tidemark::capture::stream::{Snapshot, WalGap as ReportedGap};
@@ -12,6 +13,9 @@ use crate::model::{Backup, Ending, Line};
 use crate::net::Change;
 use crate::server::{Ack, State};
 use crate::work::{Settings, days_before};
+
+/// Packs without a manifest are left alone for so long; twice the time in which a backup commits.
+const SWEPT_AFTER: Duration = Duration::from_secs(2 * 24 * 3600);
 
 pub type Names = BTreeMap<String, u64>;
 /// Positions, first and first after.
@@ -100,6 +104,13 @@ fn reaches(line: &Line, spans: &[Span], from: u64, window: i64) -> bool {
     line.endings.iter().any(later) || spans.last().is_some_and(|last| last.1 <= end)
 }
 
+/// A backup without a manifest.
+struct Pending {
+    process: usize,
+    /// When the last of its packs was stored.
+    newest: Timestamp,
+}
+
 /// The judge: sees everything that is told and changed.
 pub struct Judge {
     pub settings: Settings,
@@ -108,7 +119,15 @@ pub struct Judge {
     pub holder: Option<usize>,
     /// Backups that were committed and not deleted since, with their packs.
     pub committed: BTreeMap<String, BTreeSet<String>>,
+    /// Backups that have packs and never had a manifest.
+    pending: BTreeMap<String, Pending>,
     pub targets: u64,
+}
+
+impl Pending {
+    fn age(&self, now: Timestamp) -> Duration {
+        Duration::try_from(now.duration_since(self.newest)).unwrap_or_default()
+    }
 }
 
 impl Judge {
@@ -118,6 +137,7 @@ impl Judge {
             violations: Vec::new(),
             holder: None,
             committed: BTreeMap::new(),
+            pending: BTreeMap::new(),
             targets: 0,
         }
     }
@@ -174,14 +194,20 @@ impl Judge {
             Change::Replaced { name, process } if name == "main/lease" => {
                 self.holder = Some(*process);
             }
-            Change::Made { name, .. } => {
-                if let Some((id, "manifest")) = parse_base(name) {
-                    self.committed_backup(id, before, state);
+            Change::Made { name, process } => {
+                match parse_base(name) {
+                    Some((id, "manifest")) => self.committed_backup(id, before, state, now),
+                    Some((id, _)) => {
+                        let pending = Pending { process: *process, newest: now };
+                        self.pending.insert(id.to_owned(), pending);
+                    }
+                    None => {}
                 }
                 self.minimal_wal(name, before, state);
             }
-            Change::Deleted { names, .. } => {
+            Change::Deleted { names, process } => {
                 let gone: BTreeSet<&str> = names.iter().map(String::as_str).collect();
+                self.swept(&gone, *process, now);
                 let mut after = before.clone();
                 after.retain(|name, _| !gone.contains(name.as_str()));
                 self.deleted(&gone, (before, &after), state, now);
@@ -218,7 +244,12 @@ impl Judge {
     }
 
     /// A backup becomes visible: its packs and its WAL are there.
-    fn committed_backup(&mut self, id: &str, names: &Names, state: &State) {
+    fn committed_backup(&mut self, id: &str, names: &Names, state: &State, now: Timestamp) {
+        if let Some(age) = self.pending.remove(id).map(|pending| pending.age(now))
+            && age > SWEPT_AFTER
+        {
+            self.accuse(format!("backup {id} is listed {age:?} after its last pack"));
+        }
         let Some(backup) = state.backups.iter().find(|backup| backup.id == id) else {
             return self.accuse(format!("a manifest of an unknown backup {id}"));
         };
@@ -229,6 +260,18 @@ impl Judge {
         let missing = holes((backup.start, backup.end), &spans);
         if backup.end == 0 || !missing.is_empty() {
             self.accuse(format!("backup {id} is listed without its WAL {missing:x?}"));
+        }
+    }
+
+    /// Nobody takes the packs of another's backup that may still become visible: it looks for them
+    /// before it does, so what this leads to is seen rarely.
+    fn swept(&mut self, gone: &BTreeSet<&str>, process: usize, now: Timestamp) {
+        for (id, _) in gone.iter().filter_map(|name| parse_base(name)) {
+            let Some(pending) = self.pending.get(id) else { continue };
+            let age = pending.age(now);
+            if pending.process != process && age < SWEPT_AFTER {
+                self.accuse(format!("{process} deletes packs of {id} {age:?} after its newest"));
+            }
         }
     }
 

@@ -8,8 +8,8 @@
 //! - *Listed is restorable.* A manifest appears only when the backup's WAL is stored; every backup,
 //!   interval and extent that is listed can be read and holds the bytes the model wrote.
 //! - *Targets.* Every target inside a listed interval is planned, between the commits that the model says.
-//! - *Nothing referenced goes.* No pack of a listed backup, no WAL that retention must keep, however
-//!   expire, sweep, compaction and stream overlap and die.
+//! - *Nothing referenced goes.* No pack of a listed backup, nor of one that may still be committed, no WAL
+//!   that retention must keep, however expire, sweep, compaction and stream overlap and die.
 //! - *No gap is silent.* The holes between stored WAL are exactly those of the listing.
 //! - *It heals.* When all faults end the stream catches up, a backup succeeds and a stop ends.
 //!
@@ -20,18 +20,18 @@
 //! random bytes inside encrypted objects.
 //!
 //! # What it notices
-//! Faults put into the product one at a time, tried on 2026-11-22. The ordinary seeds fail when: what is
-//! cut counts as stored; a hole in the stored WAL is passed; a position inside a record is acknowledged; a
-//! lost lease is taken back from a rival; a manifest is put before its WAL is stored; compaction leaves an
-//! extent out, or names the joint one by a wrong time; a stream resumes a segment too late. Up to 60 more
-//! seeds are needed when: the lease is trusted for three times its life; compaction deletes extents that it
-//! did not join; expire takes WAL that a backup needs (with and without the second check of the plan); the
-//! first sign of life counts as caught up.
+//! Faults put into the product one at a time, tried on 2026-11-22 and 2026-11-29. The ordinary seeds fail
+//! when: what is cut counts as stored; a hole in the stored WAL is passed; a position inside a record is
+//! acknowledged; a lost lease is taken back from a rival; a manifest is put before its WAL is stored;
+//! compaction leaves an extent out, or names the joint one by a wrong time; a stream resumes a segment too
+//! late; the sweep knows no grace. Up to 60 more seeds are needed when: the lease is trusted for three
+//! times its life; compaction deletes extents that it did not join; expire takes WAL that a backup needs
+//! (with and without the second check of the plan); the first sign of life counts as caught up.
 //!
-//! Not noticed by the seeds tried: the sweep knows no grace (560 seeds on 2026-11-25); expire forgets the
-//! base of the recovery window; a gap is not told by the status (the listing knows it by names); a server's
-//! history is not stored at the first meeting; every listed backup counts as restorable (nothing incomplete
-//! is ever listed); the sweep takes keys that are in use; a rival's pack is taken for ours.
+//! Not noticed by the seeds tried: expire forgets the base of the recovery window; a gap is not told by the
+//! status (the listing knows it by names); a server's history is not stored at the first meeting; every
+//! listed backup counts as restorable (nothing incomplete is ever listed); the sweep takes keys that are in
+//! use; a rival's pack is taken for ours.
 #![allow(unreachable_pub)]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]

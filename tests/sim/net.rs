@@ -58,11 +58,11 @@ impl Weather {
 #[derive(Clone, Debug)]
 pub enum Change {
     /// An object that was not there.
-    Made { name: String },
+    Made { name: String, process: usize },
     /// The mutable object.
     Replaced { name: String, process: usize },
     /// Objects that are gone; only those that were there.
-    Deleted { names: Vec<String> },
+    Deleted { names: Vec<String>, process: usize },
 }
 
 type Work = Box<dyn FnOnce(Memory) -> Pin<Box<dyn Future<Output = Vec<Change>> + Send>> + Send>;
@@ -132,12 +132,12 @@ impl Net {
 
     async fn note(&self, change: &Change) {
         match change {
-            Change::Made { name } | Change::Replaced { name, .. } => {
+            Change::Made { name, .. } | Change::Replaced { name, .. } => {
                 let info = self.memory.head(&ObjectName::new(name.clone()).unwrap()).await.unwrap();
                 let size = info.unwrap().size_bytes;
                 self.inside.lock().unwrap().names.insert(name.clone(), size);
             }
-            Change::Deleted { names } => {
+            Change::Deleted { names, .. } => {
                 let mut inside = self.inside.lock().unwrap();
                 inside.names.retain(|name, _| !names.contains(name));
             }
@@ -228,9 +228,9 @@ impl fmt::Debug for Wire {
     }
 }
 
-fn made(outcome: &Result<PutOutcome>, name: &ObjectName) -> Vec<Change> {
+fn made(outcome: &Result<PutOutcome>, name: &ObjectName, process: usize) -> Vec<Change> {
     match outcome {
-        Ok(PutOutcome::Created) => vec![Change::Made { name: name.to_string() }],
+        Ok(PutOutcome::Created) => vec![Change::Made { name: name.to_string(), process }],
         _ => Vec::new(),
     }
 }
@@ -242,10 +242,10 @@ impl Store for Wire {
     }
 
     async fn put_if_absent(&self, name: &ObjectName, body: Bytes) -> Result<PutOutcome> {
-        let name = name.clone();
+        let (name, process) = (name.clone(), self.process);
         self.ask(move |memory| async move {
             let outcome = memory.put_if_absent(&name, body).await;
-            let changes = made(&outcome, &name);
+            let changes = made(&outcome, &name, process);
             (outcome, changes)
         })
         .await
@@ -288,7 +288,7 @@ impl Store for Wire {
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<()> {
-        let names = names.to_vec();
+        let (names, process) = (names.to_vec(), self.process);
         self.ask(move |memory| async move {
             let mut there = Vec::new();
             for name in &names {
@@ -297,7 +297,7 @@ impl Store for Wire {
                 }
             }
             let outcome = memory.delete(&names).await;
-            (outcome, vec![Change::Deleted { names: there }])
+            (outcome, vec![Change::Deleted { names: there, process }])
         })
         .await
     }
@@ -367,11 +367,11 @@ impl Multipart for WireMultipart {
 
     async fn complete(&self) -> Result<PutOutcome> {
         let (upload, name) = (Arc::clone(&self.upload), self.name.clone());
-        let is_made = Arc::clone(&self.is_made);
+        let (is_made, process) = (Arc::clone(&self.is_made), self.wire.process);
         self.wire
             .ask(move |_| async move {
                 let outcome = upload.complete().await;
-                let mut changes = made(&outcome, &name);
+                let mut changes = made(&outcome, &name, process);
                 changes.retain(|_| !is_made.swap(true, Ordering::Relaxed));
                 (outcome, changes)
             })
