@@ -94,6 +94,10 @@ impl Store for Sink {
         self.0.probe_replace().await
     }
 
+    async fn time(&self) -> Result<Option<jiff::Timestamp>> {
+        self.0.time().await
+    }
+
     async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
         self.0.abort_stale_multiparts(prefix, older_than).await
     }

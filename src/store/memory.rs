@@ -385,6 +385,11 @@ impl Store for Memory {
         Ok(self.probe().await?.conditional_replace)
     }
 
+    async fn time(&self) -> Result<Option<Timestamp>> {
+        self.fate(Call::Any).await?;
+        Ok(Some(self.clock.now()))
+    }
+
     async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         let fate = self.fate(Call::Any).await?;
         let (prefix, now) = (folder_prefix(folder), self.clock.now());

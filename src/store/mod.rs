@@ -158,6 +158,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// as [`Store::probe`] does and with a third of its requests: a writer asks at each start.
     async fn probe_replace(&self) -> Result<bool>;
 
+    /// What time it is at the store, to about a second, asked without leaving anything there; `None`
+    /// where it does not say.
+    async fn time(&self) -> Result<Option<Timestamp>>;
+
     /// Removes what abandoned uploads in `folder` (with or without the slash at its end, empty for
     /// the whole root) left behind, if they are known to have begun `older_than` ago or longer; says
     /// how many. One of unknown age stays, and so does whatever lies outside of the root: it may be

@@ -516,6 +516,18 @@ async fn the_probe_finds_every_promise_kept_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_time_is_told_and_asking_leaves_nothing() {
+    everywhere(async |place| {
+        let time = place.store.time().await.unwrap().unwrap();
+        let skew = time.duration_since(jiff::Timestamp::now());
+        assert!(skew.abs() < jiff::SignedDuration::from_secs(5), "{}: {skew}", place.name);
+        assert_eq!(place.store.requests().puts, 0, "{}", place.name);
+        assert!(place.store.list_all("").await.unwrap().is_empty(), "{}", place.name);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn requests_are_counted_by_kind() {
     everywhere(async |place| {
         let before = place.store.requests();

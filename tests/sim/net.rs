@@ -333,6 +333,10 @@ impl Store for Wire {
         self.look(|memory| async move { memory.probe_replace().await }).await
     }
 
+    async fn time(&self) -> Result<Option<Timestamp>> {
+        self.look(|memory| async move { memory.time().await }).await
+    }
+
     async fn abort_stale_multiparts(&self, prefix: &str, older_than: Duration) -> Result<u64> {
         let prefix = prefix.to_owned();
         self.look(

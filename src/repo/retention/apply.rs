@@ -79,8 +79,11 @@ pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<Delet
 
 /// Fails when the store's clock and ours are far apart: a wrong clock makes everything look old.
 pub(in crate::repo) async fn ensure_clock(repository: &Repository) -> Result<()> {
-    let skew = repository.store().probe().await?.clock_skew;
-    let Some(skew) = skew.filter(|skew| skew.abs() >= CLOCK_SLACK) else { return Ok(()) };
+    let Some(time) = repository.store().time().await? else { return Ok(()) };
+    let skew = time.duration_since(repository.clock().now());
+    if skew.abs() < CLOCK_SLACK {
+        return Ok(());
+    }
     let seconds = SignedDuration::as_secs(&skew);
     Err(Error::new(
         Kind::Config,

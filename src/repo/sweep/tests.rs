@@ -92,6 +92,27 @@ async fn a_backup_that_shows_life_after_the_plan_is_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_host_whose_clock_is_days_ahead_sweeps_nothing() {
+    let Scene { memory, repository, .. } = scene().await;
+    let scene = async |clock: &str| {
+        let clock = Clock::simulated(clock.parse().unwrap(), 4);
+        let (store, cluster) = (std::sync::Arc::new(memory.clone()), repository.cluster().clone());
+        let repository = Repository::open(store, cluster, &clock).await.unwrap();
+        Scene { memory: memory.clone(), repository, encryption: Encryption::None }
+    };
+    let ahead = scene("2026-01-04T00:00:00Z").await;
+    ahead.put_pack(id(), 1).await;
+    let plan = ahead.plan().await;
+    assert_eq!(plan.backups.len(), 1, "it looks old");
+    let error = apply(&ahead.repository, &plan).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config);
+    assert!(error.to_string().contains("clock"), "{error}");
+    assert_eq!(Catalog::load(&ahead.repository).await.unwrap().incomplete.len(), 1);
+    let close = scene("2026-01-01T00:30:00Z").await;
+    assert_eq!(apply(&close.repository, &plan).await.unwrap().pack_count, 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_backup_of_unknown_age_is_not_swept() {
     let scene = scene().await;
     scene.put_pack(id(), 1).await;

@@ -197,12 +197,16 @@ impl Store for Directory {
 
     async fn probe(&self) -> Result<Capabilities> {
         let found = probe::probe(self, &self.0.clock).await?;
-        let skew = self.blocking(|inner| inner.clock_skew()).await?;
-        Ok(Capabilities { clock_skew: Some(skew), ..found })
+        let time = self.blocking(|inner| inner.time()).await?;
+        Ok(Capabilities { clock_skew: Some(time.duration_since(self.0.clock.now())), ..found })
     }
 
     async fn probe_replace(&self) -> Result<bool> {
         probe::probe_replace(self, &self.0.clock).await
+    }
+
+    async fn time(&self) -> Result<Option<Timestamp>> {
+        self.blocking(|inner| inner.time()).await.map(Some)
     }
 
     /// Also sweeps outside of `folder`, though not of the root: what no living process holds is garbage
@@ -471,11 +475,11 @@ impl Inner {
         self.durable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The file system's clock minus ours.
-    fn clock_skew(&self) -> Result<jiff::SignedDuration> {
+    /// When the file system says a file is made that is made now.
+    fn time(&self) -> Result<Timestamp> {
         let incoming = self.incoming()?;
         let metadata = incoming.file().metadata().context(|| "unable to look at a new file")?;
-        Ok(modified(&metadata)?.duration_since(self.clock.now()))
+        modified(&metadata)
     }
 }
 

@@ -487,6 +487,12 @@ impl Store for Bucket {
         probe::probe_replace(self, &self.0.clock).await
     }
 
+    async fn time(&self) -> Result<Option<Timestamp>> {
+        // Every answer says it, also that there is no such object.
+        self.head(&ObjectName::new("tidemark-probe/time")?).await?;
+        self.0.server_time().await
+    }
+
     async fn abort_stale_multiparts(&self, folder: &str, older_than: Duration) -> Result<u64> {
         self.0.abort_stale(folder, older_than).await
     }

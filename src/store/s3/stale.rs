@@ -54,7 +54,7 @@ impl S3 {
         let mut after = Markers::default();
         for _ in 0..PAGES_MAX {
             let page = self.list_uploads(&prefix, &after).await?.or_error(attempted)?;
-            let now = self.server_time().await?;
+            let now = self.server_time().await?.unwrap_or_else(|| self.clock.now());
             let stale = Stale { root: &self.prefix, prefix: prefix.clone(), now, older_than };
             for (key, id) in page.uploads().iter().filter_map(|upload| stale.key_and_id(upload)) {
                 self.abort_upload(Call::new(&self.requests.multipart_aborts), key, id).await?;
@@ -69,10 +69,11 @@ impl S3 {
         Err(Failure::nonsense(flaw).into_error(attempted()))
     }
 
-    async fn server_time(&self) -> Result<Timestamp> {
-        let skew = self.client().await?.skew.last().unwrap_or_default();
+    /// By the last answer; `None` when none has said it.
+    pub(super) async fn server_time(&self) -> Result<Option<Timestamp>> {
         let now = self.clock.now();
-        Ok(now.saturating_add(skew).unwrap_or(now))
+        let skew = self.client().await?.skew.last();
+        Ok(skew.map(|skew| now.saturating_add(skew).unwrap_or(now)))
     }
 
     async fn list_uploads(
