@@ -137,8 +137,7 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
         max_prepared_transactions: 1,
         max_locks_per_transaction: 65,
     };
-    let missing = limits::missing(&limits, &[&existing]);
-    let raised = settings.apply_with(&existing, &missing);
+    let raised = limits::apply(&settings, &limits, ("", &existing));
     assert_eq!(limits::missing(&limits, &[&raised]), [], "{raised}");
     let commands = edited.lines().filter(|line| line.trim().starts_with("restore_command ="));
     assert_eq!(commands.count(), 1);

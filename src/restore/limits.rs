@@ -6,7 +6,7 @@
 
 use crate::pg::control::StandbyLimits;
 
-use super::settings::setting_of;
+use super::settings::{RecoverySettings, setting_of, without_recovery_settings};
 
 /// The settings, their values in `pg_control`, and PostgreSQL's defaults.
 fn rows(limits: &StandbyLimits) -> [(&'static str, u32, u32); 5] {
@@ -17,6 +17,17 @@ fn rows(limits: &StandbyLimits) -> [(&'static str, u32, u32); 5] {
         ("max_prepared_transactions", limits.max_prepared_transactions, 0),
         ("max_locks_per_transaction", limits.max_locks_per_transaction, 64),
     ]
+}
+
+/// `auto_conf` with `settings`, and with those of `limits` that neither it nor `conf` grants by itself:
+/// what an earlier restore has raised is in its block, which goes.
+pub(crate) fn apply(
+    settings: &RecoverySettings,
+    limits: &StandbyLimits,
+    (conf, auto_conf): (&str, &str),
+) -> String {
+    let kept = without_recovery_settings(auto_conf, &[]);
+    settings.apply_with(&kept, &missing(limits, &[conf, &kept]))
 }
 
 /// The settings that `files` (the text of configuration files, the one that counts most last) leave lower
@@ -40,6 +51,29 @@ pub(crate) fn missing(limits: &StandbyLimits, files: &[&str]) -> Vec<(&'static s
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::restore::settings::{Action, Stop};
+
+    #[test]
+    fn what_an_earlier_restore_raised_is_raised_again() {
+        let settings = RecoverySettings {
+            restore_command: "tidemark wal-get %f %p".to_owned(),
+            recovery_end_command: None,
+            stop: Stop::EndOfWal,
+            timeline: None,
+            action: Action::Pause,
+            upstream: None,
+        };
+        let limits = StandbyLimits {
+            max_connections: 200,
+            max_worker_processes: 8,
+            max_wal_senders: 10,
+            max_prepared_transactions: 0,
+            max_locks_per_transaction: 64,
+        };
+        let first = apply(&settings, &limits, ("", ""));
+        assert!(first.contains("max_connections = '200'"), "{first}");
+        assert_eq!(apply(&settings, &limits, ("", &first)), first);
+    }
 
     #[test]
     fn only_what_is_too_low_is_raised() {

@@ -404,12 +404,12 @@ impl Delivery<'_> {
         };
         let conf = file::read_to_string(&root.join("postgresql.conf"), CONF_BYTES_MAX);
         let conf = conf.unwrap_or_default();
-        let limits = if is_standby || self.options.action == Action::Pause {
-            limits::missing(&control.limits, &[&conf, &existing])
+        let text = if is_standby || self.options.action == Action::Pause {
+            limits::apply(&settings, &control.limits, (&conf, &existing))
         } else {
-            Vec::new()
+            settings.apply(&existing)
         };
-        self.write(&path, settings.apply_with(&existing, &limits).as_bytes())?;
+        self.write(&path, text.as_bytes())?;
         self.write(&root.join(signal), b"")
     }
 

@@ -195,7 +195,7 @@ impl RecoverySettings {
 
 /// The file without recovery settings, without those that are `replaced` and without a block of ours; ends
 /// with a newline unless empty.
-fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
+pub(crate) fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
     let mut kept = String::with_capacity(existing.len());
     let mut inside_block = false;
     for (index, line) in existing.split_terminator('\n').enumerate() {
