@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 
 /// Folder of the objects that a probe writes and deletes.
-const FOLDER: &str = "tidemark-probe";
+pub(super) const FOLDER: &str = "tidemark-probe";
 
 /// Rivals for one name: enough for a check-then-write race to show.
 const RIVALS: usize = 8;

@@ -111,6 +111,12 @@ struct Pending {
     newest: Timestamp,
 }
 
+impl Pending {
+    fn age(&self, now: Timestamp) -> Duration {
+        Duration::try_from(now.duration_since(self.newest)).unwrap_or_default()
+    }
+}
+
 /// The judge: sees everything that is told and changed.
 pub struct Judge {
     pub settings: Settings,
@@ -122,12 +128,6 @@ pub struct Judge {
     /// Backups that have packs and never had a manifest.
     pending: BTreeMap<String, Pending>,
     pub targets: u64,
-}
-
-impl Pending {
-    fn age(&self, now: Timestamp) -> Duration {
-        Duration::try_from(now.duration_since(self.newest)).unwrap_or_default()
-    }
 }
 
 impl Judge {

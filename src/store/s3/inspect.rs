@@ -3,12 +3,13 @@
 use super::attempt::Call;
 use super::{MapErrFailure, S3};
 use crate::error::Result;
+use crate::store::probe::FOLDER;
 use crate::store::{Capabilities, ObjectName};
 
 impl S3 {
     /// Adds to what was found out through the trait.
     pub(super) async fn inspect(&self, found: Capabilities) -> Result<Capabilities> {
-        let name = ObjectName::new(format!("tidemark-probe/{}", self.upload_id()?))?;
+        let name = ObjectName::new(format!("{FOLDER}/{}", self.upload_id()?))?;
         let wrong_checksum_refused = self.refuses_wrong_checksum(&name).await?;
         if wrong_checksum_refused != Some(true) && found.delete {
             self.delete(&[name]).await?;

@@ -489,7 +489,7 @@ impl Store for Bucket {
 
     async fn time(&self) -> Result<Option<Timestamp>> {
         // Every answer says it, also that there is no such object.
-        self.head(&ObjectName::new("tidemark-probe/time")?).await?;
+        self.head(&ObjectName::new(format!("{}/time", probe::FOLDER))?).await?;
         self.0.server_time().await
     }
 
