@@ -339,6 +339,11 @@ mod tests {
         (craft.bytes, commits)
     }
 
+    /// The first position after the last byte of a crafted commit (34 bytes), without its padding.
+    fn commit_end(commit: LsnRange) -> Lsn {
+        Lsn(commit.end().0 - 6)
+    }
+
     /// What came out: each cut with its bytes.
     fn extents(steps: Vec<Step>) -> Vec<(CutExtent, Vec<u8>)> {
         let (mut out, mut bytes, mut next) = (Vec::new(), Vec::new(), None);
@@ -403,7 +408,7 @@ mod tests {
                 prop_assert_eq!(bytes.len() as u64, cut.len_bytes());
                 let inside = |end: Lsn| cut.start() < end && end <= cut.end();
                 let times: Vec<PgTime> =
-                    commits.iter().filter(|(_, r)| inside(r.end())).map(|(time, _)| *time).collect();
+                    commits.iter().filter(|(_, r)| inside(commit_end(*r))).map(|(t, _)| *t).collect();
                 prop_assert_eq!(extent.cut.greatest_time, times.iter().max().copied());
                 prop_assert!(extent.boundary <= cut.end());
                 expected.extend(times);
@@ -414,6 +419,20 @@ mod tests {
             let seen: Vec<PgTime> =
                 stored.iter().flat_map(|(extent, _)| extent.commit_times.clone()).collect();
             prop_assert_eq!(seen, expected);
+        }
+    }
+
+    #[test]
+    fn a_commit_is_not_where_only_its_padding_is() {
+        let (wal, commits) = crafted(&[5000, 5000]);
+        let first = commit_end(commits[0].1);
+        // The byte that is stored already is the commit's last one, or the first of its padding.
+        for (known, before) in [(first.0 - 1, None), (first.0, Some(commits[0].0))] {
+            let stored = run(&attempt(SEGMENT, SEGMENT, &[(known, known + 1)]), &wal, 1);
+            let times: Vec<_> = stored.iter().map(|(extent, _)| extent.cut.greatest_time).collect();
+            assert_eq!(times, [before, Some(commits[1].0)]);
+            let behind = run(&attempt(SEGMENT, known + 1, &[]), &wal, 1);
+            assert_eq!(behind[0].0.commit_times, [commits[1].0]);
         }
     }
 
