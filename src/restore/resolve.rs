@@ -413,11 +413,25 @@ impl<S: WalSource> Search<'_, S> {
                 applied_end: record.end(),
                 needed_end: record.end(),
             },
-            (Some(record), Edge::Exclusive) => Place::At {
-                stop: Stop::Before { lsn: at },
-                applied_end: near.before.map_or(at, |before| before.end().min(record.start())),
-                needed_end: record.end(),
-            },
+            (Some(record), Edge::Exclusive) => {
+                let applied_end = near.before.map_or(at, |before| before.end().min(record.start()));
+                match near.before {
+                    // The record behind the stop belongs to a later timeline than all that is replayed,
+                    // and PostgreSQL, which follows that one, would never see it.
+                    Some(before)
+                        if chain.timeline_before(applied_end)
+                            != chain.timeline_before(record.end()) =>
+                    {
+                        let stop = Stop::After { lsn: before.start() };
+                        Place::At { stop, applied_end, needed_end: applied_end }
+                    }
+                    _ => Place::At {
+                        stop: Stop::Before { lsn: at },
+                        applied_end,
+                        needed_end: record.end(),
+                    },
+                }
+            }
             (None, _) => Place::EndOfChain,
         })
     }

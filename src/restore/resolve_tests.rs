@@ -328,6 +328,7 @@ async fn nothing_behind_minimal_wal_is_reached_from_a_backup_that_began_before_i
 #[tokio::test]
 async fn a_promotion_is_followed_and_the_branch_left_behind_needs_its_number() {
     let mut world = World::new();
+    let last = world.to(Target::Latest).await.unwrap().last_record.unwrap().start();
     let switch = world.craft.end();
     let mut second = world.craft.fork(2);
     second.commit(104, "10:01:00");
@@ -350,6 +351,13 @@ async fn a_promotion_is_followed_and_the_branch_left_behind_needs_its_number() {
     // A stop before the switch point lies on the old timeline: the new one must begin there.
     let earlier = world.to_time("10:00:37", Edge::Inclusive).await.unwrap();
     assert_eq!((earlier.timeline, around(&earlier)), (TimelineId::FIRST, (102, 103)));
+    // Right before the switch point there is no record at or behind the stop on the old timeline, and
+    // PostgreSQL needs one to stop at.
+    for at in [switch, Lsn(switch.0 - 1)] {
+        let before = world.to(Target::Lsn { at, edge: Edge::Exclusive }).await.unwrap();
+        assert_eq!((before.timeline, before.applied_end), (TimelineId::FIRST, switch));
+        assert_eq!((before.stop, before.needed_end), (Stop::After { lsn: last }, switch));
+    }
     let error = world.to_time("10:01:30", Edge::Inclusive).await.unwrap_err();
     assert!(error.hint_text().unwrap().contains("add --timeline 1"), "{error:?}");
     let timeline = TimelineChoice::Exactly(TimelineId::FIRST);
