@@ -25,8 +25,9 @@
 //! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
 //! whatever is lost here is fetched again.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -193,14 +194,17 @@ impl Folder {
     pub(crate) fn create(&self, settings: &Settings) -> Result<()> {
         let attempted = || format!("unable to write '{}'", self.0.join(SETTINGS).display());
         fs::create_dir_all(self.0.join(SPOOL)).context(attempted)?;
+        // Made here and given away with the rest: one that a fetcher of root's made under a strict umask
+        // would be closed to PostgreSQL's account.
+        File::create(self.0.join(LOCK)).context(attempted)?;
         let text = serde_json::to_vec_pretty(settings)
             .map_err(|error| Error::new(Kind::Bug, format!("{}: {error}", attempted())))?;
         fs::write(self.0.join(SETTINGS), text).context(attempted)
     }
 
     /// What [`Folder::create`] has made.
-    pub(crate) fn made(&self) -> [PathBuf; 3] {
-        [self.0.clone(), self.0.join(SPOOL), self.0.join(SETTINGS)]
+    pub(crate) fn made(&self) -> [PathBuf; 4] {
+        [self.0.clone(), self.0.join(SPOOL), self.0.join(SETTINGS), self.0.join(LOCK)]
     }
 
     /// The settings, `None` when no restore has made this folder.
@@ -257,14 +261,7 @@ impl Folder {
     pub(crate) fn lock(&self) -> Result<Option<File>> {
         let path = self.0.join(LOCK);
         let attempted = || format!("unable to lock '{}'", path.display());
-        // Root may have made it; to lock it, reading is enough.
-        let file = match File::open(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                OpenOptions::new().create(true).truncate(false).write(true).open(&path)
-            }
-            other => other,
-        };
-        let file = file.context(attempted)?;
+        let file = File::open(&path).context(attempted)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -311,8 +308,10 @@ impl Folder {
     pub(crate) fn fail(&self, error: &Error) -> Result<()> {
         let place = self.0.join(SPOOL).join(ERROR);
         let hint = error.hint_text().map(|hint| format!("\n{hint}")).unwrap_or_default();
-        fs::write(&place, format!("{error}{hint}"))
-            .context(|| format!("unable to write '{}'", place.display()))
+        let attempted = || format!("unable to write '{}'", place.display());
+        fs::write(&place, format!("{error}{hint}")).context(attempted)?;
+        // Root may write it for PostgreSQL's account to read.
+        fs::set_permissions(&place, Permissions::from_mode(0o644)).context(attempted)
     }
 
     /// Takes the word that [`Folder::fail`] left.
@@ -449,6 +448,11 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::of(dir.path());
         folder.create(&settings()).unwrap();
+        // All that is given to the server's account, the lock among it.
+        let made = |path: PathBuf| assert!(folder.made().contains(&path), "{}", path.display());
+        for entry in fs::read_dir(folder.path()).unwrap() {
+            made(entry.unwrap().path());
+        }
         let held = folder.lock().unwrap().unwrap();
         assert!(folder.is_fetched_ahead().unwrap());
         drop(held);
