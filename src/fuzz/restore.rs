@@ -1,5 +1,7 @@
 //! What a restore is told, and the files it edits and reads.
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -10,7 +12,7 @@ use crate::restore::directory::{Marker, TablespaceMapping};
 use crate::restore::handover::Settings;
 use crate::restore::limits;
 use crate::restore::server_log::ServerLog;
-use crate::restore::settings::{Action, RecoverySettings, Stop, Upstream, shell_word};
+use crate::restore::settings::{Action, RecoverySettings, Stop, Upstream, lines_of, shell_word};
 use crate::restore::target::{Edge, Target};
 use crate::restore::time::{self, Reading};
 
@@ -127,9 +129,9 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
         action: Action::Pause,
         upstream: conninfo.map(|text| Upstream { conninfo: Some(text), slot: None }),
     };
-    let existing = String::from_utf8_lossy(input.rest());
-    let edited = settings.apply(&existing);
-    assert_eq!(settings.apply(&edited), edited);
+    let existing = input.rest();
+    let edited = settings.apply(existing);
+    assert!(settings.apply(&edited) == edited, "another edit changes it");
     let limits = StandbyLimits {
         max_connections: 200,
         max_worker_processes: 9,
@@ -137,11 +139,11 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
         max_prepared_transactions: 1,
         max_locks_per_transaction: 65,
     };
-    let raised = limits::apply(&settings, &limits, ("", &existing));
-    assert_eq!(limits::missing(&limits, &[&raised]), [], "{raised}");
-    let commands = edited.lines().filter(|line| line.trim().starts_with("restore_command ="));
-    assert_eq!(commands.count(), 1);
-    assert!(edited.ends_with("end\n"));
+    let raised = limits::apply(&settings, &limits, (b"", existing));
+    assert_eq!(limits::missing(&limits, &[&raised]), []);
+    let command = |line: &str| line.trim().starts_with("restore_command =");
+    assert_eq!(lines_of(&edited).filter(|(_, line)| command(line)).count(), 1);
+    assert!(edited.ends_with(b"end\n"));
     let ours = |line: &str| {
         let name: String =
             line.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
@@ -151,28 +153,28 @@ pub(super) fn recovery_settings(bytes: &[u8]) {
         name.starts_with("recovery_") || others.contains(&name.as_str())
     };
     // Whatever stands outside a block of ours is kept to the byte, in its order.
-    let mut kept = edited.split_terminator('\n');
-    for line in outside_blocks(&existing).filter(|line| !ours(line.trim())) {
-        assert!(kept.any(|found| found == line), "{line:?} was lost");
+    let mut kept = lines_of(&edited);
+    for (line, text) in outside_blocks(existing).filter(|(_, text)| !ours(text.trim())) {
+        assert!(kept.any(|(found, _)| found == line), "{text:?} was lost");
     }
 }
 
 /// The lines of a file that stand in no whole block of ours.
-fn outside_blocks(file: &str) -> impl Iterator<Item = &str> {
+fn outside_blocks(file: &[u8]) -> impl Iterator<Item = (&[u8], Cow<'_, str>)> {
     let ends = |line: &str| line.trim() == "# tidemark restore: end";
     let marks = |line: &str| {
         let begin = "# tidemark restore: begin (recovery settings, of no effect after recovery)";
         ends(line) || line.trim() == begin
     };
-    let lines: Vec<&str> = file.split_terminator('\n').collect();
+    let lines: Vec<_> = lines_of(file).collect();
     let mut inside = false;
     let mut kept = Vec::new();
-    for (index, line) in lines.iter().enumerate() {
-        if marks(line) {
-            let next = lines[index + 1..].iter().find(|line| marks(line));
-            inside = !ends(line) && next.is_some_and(|line| ends(line));
+    for (index, (line, text)) in lines.iter().enumerate() {
+        if marks(text) {
+            let next = lines[index + 1..].iter().find(|(_, text)| marks(text));
+            inside = !ends(text) && next.is_some_and(|(_, text)| ends(text));
         } else if !inside {
-            kept.push(*line);
+            kept.push((*line, text.clone()));
         }
     }
     kept.into_iter()

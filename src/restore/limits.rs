@@ -6,7 +6,7 @@
 
 use crate::pg::control::StandbyLimits;
 
-use super::settings::{RecoverySettings, setting_of, without_recovery_settings};
+use super::settings::{RecoverySettings, lines_of, push_setting, setting_of};
 
 /// The settings, their values in `pg_control`, and PostgreSQL's defaults.
 fn rows(limits: &StandbyLimits) -> [(&'static str, u32, u32); 5] {
@@ -19,28 +19,40 @@ fn rows(limits: &StandbyLimits) -> [(&'static str, u32, u32); 5] {
     ]
 }
 
-/// `auto_conf` with `settings`, and with those of `limits` that neither it nor `conf` grants by itself:
-/// what an earlier restore has raised is in its block, which goes.
+/// Says whose lines these are.
+const RAISED: &[u8] =
+    b"# raised by tidemark restore to what the server had, or recovery is refused\n";
+
+/// `auto_conf` with `settings`, and with those of `limits` that neither it nor `conf` grants. They stand
+/// outside the block that goes when recovery has ended: transactions that are prepared then need theirs at
+/// every later start.
 pub(crate) fn apply(
     settings: &RecoverySettings,
     limits: &StandbyLimits,
-    (conf, auto_conf): (&str, &str),
-) -> String {
-    let kept = without_recovery_settings(auto_conf, &[]);
-    settings.apply_with(&kept, &missing(limits, &[conf, &kept]))
+    (conf, auto_conf): (&[u8], &[u8]),
+) -> Vec<u8> {
+    let mut text = settings.strip(auto_conf);
+    let missing = missing(limits, &[conf, &text]);
+    if !missing.is_empty() {
+        text.extend_from_slice(RAISED);
+    }
+    for (name, value) in missing {
+        push_setting(&mut text, name, &value.to_string());
+    }
+    settings.push_block(&mut text);
+    text
 }
 
-/// The settings that `files` (the text of configuration files, the one that counts most last) leave lower
-/// than `limits`, with the values they need.
-pub(crate) fn missing(limits: &StandbyLimits, files: &[&str]) -> Vec<(&'static str, u32)> {
-    let effective = |name: &str| {
-        let lines = files.iter().rev().flat_map(|text| text.lines().rev());
-        lines
-            .filter_map(setting_of)
-            .find(|(found, _)| found.eq_ignore_ascii_case(name))?
-            .1
-            .parse()
-            .ok()
+/// The settings that `files` (configuration files, the one that counts most last) leave lower than `limits`,
+/// with the values they need.
+pub(crate) fn missing(limits: &StandbyLimits, files: &[&[u8]]) -> Vec<(&'static str, u32)> {
+    let effective = |name: &str| -> Option<u32> {
+        let mut lines = files.iter().rev().flat_map(|file| lines_of(file).rev());
+        let value = lines.find_map(|(_, line)| {
+            let (found, value) = setting_of(&line)?;
+            found.eq_ignore_ascii_case(name).then(|| value.to_owned())
+        });
+        value?.parse().ok()
     };
     let needed = rows(limits)
         .into_iter()
@@ -54,7 +66,7 @@ mod tests {
     use crate::restore::settings::{Action, Stop};
 
     #[test]
-    fn what_an_earlier_restore_raised_is_raised_again() {
+    fn what_an_earlier_restore_raised_stays_and_outlives_the_recovery() {
         let settings = RecoverySettings {
             restore_command: "tidemark wal-get %f %p".to_owned(),
             recovery_end_command: None,
@@ -70,9 +82,10 @@ mod tests {
             max_prepared_transactions: 0,
             max_locks_per_transaction: 64,
         };
-        let first = apply(&settings, &limits, ("", ""));
-        assert!(first.contains("max_connections = '200'"), "{first}");
-        assert_eq!(apply(&settings, &limits, ("", &first)), first);
+        let first = apply(&settings, &limits, (b"", b""));
+        let raised = "max_connections = '200'\n# tidemark restore: begin";
+        assert!(String::from_utf8_lossy(&first).contains(raised));
+        assert_eq!(apply(&settings, &limits, (b"", &first)), first);
     }
 
     #[test]
@@ -86,7 +99,10 @@ mod tests {
         };
         let conf = "max_connections = 50 # old\nmax_connections = '300'\n#max_wal_senders = 99\nMax_Prepared_Transactions 5\n";
         let auto = "max_wal_senders = '15'\n";
-        assert_eq!(missing(&limits, &[conf, auto]), [("max_wal_senders", 20)]);
+        assert_eq!(
+            missing(&limits, &[conf.as_bytes(), auto.as_bytes()]),
+            [("max_wal_senders", 20)]
+        );
         let names: Vec<&str> = missing(&limits, &[]).iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["max_connections", "max_wal_senders", "max_prepared_transactions"]);
     }

@@ -25,7 +25,9 @@ use super::limits;
 use super::plan::Plan;
 use super::progress::{Phase, Progress};
 use super::segments::{self, Identity};
-use super::settings::{Action, RecoverySettings, Stop, Upstream, shell_word};
+use super::settings::{
+    Action, REMOVE_BLOCK, RecoverySettings, Stop, Upstream, shell_word, without_data_directory,
+};
 use super::source::RepositoryWal;
 use super::target::Target;
 
@@ -33,6 +35,7 @@ use super::target::Target;
 /// most servers keep there anyway. More comes through `wal-get`, a little ahead of replay.
 pub const PREPLACED_BYTES_MAX: u64 = 512 << 20;
 
+const CONF: &str = "postgresql.conf";
 const AUTO_CONF: &str = "postgresql.auto.conf";
 /// Longest configuration file of a backup that is read: those of PostgreSQL have tens of kilobytes.
 const CONF_BYTES_MAX: u64 = 16 << 20;
@@ -115,6 +118,8 @@ pub struct RestoreReport {
     pub wal: WalDelivery,
     /// From the first request to the last sync.
     pub elapsed_ms: u64,
+    /// What was changed besides what a restore always changes.
+    pub notes: Vec<String>,
 }
 
 /// Carries `plan` out: when it returns, PostgreSQL started on the directory ends at the target.
@@ -151,7 +156,13 @@ pub async fn run(
         let delivery = Delivery { plan, options, reader, directory, progress };
         delivery.place_histories().await?;
         let (wal, segment_count) = delivery.place_wal().await?;
-        delivery.write_settings(wal, &control)?;
+        let elsewhere = delivery.write_settings(wal, &control)?;
+        let note = |place| {
+            format!(
+                "its postgresql.conf had data_directory = '{place}', where a server started here would \
+                 have run: that line is a comment now"
+            )
+        };
 
         progress.begin(Phase::Syncing, 0);
         set_directory_mode(directory)?;
@@ -166,6 +177,7 @@ pub async fn run(
             segment_count,
             wal,
             elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+            notes: elsewhere.map(note).into_iter().collect(),
         })
     };
     fill.await.map_err(advised).map_err(|error: Error| {
@@ -245,6 +257,14 @@ fn check_control(bytes: &[u8], plan: &Plan) -> Result<ControlFile> {
         return Err(Error::new(Kind::Corrupt, message));
     }
     Ok(control)
+}
+
+/// A configuration file as it is; one that the backup does not have is empty.
+fn read_conf(path: &Path) -> Result<Vec<u8>> {
+    match file::read(path, CONF_BYTES_MAX) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.context(|| format!("unable to read '{}'", path.display())),
+    }
 }
 
 /// 0700, or 0750 when the cluster allows its group to read: what PostgreSQL accepts.
@@ -378,8 +398,9 @@ impl Delivery<'_> {
         Ok(())
     }
 
-    /// Signal file and `postgresql.auto.conf`.
-    fn write_settings(&self, wal: WalDelivery, control: &ControlFile) -> Result<()> {
+    /// Signal file and `postgresql.auto.conf`; gives the other directory that `postgresql.conf` named, and
+    /// names no more.
+    fn write_settings(&self, wal: WalDelivery, control: &ControlFile) -> Result<Option<String>> {
         let root = self.directory.path();
         let (signal, upstream) = match &self.options.role {
             Role::Primary => (RECOVERY_SIGNAL, None),
@@ -391,26 +412,26 @@ impl Delivery<'_> {
                 WalDelivery::InPlace => NOTHING_TO_RESTORE.to_owned(),
                 WalDelivery::OnDemand => self.wal_get_command(),
             },
-            recovery_end_command: (wal == WalDelivery::OnDemand).then(|| CLEAN_UP.to_owned()),
+            recovery_end_command: Some(match wal {
+                WalDelivery::InPlace => REMOVE_BLOCK.to_owned(),
+                WalDelivery::OnDemand => format!("{REMOVE_BLOCK}; {CLEAN_UP}"),
+            }),
             stop: if is_standby { Stop::EndOfWal } else { self.stop() },
             timeline: (!is_standby).then_some(self.plan.timeline),
             action: self.options.action,
             upstream,
         };
-        let path = root.join(AUTO_CONF);
-        let existing = match file::read_to_string(&path, CONF_BYTES_MAX) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            other => other.context(|| format!("unable to read '{}'", path.display()))?,
-        };
-        let conf = file::read_to_string(&root.join("postgresql.conf"), CONF_BYTES_MAX);
-        let conf = conf.unwrap_or_default();
-        let text = if is_standby || self.options.action == Action::Pause {
-            limits::apply(&settings, &control.limits, (&conf, &existing))
-        } else {
-            settings.apply(&existing)
-        };
-        self.write(&path, text.as_bytes())?;
-        self.write(&root.join(signal), b"")
+        let (path, conf) = (root.join(AUTO_CONF), root.join(CONF));
+        let (conf_text, auto_text) = (read_conf(&conf)?, read_conf(&path)?);
+        let text = limits::apply(&settings, &control.limits, (&conf_text, &auto_text));
+        let is_here = |place: &str| fs::canonicalize(place).ok() == fs::canonicalize(root).ok();
+        let elsewhere = without_data_directory(&conf_text, is_here);
+        if let Some((edited, _)) = &elsewhere {
+            self.write(&conf, edited)?;
+        }
+        self.write(&path, &text)?;
+        self.write(&root.join(signal), b"")?;
+        Ok(elsewhere.map(|(_, place)| place))
     }
 
     /// PostgreSQL obeys the action only at a target: the end of the WAL becomes its last record.

@@ -24,6 +24,8 @@ pub(crate) struct ServerLog {
     pub(crate) segment: Option<String>,
     pub(crate) paused: bool,
     pub(crate) shut_down_at_target: bool,
+    /// Which setting is too low to go on with hot standby, as PostgreSQL says it.
+    pub(crate) too_low: Option<String>,
     tail: Vec<String>,
     rest: String,
 }
@@ -78,6 +80,12 @@ impl ServerLog {
             self.paused = true;
         } else if line.contains("LOG:  shutdown at recovery target") {
             self.shut_down_at_target = true;
+        } else if let Some(rest) = after("WARNING:  hot standby is not possible because of ") {
+            self.too_low = Some(rest.to_owned());
+        } else if let (Some(why), Some(detail)) = (&mut self.too_low, after("DETAIL:  "))
+            && detail.contains(" is a lower setting than ")
+        {
+            detail.clone_into(why);
         }
         if self.tail.len() == TAIL_LINES {
             self.tail.remove(0);
@@ -93,9 +101,11 @@ impl ServerLog {
                 .find_map(|word| line.split_once(word))
                 .map(|(_, why)| why)
         });
-        // The startup process says why before the postmaster says that it has gone.
-        let first =
-            self.tail.iter().find_map(|line| line.split_once("FATAL:  ").map(|(_, why)| why));
+        // The startup process says why before the postmaster says that it has gone; clients that knock
+        // meanwhile are told that "the database system is starting up".
+        let mut fatal =
+            self.tail.iter().filter_map(|line| line.split_once("FATAL:  ").map(|(_, why)| why));
+        let first = fatal.find(|why| !why.starts_with("the database system is "));
         first.or(failure).map_or_else(|| self.tail.join("; "), str::to_owned)
     }
 }
@@ -135,7 +145,18 @@ mod tests {
         log.feed("x [1] LOG:  starting\nx [2] FATAL:  could not restore file \"a\" from archive\nx [1] LOG:  startup process (PID 2) exited with exit code 1\n");
         assert_eq!(log.why(), "could not restore file \"a\" from archive");
         log = ServerLog::default();
+        log.feed("x [3] FATAL:  the database system is starting up\nx [2] FATAL:  requested timeline 3 does not exist\n");
+        assert_eq!(log.why(), "requested timeline 3 does not exist");
+        log = ServerLog::default();
         log.feed("postgres: could not find the database system\n");
         assert_eq!(log.why(), "postgres: could not find the database system");
+    }
+
+    #[test]
+    fn a_setting_that_is_too_low_is_named() {
+        let mut log = ServerLog::default();
+        log.feed("x [2] WARNING:  hot standby is not possible because of insufficient parameter settings\nx [2] DETAIL:  max_connections = 100 is a lower setting than on the primary server, where its value was 500.\n");
+        let why = "max_connections = 100 is a lower setting than on the primary server, where its value was 500.";
+        assert_eq!(log.too_low.as_deref(), Some(why));
     }
 }

@@ -1,8 +1,8 @@
 //! The recovery settings of a restored data directory, and the edit of `postgresql.auto.conf` that
 //! puts them there.
 //!
-//! In: a file as the backup has it. Out: the same file without any earlier recovery setting, followed by
-//! one block of ours. Editing an edited file gives the same file again.
+//! In: a file as the backup has it, in whatever encoding. Out: the same file without any earlier recovery
+//! setting, followed by one block of ours. Editing an edited file gives the same file again.
 //!
 //! # Invariants
 //! The target comes last. PostgreSQL keeps one variable for the kind of target, and assigning an empty
@@ -14,7 +14,8 @@
 //! `src/backend/access/transam/xlogrecovery.c` (15 to 18), `src/backend/utils/misc/guc.c` (13, 14);
 //! file syntax: `src/backend/utils/misc/guc-file.l`.
 
-use std::fmt::Write as _;
+use std::borrow::Cow;
+use std::io::Write as _;
 
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,16 @@ const TARGET_SETTINGS: [&str; 5] = [
 const BLOCK_HEAD: &str =
     "# tidemark restore: begin (recovery settings, of no effect after recovery)";
 const BLOCK_END: &str = "# tidemark restore: end";
+/// Shell command that takes our block out of `postgresql.auto.conf` again, for the end of recovery: a
+/// standby made by `pg_basebackup` from the restored server would take the timeline and the target for its
+/// own, and refuse to start.
+///
+/// # Durability
+/// The new file is on disk before it takes the old one's place. The signal file is gone before PostgreSQL
+/// runs the command, so that no later start needs the block. If it dies half-way, the block stays.
+pub(crate) const REMOVE_BLOCK: &str = "sed '/^# tidemark restore: begin/,/^# tidemark restore: end/d' \
+     postgresql.auto.conf > postgresql.auto.conf.new && sync postgresql.auto.conf.new && \
+     mv postgresql.auto.conf.new postgresql.auto.conf";
 
 /// What Postgres does when the target is reached (`recovery_target_action`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,26 +158,28 @@ pub struct RecoverySettings {
 impl RecoverySettings {
     /// `existing` without earlier recovery settings and with these at its end.
     #[must_use]
-    pub fn apply(&self, existing: &str) -> String {
-        self.apply_with(existing, &[])
+    pub fn apply(&self, existing: &[u8]) -> Vec<u8> {
+        let mut text = self.strip(existing);
+        self.push_block(&mut text);
+        text
     }
 
-    /// As [`RecoverySettings::apply`], with `limits` that recovery needs besides.
-    #[must_use]
-    pub(crate) fn apply_with(&self, existing: &str, limits: &[(&'static str, u32)]) -> String {
+    /// `existing` without what our block replaces.
+    pub(crate) fn strip(&self, existing: &[u8]) -> Vec<u8> {
         let upstream = self.upstream.iter().flat_map(Upstream::lines);
         let replaced: Vec<&str> = upstream.map(|(name, _)| name).collect();
-        let mut text = without_recovery_settings(existing, &replaced);
-        text.push_str(BLOCK_HEAD);
-        text.push('\n');
-        let limits = limits.iter().map(|(name, value)| (*name, value.to_string()));
-        for (name, value) in limits.chain(self.lines()) {
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "{name} = {}", quote(&value));
+        without_recovery_settings(existing, &replaced)
+    }
+
+    /// Appends our block.
+    pub(crate) fn push_block(&self, text: &mut Vec<u8>) {
+        text.extend_from_slice(BLOCK_HEAD.as_bytes());
+        text.push(b'\n');
+        for (name, value) in self.lines() {
+            push_setting(text, name, &value);
         }
-        text.push_str(BLOCK_END);
-        text.push('\n');
-        text
+        text.extend_from_slice(BLOCK_END.as_bytes());
+        text.push(b'\n');
     }
 
     fn lines(&self) -> Vec<(&'static str, String)> {
@@ -193,19 +206,36 @@ impl RecoverySettings {
     }
 }
 
+/// Appends a line that sets `name`.
+pub(crate) fn push_setting(text: &mut Vec<u8>, name: &str, value: &str) {
+    // Writing to a Vec cannot fail.
+    let _ = writeln!(text, "{name} = {}", quote(value));
+}
+
+/// The lines of a configuration file as they are, and each as text to look for names in, which are ASCII.
+pub(crate) fn lines_of(file: &[u8]) -> impl DoubleEndedIterator<Item = (&[u8], Cow<'_, str>)> {
+    let file = file.strip_suffix(b"\n").unwrap_or(file);
+    // An empty file has no line.
+    let lines = (!file.is_empty()).then(|| file.split(|byte| *byte == b'\n'));
+    lines.into_iter().flatten().map(|line| (line, String::from_utf8_lossy(line)))
+}
+
 /// The file without recovery settings, without those that are `replaced` and without a block of ours; ends
 /// with a newline unless empty.
-pub(crate) fn without_recovery_settings(existing: &str, replaced: &[&str]) -> String {
-    let mut kept = String::with_capacity(existing.len());
+pub(crate) fn without_recovery_settings(existing: &[u8], replaced: &[&str]) -> Vec<u8> {
+    let mut kept = Vec::with_capacity(existing.len());
     let mut inside_block = false;
-    for (index, line) in existing.split_terminator('\n').enumerate() {
-        let trimmed = line.trim();
+    for (index, (line, text)) in lines_of(existing).enumerate() {
+        let trimmed = text.trim();
         match trimmed {
             // A block without its end is taken for ordinary lines: nothing else is lost then.
             BLOCK_HEAD => {
-                let mut later = existing.split_terminator('\n').skip(index + 1).map(str::trim);
-                let next = later.find(|line| matches!(*line, BLOCK_HEAD | BLOCK_END));
-                inside_block = next == Some(BLOCK_END);
+                let mut later = lines_of(existing).skip(index + 1);
+                let next = later.find_map(|(_, text)| {
+                    let mark = text.trim();
+                    matches!(mark, BLOCK_HEAD | BLOCK_END).then(|| mark == BLOCK_END)
+                });
+                inside_block = next == Some(true);
             }
             BLOCK_END => inside_block = false,
             _ => {
@@ -215,13 +245,36 @@ pub(crate) fn without_recovery_settings(existing: &str, replaced: &[&str]) -> St
                     inside_block || gone.any(|known| name.eq_ignore_ascii_case(known))
                 });
                 if !dropped {
-                    kept.push_str(line);
-                    kept.push('\n');
+                    kept.extend_from_slice(line);
+                    kept.push(b'\n');
                 }
             }
         }
     }
     kept
+}
+
+/// A `postgresql.conf` without its `data_directory`, and where that leads, if it leads elsewhere than
+/// `wanted` says. PostgreSQL started with `-D` takes such a line for the place of the data
+/// (`SelectConfigFiles` in `guc.c`), and would run on the cluster that the backup was made of.
+pub(crate) fn without_data_directory(
+    conf: &[u8],
+    wanted: impl Fn(&str) -> bool,
+) -> Option<(Vec<u8>, String)> {
+    let mut edited = Vec::with_capacity(conf.len());
+    let mut elsewhere = None;
+    for (line, text) in lines_of(conf) {
+        let value = setting_of(&text)
+            .filter(|(name, _)| name.eq_ignore_ascii_case("data_directory"))
+            .map(|(_, value)| value.to_owned());
+        if let Some(value) = value.filter(|value| !wanted(value)) {
+            edited.extend_from_slice(b"# taken out by tidemark restore: ");
+            elsewhere = Some(value);
+        }
+        edited.extend_from_slice(line);
+        edited.push(b'\n');
+    }
+    elsewhere.map(|elsewhere| (edited, elsewhere))
 }
 
 /// The setting that a line of a configuration file sets.
@@ -277,6 +330,12 @@ pub fn shell_word(word: &str) -> String {
 mod tests {
     use super::*;
 
+    impl RecoverySettings {
+        fn edited(&self, existing: &str) -> String {
+            String::from_utf8(self.apply(existing.as_bytes())).unwrap()
+        }
+    }
+
     fn settings(stop: Stop) -> RecoverySettings {
         RecoverySettings {
             restore_command: "tidemark wal-get %f %p".into(),
@@ -294,7 +353,7 @@ mod tests {
                       work_mem = '64MB'\n\
                       recovery_target_time = '2020-01-01'\n  Restore_Command='cp it''s %p'\n\
                       primary_conninfo = 'host=a'\nrecovery_min_apply_delay = '5min'";
-        let after = settings(Stop::Before { lsn: Lsn(0x1_0000_0028) }).apply(before);
+        let after = settings(Stop::Before { lsn: Lsn(0x1_0000_0028) }).edited(before);
         insta::assert_snapshot!(after, @r"
         # Do not edit this file manually!
         work_mem = '64MB'
@@ -322,18 +381,22 @@ mod tests {
             "{BLOCK_HEAD}\nwork_mem = 1\n{BLOCK_END}\na = 1\n{BLOCK_HEAD}\nb = 1\n\
              {BLOCK_HEAD}\nc = 1\n{BLOCK_END}\nd = 1\n{BLOCK_HEAD}\ne = 1\n"
         );
-        assert_eq!(without_recovery_settings(&existing, &[]), "a = 1\nb = 1\nd = 1\ne = 1\n");
-        assert_eq!(without_recovery_settings("a = 1\r\r\n\nb", &[]), "a = 1\r\r\n\nb\n");
+        let kept = without_recovery_settings(existing.as_bytes(), &[]);
+        assert_eq!(kept, b"a = 1\nb = 1\nd = 1\ne = 1\n");
+        assert_eq!(without_recovery_settings(b"a = 1\r\r\n\nb", &[]), b"a = 1\r\r\n\nb\n");
+        // In whatever encoding.
+        let latin = b"archive_command = 'cp %p /donn\xe9es/%f'\nrestore_command = '\xe9'\n";
+        assert_eq!(without_recovery_settings(latin, &[]), latin[..38]);
     }
 
     #[test]
     fn editing_twice_is_editing_once_and_the_target_is_the_last_setting() {
         for stop in [Stop::EndOfWal, Stop::Immediate, Stop::After { lsn: Lsn(9) }] {
             let once =
-                settings(Stop::Before { lsn: Lsn(7) }).apply("a = 1\n# recovery_target = x\n");
-            let twice = settings(stop.clone()).apply(&once);
-            assert_eq!(settings(stop.clone()).apply(&twice), twice);
-            assert_eq!(twice, settings(stop.clone()).apply("a = 1\n# recovery_target = x\n"));
+                settings(Stop::Before { lsn: Lsn(7) }).edited("a = 1\n# recovery_target = x\n");
+            let twice = settings(stop.clone()).edited(&once);
+            assert_eq!(settings(stop.clone()).edited(&twice), twice);
+            assert_eq!(twice, settings(stop.clone()).edited("a = 1\n# recovery_target = x\n"));
             let last = twice.lines().rev().nth(1).unwrap();
             match stop.setting() {
                 Some((name, value, _)) => assert_eq!(last, format!("{name} = '{value}'")),
@@ -354,7 +417,7 @@ mod tests {
         };
         let before = "primary_conninfo = 'host=old password=x'\nPrimary_Slot_Name = 'old'\n\
                       recovery_min_apply_delay = '5min'\n";
-        let after = standby(Some(r"host='a b' user=it\'s"), Some("mine")).apply(before);
+        let after = standby(Some(r"host='a b' user=it\'s"), Some("mine")).edited(before);
         insta::assert_snapshot!(after, @r"
         recovery_min_apply_delay = '5min'
         # tidemark restore: begin (recovery settings, of no effect after recovery)
@@ -371,13 +434,42 @@ mod tests {
         recovery_target_lsn = ''
         # tidemark restore: end
         ");
-        let none = standby(Some(""), None).apply(before);
+        let none = standby(Some(""), None).edited(before);
         assert!(none.contains("primary_conninfo = ''\nprimary_slot_name = ''\n"), "{none}");
         assert!(!none.contains("old"), "{none}");
         // Unless told, it follows whom the backup's own files name.
-        let own = standby(None, None).apply(before);
+        let own = standby(None, None).edited(before);
         assert!(own.starts_with(before), "{own}");
         assert!(!own.contains("'0'"), "{own}");
+    }
+
+    #[test]
+    fn a_data_directory_elsewhere_becomes_a_comment() {
+        let conf = b"port = 1\nData_Directory = '/old' # here\n#data_directory = '/a'\n";
+        let (edited, place) = without_data_directory(conf, |place| place == "/new").unwrap();
+        assert_eq!(place, "/old");
+        let text = String::from_utf8(edited).unwrap();
+        let taken_out = "# taken out by tidemark restore: Data_Directory = '/old' # here";
+        assert_eq!(text, format!("port = 1\n{taken_out}\n#data_directory = '/a'\n"));
+        assert_eq!(without_data_directory(conf, |place| place == "/old"), None);
+    }
+
+    #[test]
+    fn the_block_is_taken_out_by_the_command_that_ends_the_recovery() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("postgresql.auto.conf");
+        let ending = RecoverySettings {
+            recovery_end_command: Some(REMOVE_BLOCK.to_owned()),
+            ..settings(Stop::Immediate)
+        };
+        let before = b"work_mem = '4MB'\n# d\xe9j\xe0\n";
+        let text = ending.apply(before);
+        std::fs::write(&path, [text.as_slice(), b"later = 1\n"].concat()).unwrap();
+        let mut shell = std::process::Command::new("sh");
+        let ended = shell.args(["-c", REMOVE_BLOCK]).current_dir(folder.path()).status().unwrap();
+        assert!(ended.success());
+        assert_eq!(std::fs::read(&path).unwrap(), [before.as_slice(), b"later = 1\n"].concat());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

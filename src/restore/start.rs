@@ -347,7 +347,7 @@ impl Server {
         owner.give_if_root(&log_path)?;
         let mut command = programs.command("postgres", owner);
         command.arg("-D").arg(into).current_dir(into);
-        for setting in settings(options) {
+        for setting in settings(into, options) {
             command.args(["-c", &setting]);
         }
         let errors = log.try_clone().context(attempted)?;
@@ -376,6 +376,7 @@ impl Server {
                 (_, Some("ready")) if self.is_in_production() => return Ok(Outcome::Promoted),
                 (Role::Standby(_), Some("ready" | "standby")) => return Ok(Outcome::Following),
                 _ if self.log.paused => return Ok(Outcome::Paused),
+                _ if self.log.too_low.is_some() => return Err(self.too_low()),
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
         }
@@ -391,6 +392,18 @@ impl Server {
             self.log.why()
         );
         Err(Error::new(Kind::Unavailable, message).hint(format!("Its log is '{}'.", log.display())))
+    }
+
+    /// Recovery waits at a change of settings that hot standby cannot follow, and goes on only when it is
+    /// told to end.
+    fn too_low(&self) -> Error {
+        let why = self.log.too_low.as_deref().unwrap_or_default();
+        let message = format!("PostgreSQL does not replay any further: {why}");
+        Error::new(Kind::Config, message).hint(format!(
+            "The server's setting was raised after the backup. Raise it in '{}' and start PostgreSQL: \
+             recovery goes on from there.",
+            self.into.join("postgresql.auto.conf").display()
+        ))
     }
 
     fn ended(&mut self) -> Result<Option<ExitStatus>> {
@@ -497,13 +510,17 @@ impl Drop for Server {
 }
 
 /// Settings of the recovery run only.
-fn settings(options: &StartOptions) -> Vec<String> {
+fn settings(into: &Path, options: &StartOptions) -> Vec<String> {
     let mut settings = vec![
         // The log is read here, in English.
         "logging_collector=off".to_owned(),
         "log_destination=stderr".to_owned(),
         "lc_messages=C".to_owned(),
         "log_min_messages=warning".to_owned(),
+        // Verbose puts an error code before each message.
+        "log_error_verbosity=default".to_owned(),
+        // Where an included file says otherwise, it would be another cluster that is started.
+        format!("data_directory={}", into.display()),
     ];
     let looks_around = options.action == Action::Pause || options.role != Role::Primary;
     settings.push(format!("hot_standby={}", if looks_around { "on" } else { "off" }));

@@ -422,6 +422,79 @@ async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
     assert!(error.message().contains("could not locate required checkpoint record"), "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_server_runs_where_it_was_restored_and_with_what_its_wal_needs() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings().conf("max_prepared_transactions = 5"));
+    server.psql("create table t (id int)");
+    // As where the configuration is kept elsewhere and says where the data is.
+    let conf = server.data().join("postgresql.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    let kept = text.lines().filter(|line| !line.starts_with("max_prepared_transactions"));
+    let data = server.data().display();
+    let said = format!("data_directory = '{data}'\nlog_error_verbosity = verbose\n");
+    let kept: String = kept.map(|line| format!("{line}\n")).chain([said]).collect();
+    std::fs::write(&conf, kept).unwrap();
+    let place = Place::of(&server).await;
+    let running = protect(&place, &server).await;
+    server.psql("begin; insert into t values (1); prepare transaction 'one'");
+    server.psql("select pg_create_restore_point('prepared')");
+    server.psql("rollback prepared 'one'");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+
+    let planned = plan(&place, &request(Target::name("prepared").unwrap())).await.unwrap();
+    let folder = Folder::new();
+    let report = run(&place, &planned, &options(&folder.data())).await.unwrap();
+    assert!(report.notes.concat().contains(&format!("'{data}'")), "{:?}", report.notes);
+    let (report, left) = start(&place, &planned, &folder, Action::Promote).await.unwrap();
+    assert_eq!(report.outcome, Outcome::Promoted);
+    assert_eq!(left.psql("show data_directory"), folder.data().display().to_string());
+    assert_eq!(left.psql("select gid from pg_prepared_xacts"), "one");
+    drop(left);
+    // As it is started by hand later.
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    restored.run();
+    restored.psql("commit prepared 'one'");
+    assert_eq!(restored.psql("select id from t"), "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_of_a_restored_server_follows_it() {
+    let Protected { binaries, server, place, running } = Protected::with(&[]).await;
+    server.psql("insert into t values (1)");
+    server.psql("select pg_create_restore_point('one')");
+    server.psql("insert into t values (2)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    let planned = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
+    let folder = Folder::new();
+    run(&place, &planned, &options(&folder.data())).await.unwrap();
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    restored.run();
+    restored.wait_for("select pg_is_in_recovery()", "f");
+    let replica = restored.standby();
+    restored.psql("insert into t values (3)");
+    replica.wait_for("select count(*) from t where id in (1, 3)", "2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_that_was_raised_after_the_backup_is_named_and_not_waited_for() {
+    let Protected { server, place, running, .. } = Protected::with(&[]).await;
+    server.psql("alter system set max_connections = 150");
+    server.stop(StopServer::Fast);
+    server.run();
+    server.psql("insert into t values (1)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    let planned = plan(&place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    let paused = Options { action: Action::Pause, ..options(&folder.data()) };
+    run(&place, &planned, &paused).await.unwrap();
+    let error = start(&place, &planned, &folder, Action::Pause).await.err().unwrap();
+    assert!(error.message().contains("max_connections = 100 is a lower setting"), "{error}");
+}
+
 /// A repository in a folder, which other processes can read.
 struct Shared {
     place: Place,

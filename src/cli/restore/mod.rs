@@ -4,6 +4,7 @@ mod standby;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
@@ -24,11 +25,17 @@ use crate::restore::run::PREPLACED_BYTES_MAX;
 use crate::restore::time::Reading;
 use crate::restore::{
     self, Action, Edge, Engine, Isolation, Options, Outcome, Owner, Phase, Progress, ProgressNow,
-    Request, Role, StartOptions, StartReport, TimelineChoice, WalDelivery,
+    Request, RestoreReport, Role, StartOptions, StartReport, TimelineChoice, WalDelivery,
 };
 
 /// How often a plain line says how far the restore is, where there is no terminal.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+/// What to do about a restore that was stopped before the directory was complete.
+const STOPPED_FILLING: &str =
+    "The directory cannot be started by accident; run the same command again to finish.";
+/// What to do about one that was stopped while PostgreSQL was replaying.
+const STOPPED_RECOVERY: &str = "The directory is complete and PostgreSQL was told to stop: start \
+     PostgreSQL on it to go on to the target, or empty it to restore again.";
 
 /// Bring a cluster back at a chosen moment.
 ///
@@ -143,17 +150,20 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let progress = Arc::new(Progress::default());
     let narrator =
         tokio::spawn(narrate(Arc::clone(&progress), terminal.clone(), invocation.clock.clone()));
+    let filled = AtomicBool::new(false);
     let work = async {
         let report = restore::run(&plan, &options, &reader, &progress).await?;
+        filled.store(true, Ordering::Relaxed);
         let Some(start) = start_of(&args, &options) else { return Ok((report, None)) };
         let recovery = restore::start(&plan, &report.into, &start, &reader, &progress).await?;
         Ok((report, Some(recovery)))
     };
     let outcome = tokio::select! {
         outcome = work => outcome,
-        () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "the restore was stopped").hint(
-            "The directory cannot be started by accident; run the same command again to finish.",
-        )),
+        () = stop.cancelled() => {
+            Err(Error::new(Kind::Cancelled, "the restore was stopped")
+                .hint(if filled.load(Ordering::Relaxed) { STOPPED_RECOVERY } else { STOPPED_FILLING }))
+        }
     };
     narrator.abort();
     terminal.finish_progress();
@@ -164,6 +174,12 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         });
         return terminal.json_line(&all);
     }
+    tell(&report, recovery.as_ref(), terminal);
+    Ok(())
+}
+
+/// What was done, in words.
+fn tell(report: &RestoreReport, recovery: Option<&StartReport>, terminal: &Terminal) {
     let next = match recovery {
         None => "; start PostgreSQL on it to reach the target",
         Some(_) => "",
@@ -175,15 +191,15 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         report.into.display(),
         words::length(SignedDuration::from_millis(i64::try_from(report.elapsed_ms).unwrap_or(0)))
     ));
+    report.notes.iter().for_each(|note| terminal.warn(note));
     if let Some(recovery) = recovery {
-        terminal.remark(&said_of(&recovery));
+        terminal.remark(&said_of(recovery));
     } else if report.wal == WalDelivery::OnDemand {
         terminal.remark(
             "PostgreSQL will fetch WAL by 'tidemark wal-get': it needs the same credentials in its \
              environment and must be able to read the identity file",
         );
     }
-    Ok(())
 }
 
 /// Shows the plan before anything is done; with `--quiet` only what must be known all the same.
