@@ -242,6 +242,8 @@ impl Programs {
         let mut command = Command::new(self.folder.join(program));
         if Owner::process_is_root() {
             command.uid(owner.uid).gid(owner.gid);
+            // Root's is not where a standby's .pgpass is; without one, libpq asks for the account's.
+            command.env_remove("HOME");
         }
         let libraries = self.folder.join("../lib");
         if !self.folder.starts_with("/usr") && libraries.is_dir() {

@@ -154,6 +154,8 @@ async fn a_standby_follows_the_configured_server_unless_told_otherwise() {
     assert!(code == 0 && said.contains("follows        the repository alone\n"), "{said}");
     let (code, said) = restore(&["--dry-run", "--primary-slot", "tidemark"]);
     assert!(code == 2 && said.contains("WAL is streamed through it"), "{said}");
+    let (code, said) = restore(&["--dry-run", "--timeline", "1"]);
+    assert!(code == 2 && said.contains("follows the newest timeline"), "{said}");
     let (code, said) = restore(&["--dry-run", "--primary-slot", "a-b"]);
     assert!(code == 2 && said.contains("lower-case letters"), "{said}");
     let (code, said) = restore(&["--dry-run", "--primary", "password='secret x'"]);

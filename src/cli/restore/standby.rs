@@ -26,6 +26,12 @@ pub(super) struct Standby {
 impl Standby {
     /// What the command line says, else the server that is configured.
     pub(super) fn of(args: &Args, config: &Config) -> Result<Self> {
+        if let Some(timeline) = args.timeline.as_deref().filter(|text| *text != "latest") {
+            let message = format!("unable to restore a standby of timeline '{timeline}'");
+            return Err(Error::new(Kind::Usage, message).hint(
+                "A standby follows the newest timeline: leave --timeline or --as-standby away.",
+            ));
+        }
         let primary = match args.primary.as_deref() {
             Some(NO_PRIMARY) => None,
             Some(text) => Some(
