@@ -468,6 +468,35 @@ async fn a_promotion_is_followed_on_the_same_connection_and_over_to_another_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_standby_promises_nothing_about_the_commits_of_its_primary_until_it_is_promoted() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&primary, 100);
+    let standby = primary.standby();
+    let place = Place::of(&primary).await;
+    // Asks a silent server for a sign of life every second.
+    let options = connect_options(&standby).with_read_timeout(Duration::from_secs(2));
+    let stream = Stream { upstream: Arc::new(options), ..place.stream(&standby) };
+    let running = Running::start(stream).await;
+    let received = wal_end(&primary);
+    running.until("received", |now| now.received_end_lsn >= received).await;
+    // From here on the standby hears of nothing that the primary commits.
+    standby.psql("alter system set primary_conninfo = ''");
+    standby.psql("select pg_reload_conf()");
+    standby.wait_for("select count(*) from pg_stat_wal_receiver", "0");
+    load(&primary, 10);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(running.status.snapshot().caught_up_at, None);
+    primary.stop(Stop::Immediate);
+    standby.promote();
+    let promoted = standby.psql("select to_char(now(), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')");
+    load(&standby, 10);
+    let now = running.until("caught up", |now| now.caught_up_at.is_some()).await;
+    assert_eq!(now.timeline, TimelineId::new(2));
+    assert!(now.caught_up_at >= Some(promoted.parse().unwrap()), "{promoted}: {now:#?}");
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_cluster_is_refused() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     let place = Place::for_system(SystemId(1), &Clock::system()).await;

@@ -151,7 +151,11 @@ pub async fn store_history(
     }
 }
 
-async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
+/// Whether the server is a standby, as of the last command on `connection`.
+///
+/// # Errors
+/// What the server says.
+pub async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
     // Reported since PostgreSQL 14; before, a transaction in recovery is at least read-only.
     match connection.parameter("in_hot_standby") {
         Some(value) => Ok(value == "on"),

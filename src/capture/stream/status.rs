@@ -75,7 +75,8 @@ pub struct Snapshot {
     /// Time of the newest commit that is durable.
     #[serde(serialize_with = "serialize_time")]
     pub newest_durable_commit: Option<PgTime>,
-    /// When everything the server had was last seen durable.
+    /// When everything the server had was last seen durable; a standby never says so, for it does not
+    /// know what its primary has.
     pub caught_up_at: Option<Timestamp>,
     /// Sealed extents that the store does not hold yet, being put or waiting for their turn.
     pub uploads_in_flight: usize,
