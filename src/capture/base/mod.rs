@@ -134,7 +134,7 @@ pub async fn backup(base: &Base, cancel: &CancellationToken) -> Result<BackupRep
     };
     let outcome = take(base, &mut feed, cancel).await;
     if let Ok((manifest, _)) = &outcome {
-        feed.backup_taken(manifest.public.start_lsn);
+        feed.backup_taken(manifest.public.timeline, manifest.public.start_lsn);
     }
     let closed = feed.close().await;
     if outcome.is_err() {
