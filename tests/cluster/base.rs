@@ -333,8 +333,9 @@ fn slot_position(server: &Postgres) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
-    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+async fn into_a_second_repository_it_leaves_slot_and_name_of_the_first_alone() {
+    let logged = settings().conf("log_replication_commands = on").conf("log_line_prefix = '%a: '");
+    let server = Postgres::start(&Binaries::of_this_run(), &logged);
     fill(&server, 1000);
     let (first, second) = (Place::of(&server).await, Place::of(&server).await);
     let running = Running::start(first.stream(&server)).await;
@@ -354,6 +355,14 @@ async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
     }
     server.wait_for("select count(*) from pg_replication_slots", "1");
     assert_eq!(second.catalog().await.backups.len(), 3);
+    // Commits that wait for 'tidemark' wait for the first.
+    let log = server.log();
+    let streams = log.lines().filter(|line| line.contains("command: START_REPLICATION SLOT"));
+    let (of_first, of_backups): (Vec<&str>, Vec<&str>) =
+        streams.partition(|line| line.contains("SLOT \"tidemark\""));
+    assert!(of_first.iter().all(|line| line.starts_with("tidemark: ")), "{of_first:#?}");
+    assert_eq!(of_backups.len(), 3, "{of_backups:#?}");
+    assert!(of_backups.iter().all(|line| line.starts_with("tidemark_backup: ")), "{of_backups:#?}");
 
     let running = Running::start(first.stream(&server)).await;
     server.psql("insert into t (body) values ('a commit is not kept waiting')");
