@@ -238,7 +238,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         // Its history is durable before any of its WAL is, and so before any is acknowledged.
         let writer = self.engine.stream.writer.clone();
         let mut storing = std::pin::pin!(server::store_history(connection, timeline, &writer));
-        loop {
+        let history = loop {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => {
@@ -253,11 +253,11 @@ impl<'e, 'a> Pump<'e, 'a> {
                     let sealed = sealed?;
                     self.engine.upload([sealed]);
                 }
-                stored = &mut storing => {
-                    stored?;
-                    break;
-                }
+                stored = &mut storing => break stored?,
             }
+        };
+        if let Some(content) = history {
+            self.engine.note_history(timeline, content);
         }
         self.timeline = timeline;
         Ok(None)

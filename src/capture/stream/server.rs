@@ -133,7 +133,7 @@ pub async fn read_history(
 }
 
 /// Stores the history of `timeline` as the server has it, so that it is durable before any WAL of that
-/// timeline is.
+/// timeline is; gives what was stored.
 ///
 /// # Errors
 /// As [`read_history`], and what the store reports: `conflict` when the repository has another.
@@ -144,11 +144,12 @@ pub async fn store_history(
     connection: &mut dyn Walsender,
     timeline: TimelineId,
     writer: &Writer,
-) -> Result<()> {
-    match read_history(connection, timeline).await? {
-        (_, Some(content)) => writer.put_history(timeline, content).await.map(drop),
-        (_, None) => Ok(()),
+) -> Result<Option<Bytes>> {
+    let (_, content) = read_history(connection, timeline).await?;
+    if let Some(content) = &content {
+        writer.put_history(timeline, content.clone()).await?;
     }
+    Ok(content)
 }
 
 /// Whether the server is a standby, as of the last command on `connection`.
