@@ -74,6 +74,8 @@ pub(super) struct Engine<'a> {
     pub(super) store_unread: bool,
     merging: Option<Merging>,
     connected_before: bool,
+    /// The newest timeline of a server that this process has streamed.
+    pub(super) newest_timeline: Option<TimelineId>,
     /// The histories this engine has put: they need no repository any more. A handful, and small.
     histories: BTreeMap<TimelineId, Bytes>,
     slot_is_void: bool,
@@ -129,6 +131,7 @@ impl<'a> Engine<'a> {
             store_unread: false,
             merging: None,
             connected_before: false,
+            newest_timeline: None,
             histories: BTreeMap::new(),
             slot_is_void: false,
             segment_size: None,
@@ -264,6 +267,7 @@ impl<'a> Engine<'a> {
             Ok(server) => server,
             Err(refused) => return Ok(Err(refused)),
         };
+        self.check_not_replaced(&server)?;
         let (timeline, history_file) = (server.timeline, server.history_file.as_ref());
         if let Err(error) = self.store_history(timeline, history_file).await {
             return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
@@ -286,6 +290,7 @@ impl<'a> Engine<'a> {
         }
         self.warn_of_other_timelines(&server);
         self.connected_before = true;
+        self.note_timeline(server.timeline);
         Ok(Ok((server, slot)))
     }
 
@@ -448,11 +453,33 @@ impl<'a> Engine<'a> {
         )))
     }
 
-    /// A server on an older timeline than the repository is streamed, for what it writes may be all
-    /// there is; but somebody should know.
+    /// A server on an older timeline than the one before was replaced by that one, or is a standby that
+    /// has not followed yet (as `WalReceiverMain` has it). It is asked again, and so are the other hosts
+    /// of the connection string: it may be gone, or have followed, by then.
+    fn check_not_replaced(&self, server: &Server) -> Result<()> {
+        match self.newest_timeline.filter(|newest| *newest > server.timeline) {
+            None => Ok(()),
+            Some(newest) => {
+                let message = format!(
+                    "the server is on timeline {}, this stream was on timeline {newest}: is this an \
+                     old primary that was replaced?",
+                    server.timeline
+                );
+                Err(Error::new(Kind::Unavailable, message))
+            }
+        }
+    }
+
+    /// A server on `timeline` is streamed.
+    pub(super) fn note_timeline(&mut self, timeline: TimelineId) {
+        self.newest_timeline = self.newest_timeline.max(Some(timeline));
+    }
+
+    /// On the first connection a server on an older timeline than the repository is streamed, for what
+    /// it writes may be all there is; but somebody should know.
     fn warn_of_other_timelines(&self, server: &Server) {
         let newest = self.ledger.held().newest_timeline();
-        if !self.connected_before
+        if self.newest_timeline.is_none()
             && let Some(newest) = newest.filter(|newest| *newest > server.timeline)
         {
             tracing::warn!(

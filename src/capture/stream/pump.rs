@@ -260,6 +260,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             self.engine.note_history(timeline, content);
         }
         self.timeline = timeline;
+        self.engine.note_timeline(timeline);
         Ok(None)
     }
 
