@@ -40,6 +40,14 @@ pub struct Failure {
 }
 
 impl BackupHistory {
+    /// Of backups that are complete and began at `starts`. One that begins later than `now` was taken
+    /// while a clock was wrong: counted, it would stop the schedule until then.
+    #[must_use]
+    pub fn of(starts: impl Iterator<Item = Timestamp>, now: Timestamp) -> Self {
+        let newest_start = starts.filter(|start| *start <= now).max();
+        Self { newest_start, ..Self::default() }
+    }
+
     /// Takes note of an attempt that failed at `time`. One that somebody else was in the way of may
     /// succeed the next time: a name that two wanted, or an upload that was taken away before its end.
     pub fn fail(&mut self, time: Timestamp, kind: Kind) {
@@ -107,6 +115,15 @@ mod tests {
         assert!(is_backup_due(history, DAY, at(500)));
         history.newest_start = Some(at(100));
         assert_eq!(next_backup(history, DAY, at(500)), at(100 + 86_400));
+    }
+
+    #[test]
+    fn a_backup_that_begins_in_the_future_does_not_stop_the_schedule() {
+        let starts = [at(100), at(9_999_999), at(50)].into_iter();
+        let history = BackupHistory::of(starts, at(500));
+        assert_eq!(next_backup(history, DAY, at(500)), at(100 + 86_400));
+        let history = BackupHistory::of([at(501)].into_iter(), at(500));
+        assert!(is_backup_due(history, DAY, at(500)));
     }
 
     #[test]

@@ -205,13 +205,13 @@ impl<'a> Chores<'a> {
         let streamed = self.supervisor.status.snapshot();
         let catalog = Catalog::load(&self.supervisor.writing.repository).await?;
         let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
-        let newest_start = restorable.map(|backup| backup.manifest.start_time).max();
+        let starts = restorable.map(|backup| backup.manifest.start_time);
         // A gap that an earlier process left, or a promotion, and nobody took a backup after.
         let reached = streamed
             .timeline
             .is_none_or(|timeline| catalog.reaches(timeline, streamed.durable_end_lsn));
         let needed_at_once = !reached;
-        Ok(BackupHistory { newest_start, needed_at_once, ..BackupHistory::default() })
+        Ok(BackupHistory { needed_at_once, ..BackupHistory::of(starts, self.clock.now()) })
     }
 
     async fn take_backup(&self, stop: &CancellationToken) -> Result<base::BackupReport> {

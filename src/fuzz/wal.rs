@@ -358,9 +358,9 @@ fn transaction(record: &Record<'_>, data: &[u8]) -> Option<Landmark> {
     let prepared = |commit| prepared_xid(record, commit);
     Some(match record.info & 0x70 {
         0x00 => Landmark::Commit { xid: record.xid, time: time()?, range },
-        0x20 => Landmark::Abort { xid: record.xid, time: time()?, range },
+        0x20 => Landmark::Abort { xid: record.xid, time: time()?, prepared: false, range },
         0x30 => Landmark::Commit { xid: prepared(true)?, time: time()?, range },
-        0x40 => Landmark::Abort { xid: prepared(false)?, time: time()?, range },
+        0x40 => Landmark::Abort { xid: prepared(false)?, time: time()?, prepared: true, range },
         _ => {
             let (length, gid) = if record.major >= 15 { (54, 72) } else { (46, 64) };
             let gid = data.get(gid..gid + usize::from(u16_at(data, length)?))?;

@@ -32,6 +32,8 @@ pub enum Landmark {
         xid: u32,
         /// Abort time.
         time: PgTime,
+        /// It was prepared before.
+        prepared: bool,
         /// The record.
         range: LsnRange,
     },

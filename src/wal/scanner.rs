@@ -222,12 +222,15 @@ impl Pick {
         let time = |offset| i64_at(data, offset).map(PgTime);
         Some(match interest {
             Interest::Commit => Landmark::Commit { xid: header.xid, time: time(0)?, range },
-            Interest::Abort => Landmark::Abort { xid: header.xid, time: time(0)?, range },
+            Interest::Abort => {
+                Landmark::Abort { xid: header.xid, time: time(0)?, prepared: false, range }
+            }
             Interest::CommitPrepared => {
                 Landmark::Commit { xid: self.prepared_xid(header)?, time: time(0)?, range }
             }
             Interest::AbortPrepared => {
-                Landmark::Abort { xid: self.prepared_xid(header)?, time: time(0)?, range }
+                let xid = self.prepared_xid(header)?;
+                Landmark::Abort { xid, time: time(0)?, prepared: true, range }
             }
             Interest::Prepare => {
                 let prepare = xact::Prepare::decode(data, self.major)?;

@@ -42,6 +42,8 @@ const CONNECT_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
 /// Silence of the server that counts as a lost connection; `wal_receiver_timeout`'s default.
 const READ_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
+/// What a server keeps of `application_name` (`NAMEDATALEN - 1`).
+const APPLICATION_NAME_BYTES_MAX: usize = 63;
 
 /// Keys whose values are never shown.
 const SECRET_KEYS: [&str; 5] =
@@ -218,6 +220,17 @@ impl ConnectOptions {
     #[must_use]
     pub fn with_application_name(mut self, name: &str) -> Self {
         self.application_name.get_or_insert_with(|| name.to_owned());
+        self
+    }
+
+    /// Adds to `application_name`, which the server cuts off after 63 bytes; no name stays none.
+    #[must_use]
+    pub fn with_application_name_suffix(mut self, suffix: &str) -> Self {
+        if let Some(name) = &mut self.application_name {
+            let room = APPLICATION_NAME_BYTES_MAX.saturating_sub(suffix.len());
+            name.truncate(name.floor_char_boundary(room));
+            name.push_str(suffix);
+        }
         self
     }
 
@@ -531,6 +544,21 @@ mod tests {
         assert_eq!(options.application_name.as_deref(), Some("app"));
         let named = parse_with("application_name=x", &variables).unwrap();
         assert_eq!(named.with_application_name("app").application_name.as_deref(), Some("x"));
+    }
+
+    #[test]
+    fn a_suffix_of_the_application_name_is_never_what_the_server_cuts_off() {
+        for (name, expected) in [
+            ("x".to_owned(), "x_y".to_owned()),
+            ("x".repeat(70), "x".repeat(61) + "_y"),
+            ("x".repeat(60) + "ü", "x".repeat(60) + "_y"),
+        ] {
+            let options = parse("user=u").unwrap().with_application_name(&name);
+            let options = options.with_application_name_suffix("_y");
+            assert_eq!(options.application_name, Some(expected));
+        }
+        let none = parse("user=u").unwrap().with_application_name_suffix("_y");
+        assert_eq!(none.application_name, None);
     }
 
     #[test]

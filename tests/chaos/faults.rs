@@ -213,7 +213,8 @@ fn promote(stage: &Stage, fault: &Fault) {
         old.run();
         stage.diary.note("the old primary is back, and the sidecar is led to it");
         stage.aim(0);
-        // Somebody still writes there: it is acknowledged like anything else.
+        // Somebody still writes there. A sidecar that has streamed the new one refuses it; what another
+        // acknowledges must be there like anything else.
         stage.write_one(0, fault.lasts);
         stage.aim(1);
         stage.diary.note("the sidecar is led to the new primary again");

@@ -7,13 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidemark::capture::base::{
-    self, BackupReport, Base, BaseOptions, PageChecksums, Progress, WalStreaming,
+    self, BackupReport, Base, BaseOptions, PageChecksums, Progress, WalStreaming, pages,
 };
+use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
+use tidemark::pg::Lsn;
 use tidemark::pg::backup_label::BackupFrom;
 use tidemark::pipeline::{Budget, Level, Worker};
 use tidemark::repo::{
-    BackupId, Check, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName, PackOptions,
+    BackupId, Check, ChecksumFailure, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName,
+    PackOptions,
 };
 use tidemark::store::Store;
 use tidemark::store::memory::{Call, Outcome};
@@ -230,6 +233,33 @@ async fn a_damaged_page_is_named_and_fails_the_backup_only_if_wanted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_was_copied_badly_is_forgiven_only_if_it_was_changed_since_or_is_gone() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 3000);
+    server.psql("create table gone as select * from t");
+    server.psql("vacuum (freeze) t, gone");
+    server.psql("checkpoint");
+    let start: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    let suspect = |relation: &str, fork: &str| ChecksumFailure {
+        path: server.psql(&format!("select pg_relation_filepath('{relation}')")) + fork,
+        block: 0,
+        expected: 1,
+        found: 2,
+    };
+    let (data, map) = (suspect("t", ""), suspect("t", "_vm"));
+    let suspects = [data.clone(), map.clone(), suspect("gone", "")];
+    server.psql("drop table gone");
+    server.psql("checkpoint");
+    let (postgres, clock) = (connect_options(&server), Clock::system());
+    let recheck = || pages::recheck(&suspects, start, &postgres, &clock);
+    // It was never written since, so no replay mends what was copied, whatever that was.
+    assert_eq!(recheck().await, [data]);
+    server.psql("update t set body = '' where ctid = '(0,1)'");
+    server.psql("checkpoint");
+    assert_eq!(recheck().await, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_fails_or_is_stopped_leaves_nothing_to_trip_over() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     fill(&server, 20_000);
@@ -303,8 +333,9 @@ fn slot_position(server: &Postgres) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
-    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+async fn into_a_second_repository_it_leaves_slot_and_name_of_the_first_alone() {
+    let logged = settings().conf("log_replication_commands = on").conf("log_line_prefix = '%a: '");
+    let server = Postgres::start(&Binaries::of_this_run(), &logged);
     fill(&server, 1000);
     let (first, second) = (Place::of(&server).await, Place::of(&server).await);
     let running = Running::start(first.stream(&server)).await;
@@ -324,6 +355,14 @@ async fn into_a_second_repository_it_leaves_the_slot_of_the_first_alone() {
     }
     server.wait_for("select count(*) from pg_replication_slots", "1");
     assert_eq!(second.catalog().await.backups.len(), 3);
+    // Commits that wait for 'tidemark' wait for the first.
+    let log = server.log();
+    let streams = log.lines().filter(|line| line.contains("command: START_REPLICATION SLOT"));
+    let (of_first, of_backups): (Vec<&str>, Vec<&str>) =
+        streams.partition(|line| line.contains("SLOT \"tidemark\""));
+    assert!(of_first.iter().all(|line| line.starts_with("tidemark: ")), "{of_first:#?}");
+    assert_eq!(of_backups.len(), 3, "{of_backups:#?}");
+    assert!(of_backups.iter().all(|line| line.starts_with("tidemark_backup: ")), "{of_backups:#?}");
 
     let running = Running::start(first.stream(&server)).await;
     server.psql("insert into t (body) values ('a commit is not kept waiting')");

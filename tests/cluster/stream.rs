@@ -468,6 +468,35 @@ async fn a_promotion_is_followed_on_the_same_connection_and_over_to_another_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_standby_promises_nothing_about_the_commits_of_its_primary_until_it_is_promoted() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&primary, 100);
+    let standby = primary.standby();
+    let place = Place::of(&primary).await;
+    // Asks a silent server for a sign of life every second.
+    let options = connect_options(&standby).with_read_timeout(Duration::from_secs(2));
+    let stream = Stream { upstream: Arc::new(options), ..place.stream(&standby) };
+    let running = Running::start(stream).await;
+    let received = wal_end(&primary);
+    running.until("received", |now| now.received_end_lsn >= received).await;
+    // From here on the standby hears of nothing that the primary commits.
+    standby.psql("alter system set primary_conninfo = ''");
+    standby.psql("select pg_reload_conf()");
+    standby.wait_for("select count(*) from pg_stat_wal_receiver", "0");
+    load(&primary, 10);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(running.status.snapshot().caught_up_at, None);
+    primary.stop(Stop::Immediate);
+    standby.promote();
+    let promoted = standby.psql("select to_char(now(), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')");
+    load(&standby, 10);
+    let now = running.until("caught up", |now| now.caught_up_at.is_some()).await;
+    assert_eq!(now.timeline, TimelineId::new(2));
+    assert!(now.caught_up_at >= Some(promoted.parse().unwrap()), "{promoted}: {now:#?}");
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_cluster_is_refused() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     let place = Place::for_system(SystemId(1), &Clock::system()).await;
@@ -507,19 +536,36 @@ async fn a_slot_lost_with_its_wal_leaves_a_gap_that_is_seen() {
 #[tokio::test(flavor = "multi_thread")]
 async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
-    let place = Place::of(&server).await;
-    let mut stream = place.stream(&server);
+    relieved_past_the_lag_ceiling(&server, TimelineId::FIRST).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn past_the_lag_ceiling_a_server_that_was_promoted_is_relieved_as_well() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    let server = primary.standby();
+    primary.stop(Stop::Immediate);
+    server.promote();
+    // The slot begins on the new timeline.
+    load(&server, 1);
+    server.psql("select pg_switch_wal()");
+    server.psql("checkpoint");
+    relieved_past_the_lag_ceiling(&server, TimelineId::new(2).unwrap()).await;
+}
+
+async fn relieved_past_the_lag_ceiling(server: &Postgres, timeline: TimelineId) {
+    let place = Place::of(server).await;
+    let mut stream = place.stream(server);
     stream.options.lag_ceiling_bytes = Some(8 << 20);
     stream.options.budget.extent_bytes_in_flight = 1 << 20;
     stream.options.budget.extent_bytes_cut = 256 << 10;
     let running = start_long(stream).await;
-    load(&server, 100);
-    running.durable(wal_end(&server)).await;
+    load(server, 100);
+    running.durable(wal_end(server)).await;
     place.set_down(true);
     for _ in 0..10 {
         server.psql("insert into load (body) select gen_random_uuid()::text || gen_random_uuid()::text from generate_series(1, 30000)");
     }
-    let kept = wal_end(&server);
+    let kept = wal_end(server);
     let now = running.until("gap", |now| !now.gaps.is_empty()).await;
     assert!(now.base_backup_needed);
     let relieved = Instant::now();
@@ -534,15 +580,15 @@ async fn past_the_lag_ceiling_the_server_is_relieved_and_the_gap_is_seen() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     place.set_down(false);
-    load(&server, 100);
-    let end = wal_end(&server);
+    load(server, 100);
+    let end = wal_end(server);
     running.durable(end).await;
     // On a slow machine the server is relieved again while it is still being written to.
     let now = running.until("stored", |now| now.unstored_bytes == 0).await;
     assert!(now.gaps.windows(2).all(|two| two[0].end_lsn == two[1].start_lsn), "{now:#?}");
     running.stop().await.unwrap();
-    let covered = place.check_wal(&[&server]).await;
-    let parts = &covered[&TimelineId::FIRST];
+    let covered = place.check_wal(&[server]).await;
+    let parts = &covered[&timeline];
     assert_eq!(parts.len(), 2, "{parts:?}");
     let (first, last) = (&now.gaps[0], &now.gaps[now.gaps.len() - 1]);
     assert_eq!((parts[0].end(), parts[1].start()), (first.start_lsn, last.end_lsn));

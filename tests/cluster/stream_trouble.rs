@@ -130,6 +130,46 @@ async fn wal_past_the_point_where_a_standby_took_over_is_a_dead_branch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_old_primary_that_comes_back_is_not_streamed_while_the_stream_lives() {
+    let old = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&old, 100);
+    let new = old.standby();
+    let place = Place::of(&old).await;
+    old.stop(Stop::Fast);
+    new.promote();
+    let both = format!(
+        "host=127.0.0.1,127.0.0.1 port={},{} user=postgres dbname=postgres \
+         application_name=tidemark",
+        old.port(),
+        new.port()
+    );
+    let postgres = ConnectOptions::parse(&both, &|_| None).unwrap();
+    let running =
+        Running::start(Stream { upstream: Arc::new(postgres), ..place.stream(&new) }).await;
+    load(&new, 100);
+    running.durable(wal_end(&new)).await;
+    old.run();
+    new.psql("select pg_terminate_backend(pid) from pg_stat_replication");
+    let refused = |error: &String| error.contains("is this an old primary");
+    let now = running.until("refused", |now| now.server_error.as_ref().is_some_and(refused)).await;
+    assert_eq!(now.timeline, TimelineId::new(2), "{now:#?}");
+    assert_eq!(old.psql("select count(*) from pg_replication_slots"), "0");
+    old.stop(Stop::Fast);
+    load(&new, 100);
+    let now = running.durable(wal_end(&new)).await;
+    assert!(now.gaps.is_empty(), "{now:#?}");
+    running.stop().await.unwrap();
+    place.check_wal(&[&new, &old]).await;
+
+    // A life that knows only the old one streams it.
+    new.stop(Stop::Fast);
+    old.run();
+    let running = Running::start(place.stream(&old)).await;
+    assert_eq!(running.streaming().await.timeline, Some(TimelineId::FIRST));
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_rolled_back_on_its_timeline_is_refused() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     load(&server, 100);

@@ -245,7 +245,7 @@ async fn take(place: &mut Place, feed: &mut Feed) -> Result<()> {
         settings: BTreeMap::new(),
     };
     packed.commit(facts).await?;
-    feed.backup_taken(Lsn(start));
+    feed.backup_taken(timeline, Lsn(start));
     Ok(())
 }
 

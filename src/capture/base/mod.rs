@@ -134,7 +134,7 @@ pub async fn backup(base: &Base, cancel: &CancellationToken) -> Result<BackupRep
     };
     let outcome = take(base, &mut feed, cancel).await;
     if let Ok((manifest, _)) = &outcome {
-        feed.backup_taken(manifest.public.start_lsn);
+        feed.backup_taken(manifest.public.timeline, manifest.public.start_lsn);
     }
     let closed = feed.close().await;
     if outcome.is_err() {
@@ -155,9 +155,12 @@ async fn open_feed(base: &Base, clock: &Clock) -> Result<Feed> {
         WalStreaming::InThisProcess(status) => Ok(Feed::Caller(Arc::clone(status))),
         WalStreaming::Elsewhere(how) => {
             let (options, lease) = &**how;
+            // Commits that wait for a sidecar must not return for what this repository holds, which
+            // may be another one.
+            let postgres = base.postgres.clone().with_application_name_suffix("_backup");
             let stream = Stream {
                 options: options.clone(),
-                upstream: Arc::new(base.postgres.clone()),
+                upstream: Arc::new(postgres),
                 writer: base.writer.clone(),
                 status: Arc::new(Status::new()),
             };

@@ -2,11 +2,15 @@
 //!
 //! A page that is being written while the server reads it may arrive half old, half new. PostgreSQL's
 //! own check reads such a block again; we cannot from inside a stream, so every page that looks
-//! damaged is a suspect, and after the copy the suspects are read again through SQL. What is fine
-//! then was torn, and replay writes it anew from the full-page image that the running backup forced.
+//! damaged is a suspect, and after the copy the suspects are read again through SQL. One that was
+//! changed since the start was torn, and replay writes it anew from the full-page image that the
+//! running backup forced. One that was not has no such image: what was copied stays bad, however good
+//! the page looks now.
 //!
 //! # Source
-//! `sendFile` and `verify_page_checksum` in `src/backend/backup/basebackup.c` (13 to 18).
+//! `sendFile` and `verify_page_checksum` in `src/backend/backup/basebackup.c`; `MarkBufferDirtyHint`
+//! (a hint is a change with an image and a position too, where there are checksums);
+//! `visibilitymap_clear`, `vm_readbuf`, `fsm_readbuf` (13 to 18).
 
 use std::time::Duration;
 
@@ -15,7 +19,7 @@ use bytes::Bytes;
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::Lsn;
-use crate::pg::data_dir::RelationFile;
+use crate::pg::data_dir::{Fork, RelationFile};
 use crate::pg::page::{BLCKSZ, PageVerdict, RELSEG_SIZE, verify_page};
 use crate::repo::{ChecksumFailure, FileMeta, Inspect};
 use crate::wire::{ConnectOptions, Connection, Session};
@@ -183,8 +187,21 @@ async fn is_damaged(
     let page = decode_page(text).ok_or_else(|| {
         Error::new(Kind::Corrupt, "the server sent a page that is not hexadecimal")
     })?;
-    let verdict = verify_page(&page, suspect.block, start_lsn);
-    Ok(matches!(verdict, PageVerdict::Mismatch { .. }))
+    let fork = RelationFile::from_path(&suspect.path).map_or(Fork::Main, |file| file.fork);
+    Ok(!is_mended(verify_page(&page, suspect.block, start_lsn), fork))
+}
+
+/// Whether a restore mends the bad copy of a page of `fork` that has this verdict now.
+///
+/// The two maps are changed without a position of their own (a bit of the visibility map is cleared, the
+/// free space map is kept by a standby), so they may be torn and look untouched. They need no image: a
+/// page of theirs whose checksum is wrong is read as zeros, which say nothing that is not so.
+fn is_mended(verdict: PageVerdict, fork: Fork) -> bool {
+    match verdict {
+        PageVerdict::ChangedSinceStart => true,
+        PageVerdict::Ok | PageVerdict::New => matches!(fork, Fork::FreeSpace | Fork::Visibility),
+        PageVerdict::Mismatch { .. } => false,
+    }
 }
 
 fn decode_page(hex: &str) -> Option<[u8; BLCKSZ]> {
@@ -252,6 +269,24 @@ mod tests {
         bytes[5000] ^= 1;
         let pages = Pages::new(Lsn(1), Check::Every);
         assert!(pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[])).is_empty());
+    }
+
+    #[test]
+    fn a_bad_copy_is_mended_by_the_image_of_a_change_and_a_map_by_being_read_as_zeros() {
+        let mismatch = PageVerdict::Mismatch { expected: 1, found: 2 };
+        for (verdict, data, map) in [
+            (PageVerdict::ChangedSinceStart, true, true),
+            (PageVerdict::Ok, false, true),
+            (PageVerdict::New, false, true),
+            (mismatch, false, false),
+        ] {
+            for fork in [Fork::Main, Fork::Init] {
+                assert_eq!(is_mended(verdict, fork), data, "{verdict:?} {fork:?}");
+            }
+            for fork in [Fork::FreeSpace, Fork::Visibility] {
+                assert_eq!(is_mended(verdict, fork), map, "{verdict:?} {fork:?}");
+            }
+        }
     }
 
     #[test]

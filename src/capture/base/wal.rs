@@ -164,11 +164,12 @@ impl Feed {
         }
     }
 
-    /// Tells a stream of this process that a backup which starts at `start_lsn` is complete.
-    pub fn backup_taken(&self, start_lsn: Lsn) {
+    /// Tells a stream of this process that a backup which starts at `start_lsn` of `timeline` is
+    /// complete.
+    pub fn backup_taken(&self, timeline: TimelineId, start_lsn: Lsn) {
         match self {
-            Self::Caller(status) => status.base_backup_taken(start_lsn),
-            Self::Own(own) => own.status.base_backup_taken(start_lsn),
+            Self::Caller(status) => status.base_backup_taken(timeline, start_lsn),
+            Self::Own(own) => own.status.base_backup_taken(timeline, start_lsn),
             Self::Other(_) => {}
         }
     }

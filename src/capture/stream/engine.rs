@@ -4,9 +4,12 @@
 //! outlive sessions; a new session begins only when all of that is stored, so that it can be planned
 //! from the books alone.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::FutureExt as _;
 use tokio_util::sync::CancellationToken;
 
 use super::ledger::{Held, Ledger};
@@ -71,7 +74,10 @@ pub(super) struct Engine<'a> {
     pub(super) store_unread: bool,
     merging: Option<Merging>,
     connected_before: bool,
-    gave_up: bool,
+    /// The newest timeline of a server that this process has streamed.
+    pub(super) newest_timeline: Option<TimelineId>,
+    /// The histories this engine has put: they need no repository any more. A handful, and small.
+    histories: BTreeMap<TimelineId, Bytes>,
     slot_is_void: bool,
     segment_size: Option<SegmentSize>,
     /// The permanent slot, once a session has used it.
@@ -125,7 +131,8 @@ impl<'a> Engine<'a> {
             store_unread: false,
             merging: None,
             connected_before: false,
-            gave_up: false,
+            newest_timeline: None,
+            histories: BTreeMap::new(),
             slot_is_void: false,
             segment_size: None,
             left_slot: None,
@@ -134,6 +141,9 @@ impl<'a> Engine<'a> {
     }
 
     /// Streams until asked to stop or until going on makes no sense.
+    ///
+    /// Giving up is decided anew after each failure: by then the repository may take everything, and
+    /// the server still has it.
     pub(super) async fn run(&mut self, cancel: &CancellationToken) -> Result<()> {
         let (mut pause, mut furthest) = (PAUSE_MIN, Lsn::INVALID);
         let mut begin = Begin::Resume;
@@ -163,10 +173,7 @@ impl<'a> Engine<'a> {
                 now.server_error = Some(error.to_string());
             });
             pause = (pause * 2).min(PAUSE_MAX);
-            // A gap that was decided is made once, however many connections that takes.
-            if std::mem::take(&mut self.gave_up) {
-                begin = Begin::Resume;
-            }
+            begin = Begin::Resume;
             tokio::select! {
                 () = cancel.cancelled() => {}
                 () = tokio::time::sleep(wait) => {}
@@ -197,10 +204,28 @@ impl<'a> Engine<'a> {
             () = cancel.cancelled() => self.stop_without_server().await,
             error = guard.lost() => Ok(SessionEnd::Refused(error)),
             met = self.meet() => match met? {
-                Ok((server, slot)) => self.stream_from(begin, server, slot, cancel).await,
+                Ok((server, slot)) => {
+                    let mut begin = begin;
+                    if begin == Begin::GiveUp && !self.must_give_up(&server)? {
+                        if let Some(end) = self.drain(cancel).await? {
+                            return Ok(end);
+                        }
+                        begin = Begin::Resume;
+                    }
+                    self.stream_from(begin, server, slot, cancel).await
+                }
                 Err(refused) => Ok(SessionEnd::Refused(refused)),
             }
         }
+    }
+
+    /// Whether what the server keeps is above the ceiling still: meeting it may have taken long, and the
+    /// repository may have taken something meanwhile.
+    fn must_give_up(&mut self, server: &Server) -> Result<bool> {
+        while let Some(stored) = self.uploads.next_stored().now_or_never() {
+            self.on_stored(&stored?);
+        }
+        Ok(self.is_ceiling_passed(server.flushed_end_lsn))
     }
 
     /// Waits until everything handed over is stored.
@@ -242,7 +267,9 @@ impl<'a> Engine<'a> {
             Ok(server) => server,
             Err(refused) => return Ok(Err(refused)),
         };
-        if let Err(error) = self.store_history(&server).await {
+        self.check_not_replaced(&server)?;
+        let (timeline, history_file) = (server.timeline, server.history_file.as_ref());
+        if let Err(error) = self.store_history(timeline, history_file).await {
             return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
         }
         let mut stored = self.ledger.held().ranges();
@@ -263,25 +290,32 @@ impl<'a> Engine<'a> {
         }
         self.warn_of_other_timelines(&server);
         self.connected_before = true;
+        self.note_timeline(server.timeline);
         Ok(Ok((server, slot)))
     }
 
-    /// Stores the history of the server's timeline before any WAL of it.
-    async fn store_history(&self, server: &Server) -> Result<()> {
-        match &server.history_file {
-            Some(content) => {
-                let content = content.clone();
-                self.stream.writer.put_history(server.timeline, content).await.map(drop)
-            }
-            None => Ok(()),
+    /// Stores the history of a timeline before any WAL of it. One that is stored already is left alone:
+    /// a server is relieved while the repository is away.
+    async fn store_history(&mut self, timeline: TimelineId, content: Option<&Bytes>) -> Result<()> {
+        let Some(content) = content else { return Ok(()) };
+        if self.histories.get(&timeline) == Some(content) {
+            return Ok(());
         }
+        self.stream.writer.put_history(timeline, content.clone()).await?;
+        self.note_history(timeline, content.clone());
+        Ok(())
+    }
+
+    /// The history of `timeline` is in the repository.
+    pub(super) fn note_history(&mut self, timeline: TimelineId, content: Bytes) {
+        self.histories.insert(timeline, content);
     }
 
     /// Opens a connection for `attempt`, if `open` is not one, and stores the history of the timeline it
     /// begins on when the server has left that one: the histories of those that follow are stored as the
     /// stream comes to them. The inner error is final.
     async fn open(
-        &self,
+        &mut self,
         open: Option<Box<dyn Walsender>>,
         attempt: &Attempt,
         current: TimelineId,
@@ -297,7 +331,8 @@ impl<'a> Engine<'a> {
         if attempt.timeline == current {
             return Ok(Ok(open));
         }
-        match server::store_history(&mut *open, attempt.timeline, &stream.writer).await {
+        let (_, history_file) = server::read_history(&mut *open, attempt.timeline).await?;
+        match self.store_history(attempt.timeline, history_file.as_ref()).await {
             Err(error) if error.kind() == Kind::Conflict => Ok(Err(error)),
             Err(error) => Err(error),
             Ok(()) => Ok(Ok(open)),
@@ -418,11 +453,33 @@ impl<'a> Engine<'a> {
         )))
     }
 
-    /// A server on an older timeline than the repository is streamed, for what it writes may be all
-    /// there is; but somebody should know.
+    /// A server on an older timeline than the one before was replaced by that one, or is a standby that
+    /// has not followed yet (as `WalReceiverMain` has it). It is asked again, and so are the other hosts
+    /// of the connection string: it may be gone, or have followed, by then.
+    fn check_not_replaced(&self, server: &Server) -> Result<()> {
+        match self.newest_timeline.filter(|newest| *newest > server.timeline) {
+            None => Ok(()),
+            Some(newest) => {
+                let message = format!(
+                    "the server is on timeline {}, this stream was on timeline {newest}: is this an \
+                     old primary that was replaced?",
+                    server.timeline
+                );
+                Err(Error::new(Kind::Unavailable, message))
+            }
+        }
+    }
+
+    /// A server on `timeline` is streamed.
+    pub(super) fn note_timeline(&mut self, timeline: TimelineId) {
+        self.newest_timeline = self.newest_timeline.max(Some(timeline));
+    }
+
+    /// On the first connection a server on an older timeline than the repository is streamed, for what
+    /// it writes may be all there is; but somebody should know.
     fn warn_of_other_timelines(&self, server: &Server) {
         let newest = self.ledger.held().newest_timeline();
-        if !self.connected_before
+        if self.newest_timeline.is_none()
             && let Some(newest) = newest.filter(|newest| *newest > server.timeline)
         {
             tracing::warn!(
@@ -445,7 +502,6 @@ impl<'a> Engine<'a> {
             self.record_gap(timeline, gap, reason);
         }
         self.ledger.give_up_before(position);
-        self.gave_up = true;
         Attempt {
             timeline: server.history.timeline_at(position),
             stream_from: server.segment_size.start_of(position),
@@ -525,10 +581,14 @@ impl<'a> Engine<'a> {
 
     /// Takes note of the catalog's answer; whether the lag ceiling is passed.
     pub(super) fn on_observation(&mut self, observed: &Observation) -> bool {
-        let durable_end = self.ledger.durable_end();
         watch::take_note(&self.status, observed);
-        let passed = self.lag.is_passed(observed.server_end_lsn.saturating_since(durable_end));
-        passed && self.has_what_to_give_up(observed.server_end_lsn)
+        self.is_ceiling_passed(observed.server_end_lsn)
+    }
+
+    fn is_ceiling_passed(&mut self, server_end_lsn: Lsn) -> bool {
+        let durable_end = self.ledger.durable_end();
+        let passed = self.lag.is_passed(server_end_lsn.saturating_since(durable_end));
+        passed && self.has_what_to_give_up(server_end_lsn)
     }
 
     /// Whether the server has whole segments that were not received: what was, is on its way to the

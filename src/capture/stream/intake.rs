@@ -278,8 +278,14 @@ impl Intake {
             Landmark::Checkpoint { kind: CheckpointKind::Shutdown, range, .. } => {
                 self.cutter.request(range.end());
             }
-            // Nobody waits for an abort, but a recovery to a time may stop at it.
-            Landmark::Abort { time, .. } => self.cutter.timed(*time),
+            // A recovery to a time may stop at any abort. Only `ROLLBACK PREPARED` waits until it is
+            // flushed here (`RecordTransactionAbortPrepared`).
+            Landmark::Abort { time, prepared, .. } => {
+                self.cutter.timed(*time);
+                if *prepared {
+                    self.cutter.committed(now);
+                }
+            }
             Landmark::ParameterChange { wal_level: 0, range, .. } => {
                 if self.minimal.len() < MINIMAL_MAX {
                     self.minimal.push(range.start());
@@ -517,6 +523,27 @@ mod tests {
         let end = SEGMENT + craft.bytes.len() as u64;
         let stored = run(&attempt(SEGMENT, end - 8, &[]), &craft.bytes, 1000);
         assert!(stored.iter().all(|(extent, _)| extent.minimal.is_empty()));
+    }
+
+    #[test]
+    fn of_aborts_only_those_of_prepared_transactions_are_waited_for() {
+        let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+        // The time, and in the second the flag that the transaction follows, and the transaction.
+        let abort = [7; 8];
+        let prepared = [&abort[..], &0x10_u32.to_le_bytes(), &9_u32.to_le_bytes()].concat();
+        let now = Clock::system().instant();
+        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        for (info, data, waits) in [(0x20, &abort[..], false), (0xC0, &prepared, true)] {
+            let before = craft.bytes.len();
+            craft.main_data((1, info), 0, data);
+            let piece = Bytes::copy_from_slice(&craft.bytes[before..]);
+            intake.take(intake.received_end(), piece, now, &mut Vec::new()).unwrap();
+            assert_eq!(intake.cutter().holds_commit(), waits);
+        }
+        let mut steps = Vec::new();
+        intake.cut(CutReason::Shutdown, &mut steps);
+        let time = Some(PgTime(i64::from_le_bytes([7; 8])));
+        assert!(matches!(&steps[..], [Step::Cut(extent)] if extent.cut.greatest_time == time));
     }
 
     #[test]

@@ -31,6 +31,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Kind, Result};
+use crate::pg::TimelineId;
 use crate::repo::budget::STREAM_BYTES;
 use crate::repo::{Budget, Lease, Level, Writer};
 
@@ -143,13 +144,13 @@ pub struct Stream {
 /// The server is told a flush position only for WAL that the repository holds; killed at any moment,
 /// a later call goes on where the books in the repository end.
 pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> Result<()> {
-    let mut left_slot = None;
+    let mut left = Left::default();
     let outcome = loop {
-        let outcome = run_while_held(stream, lease, &mut left_slot, cancel).await;
+        let outcome = run_while_held(stream, lease, &mut left, cancel).await;
         let lapsed = lease.guard().ensure_held().is_err() && !cancel.is_cancelled();
         match outcome {
             Err(lost) if lapsed && lost.kind() == Kind::Conflict => {
-                let taken = take_lease_again(stream, lease, &lost, &mut left_slot, cancel).await;
+                let taken = take_lease_again(stream, lease, &lost, &mut left.slot, cancel).await;
                 if let Err(error) = taken {
                     break Err(error);
                 }
@@ -164,19 +165,29 @@ pub async fn run(stream: &Stream, lease: &Lease, cancel: &CancellationToken) -> 
     outcome
 }
 
-/// As [`run`], until the lease is lost; `left_slot` is then the slot as it was left, if it was used.
+/// What a tenure of the lease leaves to the next one of the same process.
+#[derive(Debug, Default)]
+struct Left {
+    /// The slot as it was left, if it was used.
+    slot: Option<LeftSlot>,
+    /// The newest timeline of a server that was streamed.
+    newest_timeline: Option<TimelineId>,
+}
+
+/// As [`run`], until the lease is lost.
 async fn run_while_held(
     stream: &Stream,
     lease: &Lease,
-    left_slot: &mut Option<LeftSlot>,
+    left: &mut Left,
     cancel: &CancellationToken,
 ) -> Result<()> {
     if !is_slot_name(&stream.options.slot_name) {
         return Err(bad_slot_name(&stream.options));
     }
     let mut engine = engine::Engine::start(stream, lease)?;
+    engine.newest_timeline = left.newest_timeline;
     let outcome = engine.run(cancel).await;
-    *left_slot = engine.left_slot.or(*left_slot);
+    *left = Left { slot: engine.left_slot.or(left.slot), newest_timeline: engine.newest_timeline };
     outcome
 }
 

@@ -85,6 +85,8 @@ pub(super) struct Pump<'e, 'a> {
     server_had: Lsn,
     /// The server's clock at its last sign of life, if it has sent no WAL since.
     quiet_since: Option<PgTime>,
+    /// The server replays what another one writes.
+    in_recovery: bool,
     steps: Vec<Step>,
     requests: watch::Receiver<Lsn>,
 }
@@ -119,6 +121,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             reply_owed: false,
             server_had: Lsn::INVALID,
             quiet_since: None,
+            in_recovery: false,
             steps: Vec::new(),
             requests,
             engine,
@@ -172,6 +175,9 @@ impl<'e, 'a> Pump<'e, 'a> {
         let mut watch = Watch::start(&upstream, &slot.name, &clock, &status);
         loop {
             let start = self.intake.received_end();
+            // Asked for each timeline: a promotion is followed on the same connection, and always ends
+            // the standby's timeline (`XLogSendPhysical`).
+            self.in_recovery = server::is_in_recovery(&mut *connection).await?;
             let mut wal =
                 connection.start_replication(Some(&slot.name), start, self.timeline).await?;
             tracing::info!("streaming timeline {} from {start}", self.timeline);
@@ -232,7 +238,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         // Its history is durable before any of its WAL is, and so before any is acknowledged.
         let writer = self.engine.stream.writer.clone();
         let mut storing = std::pin::pin!(server::store_history(connection, timeline, &writer));
-        loop {
+        let history = loop {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => {
@@ -247,13 +253,14 @@ impl<'e, 'a> Pump<'e, 'a> {
                     let sealed = sealed?;
                     self.engine.upload([sealed]);
                 }
-                stored = &mut storing => {
-                    stored?;
-                    break;
-                }
+                stored = &mut storing => break stored?,
             }
+        };
+        if let Some(content) = history {
+            self.engine.note_history(timeline, content);
         }
         self.timeline = timeline;
+        self.engine.note_timeline(timeline);
         Ok(None)
     }
 
@@ -352,8 +359,12 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// the first sign of life promises nothing; the next one promises that nothing was there at the
     /// first, for that would have been sent in between. A commit of the very microsecond of the first may
     /// still come: what is promised ends before it.
+    ///
+    /// A standby promises nothing: what it has sent is what has reached it, and its primary goes on
+    /// committing.
     fn note_quiet(&mut self, server_time: PgTime) {
-        let all_stored = self.server_had <= self.intake.received_end()
+        let all_stored = !self.in_recovery
+            && self.server_had <= self.intake.received_end()
             && !self.intake.cutter().holds_commit()
             && self.engine.unstored_count() == 0;
         if !all_stored {

@@ -133,7 +133,7 @@ pub async fn read_history(
 }
 
 /// Stores the history of `timeline` as the server has it, so that it is durable before any WAL of that
-/// timeline is.
+/// timeline is; gives what was stored.
 ///
 /// # Errors
 /// As [`read_history`], and what the store reports: `conflict` when the repository has another.
@@ -144,14 +144,19 @@ pub async fn store_history(
     connection: &mut dyn Walsender,
     timeline: TimelineId,
     writer: &Writer,
-) -> Result<()> {
-    match read_history(connection, timeline).await? {
-        (_, Some(content)) => writer.put_history(timeline, content).await.map(drop),
-        (_, None) => Ok(()),
+) -> Result<Option<Bytes>> {
+    let (_, content) = read_history(connection, timeline).await?;
+    if let Some(content) = &content {
+        writer.put_history(timeline, content.clone()).await?;
     }
+    Ok(content)
 }
 
-async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
+/// Whether the server is a standby, as of the last command on `connection`.
+///
+/// # Errors
+/// What the server says.
+pub async fn is_in_recovery(connection: &mut dyn Walsender) -> Result<bool> {
     // Reported since PostgreSQL 14; before, a transaction in recovery is at least read-only.
     match connection.parameter("in_hot_standby") {
         Some(value) => Ok(value == "on"),

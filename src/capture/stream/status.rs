@@ -75,7 +75,8 @@ pub struct Snapshot {
     /// Time of the newest commit that is durable.
     #[serde(serialize_with = "serialize_time")]
     pub newest_durable_commit: Option<PgTime>,
-    /// When everything the server had was last seen durable.
+    /// When everything the server had was last seen durable; a standby never says so, for it does not
+    /// know what its primary has.
     pub caught_up_at: Option<Timestamp>,
     /// Sealed extents that the store does not hold yet, being put or waiting for their turn.
     pub uploads_in_flight: usize,
@@ -242,11 +243,17 @@ impl Status {
         });
     }
 
-    /// A base backup that starts at `start_lsn` is complete: it is the needed one when it starts
-    /// after every known gap.
-    pub fn base_backup_taken(&self, start_lsn: Lsn) {
+    /// A base backup that starts at `start_lsn` of `timeline` is complete: it is the needed one when no
+    /// known gap comes after it.
+    ///
+    /// A gap that began on an older timeline does not, wherever it lies: either a promotion left that
+    /// part behind, or the way to the backup leads over it, and then it ends before the start, for the
+    /// WAL of a complete backup has no gap.
+    pub fn base_backup_taken(&self, timeline: TimelineId, start_lsn: Lsn) {
         self.update(|now| {
-            now.base_backup_needed &= now.gaps.iter().any(|gap| gap.end_lsn > start_lsn);
+            now.base_backup_needed &= now.gaps.iter().any(|gap| {
+                gap.timeline > timeline || (gap.timeline == timeline && gap.end_lsn > start_lsn)
+            });
         });
     }
 
@@ -279,6 +286,28 @@ mod tests {
         status.update(|now| now.phase = Phase::Stopped);
         let error = status.wait_durable(Lsn(51)).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Unavailable);
+    }
+
+    #[test]
+    fn a_base_backup_is_needed_until_one_starts_after_every_gap_of_its_timeline() {
+        let timeline = |number| TimelineId::new(number).unwrap();
+        let status = Status::new();
+        let add_gap = |number, start, end| {
+            let range = LsnRange::new(Lsn(start), Lsn(end)).unwrap();
+            status.add_gap(Status::gap(timeline(number), range, "lost", Timestamp::UNIX_EPOCH));
+        };
+        let needed_after = |number, start| {
+            status.base_backup_taken(timeline(number), Lsn(start));
+            status.snapshot().base_backup_needed
+        };
+        add_gap(1, 100, 110);
+        assert!(needed_after(1, 105));
+        assert!(!needed_after(1, 110));
+        // A standby that was far behind has been promoted.
+        add_gap(2, 20, 30);
+        assert!(needed_after(1, 500));
+        assert!(needed_after(2, 25));
+        assert!(!needed_after(2, 40));
     }
 
     #[test]
