@@ -92,13 +92,18 @@ async fn plan(repository: &Repository) -> DeletionPlan {
 }
 
 async fn ensure_sound(repository: &Repository) -> Catalog {
+    ensure_whole(repository, &[DAYS - 2, DAYS - 1]).await
+}
+
+/// Everything is sound, and those backups lead to the end of the WAL.
+async fn ensure_whole(repository: &Repository, numbers: &[i64]) -> Catalog {
     let reader = repository.reader(vec![]);
     let report =
         verify(repository, &reader, &VerifyOptions::new(1), &Arc::default()).await.unwrap();
     report.ensure_sound().unwrap();
     let catalog = Catalog::load(repository).await.unwrap();
-    for number in [DAYS - 2, DAYS - 1] {
-        let kept = catalog.backup(id(number)).unwrap();
+    for number in numbers {
+        let kept = catalog.backup(id(*number)).unwrap();
         let interval = catalog.interval(kept, TimelineId::FIRST).unwrap();
         assert_eq!(interval.until_lsn, Lsn(PIECE_BYTES * 16 * 4));
     }
@@ -234,6 +239,28 @@ async fn what_is_locked_stays_and_so_does_all_wal() {
     let catalog = Catalog::load(&repository).await.unwrap();
     assert_eq!(catalog.backups.len(), 2);
     assert!(catalog.backups.iter().all(|backup| catalog.is_restorable(backup)));
+}
+
+/// What cannot be read at that moment may be read again later, and the hold was not forgotten.
+#[tokio::test]
+async fn a_held_backup_survives_a_run_that_cannot_read_its_manifest() {
+    let (memory, repository) = scene().await;
+    marks::hold(&repository, id(1), "quarter").await.unwrap();
+    let manifest = repository.name(&Object::Manifest(id(1))).unwrap();
+    let flip = |body: &mut Vec<u8>| body[60] ^= 1;
+    memory.damage(&manifest, flip).unwrap();
+    let catalog = Catalog::load(&repository).await.unwrap();
+    assert_eq!(catalog.damaged.len(), 1);
+    let options =
+        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert_eq!(plan.deleted_ids(), [id(0), id(2)].into());
+    let report = retention::apply(&repository, &plan).await.unwrap();
+    assert_eq!((report.extent_count, report.refused.len()), (16, 0));
+
+    memory.damage(&manifest, flip).unwrap();
+    let catalog = ensure_whole(&repository, &[1, 3]).await;
+    assert_eq!(catalog.backups.len(), 2);
 }
 
 async fn deletes_of_probe(memory: &Memory, repository: &Repository) -> u64 {
