@@ -241,6 +241,27 @@ async fn what_is_locked_stays_and_so_does_all_wal() {
     assert!(catalog.backups.iter().all(|backup| catalog.is_restorable(backup)));
 }
 
+/// Listing a year of WAL takes minutes, in which somebody holds a backup and is told that it is held.
+#[tokio::test]
+async fn a_hold_that_comes_after_the_marks_were_read_stops_the_run() {
+    let (memory, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let options =
+        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert_eq!(plan.deleted_ids(), [id(0), id(1), id(2)].into());
+    let rival = repository.clone();
+    memory.before_list(&repository.cluster().wal_prefix(), async move {
+        marks::hold(&rival, id(1), "for a restore").await.unwrap();
+    });
+    let error = retention::apply(&repository, &plan).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.message().contains(&id(1).to_string()), "{error}");
+    assert!(error.message().contains("held meanwhile"), "{error}");
+    let catalog = ensure_whole(&repository, &[0, 1, 3]).await;
+    assert_eq!(catalog.backups.len(), 3, "the newest had gone before");
+}
+
 /// What cannot be read at that moment may be read again later, and the hold was not forgotten.
 #[tokio::test]
 async fn a_held_backup_survives_a_run_that_cannot_read_its_manifest() {

@@ -52,8 +52,12 @@ pub struct DeletionReport {
 /// then WAL from its oldest byte on. Dying in between leaves backups without a manifest, which are
 /// swept, and WAL that the next plan finds.
 ///
+/// Reading everything and deleting the backups before takes minutes, so each backup's hold is looked up
+/// once more just before its manifest goes. One that is there ends the run: its backup is whole, its
+/// parents come after it in the order above, and no WAL was deleted yet.
+///
 /// # Errors
-/// `conflict` when the plan no longer fits, `config` when this host's clock and the store's are more
+/// `conflict` when the plan no longer fits or a backup of it was held meanwhile, `config` when this host's clock and the store's are more
 /// than an hour apart, and what the store reports. Refused deletions are no error but are reported.
 pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<DeletionReport> {
     let mut report = DeletionReport::default();
@@ -116,13 +120,25 @@ async fn delete(
     }
 }
 
-/// Deletes a backup: from the first line on it is no longer listed.
+/// Fails when the backup is held.
+async fn ensure_not_held(repository: &Repository, id: BackupId) -> Result<()> {
+    if repository.store().head(&repository.name(&marks::held(id))?).await?.is_none() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Conflict, "it was held meanwhile").hint(
+        "No WAL was deleted. Run the command again to plan anew: what is held stays then, and the \
+         WAL it needs.",
+    ))
+}
+
+/// Deletes a backup, unless it is held: from its manifest on it is no longer listed.
 async fn delete_backup(
     repository: &Repository,
     id: BackupId,
     report: &mut DeletionReport,
 ) -> Result<()> {
     let attempted = || format!("unable to delete backup '{id}'");
+    ensure_not_held(repository, id).await.context(attempted)?;
     let manifest = repository.name(&Object::Manifest(id))?;
     if !delete(repository, &[manifest], report).await.context(attempted)? {
         return Ok(());
