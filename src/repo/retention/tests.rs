@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Kind;
 use crate::pg::{PgTime, TimelineHistory};
 use crate::repo::catalog::tests::{at_minute, backup};
 use crate::repo::catalog::{BackupObjects, DamagedObject, IncompleteBackup};
@@ -370,6 +371,29 @@ fn a_plan_that_breaks_a_promise_is_refused_by_the_second_check() {
         "could not be restored",
     );
     refused(&|_, plan| plan.options = options(None, None, Some(2)), "no rule says");
+}
+
+#[test]
+fn no_clock_may_be_an_hour_off_and_a_plan_may_only_be_older() {
+    let fails = |planned, now, store: Option<i64>| {
+        let compared =
+            super::apply::compare_clocks(at_minute(planned), at_minute(now), store.map(at_minute));
+        compared.map_err(|error| (error.kind() == Kind::Config, error.message().to_owned())).err()
+    };
+    for store in [Some(100), None] {
+        for planned in [0, 100, 159] {
+            assert_eq!(fails(planned, 100, store), None);
+        }
+        let (is_config, text) = fails(160, 100, store).unwrap();
+        assert!(is_config && text.contains("plan was made by was 3600 s ahead"), "{text}");
+    }
+    let (_, text) = fails(150, 130, Some(90)).unwrap();
+    assert!(text.contains("3600 s ahead"), "the store's time counts, not ours: {text}");
+    assert_eq!(fails(50, 100, Some(41)), None);
+    for now in [40, 160] {
+        let (is_config, text) = fails(0, now, Some(100)).unwrap();
+        assert!(is_config && text.contains("the store's clock is"), "{text}");
+    }
 }
 
 /// A tree of timelines with holes, backups here and there, and commits all the time.
