@@ -11,7 +11,8 @@
 //! - A hole is believed only after the names around it were listed a second time: WAL is uploaded out
 //!   of order and compaction replaces small extents by a joint one, so that one listing in several
 //!   pages may miss what was there at every moment.
-//! - What cannot be read is listed as damaged and never stands in the way of the rest.
+//! - What cannot be read is listed as damaged and never stands in the way of the rest. An object that
+//!   was listed and is not found counts as such unless a second listing does not show it either.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -102,6 +103,8 @@ pub struct DamagedObject {
     pub object: String,
     /// The backup that is not listed because of it.
     pub backup: Option<BackupId>,
+    /// The timeline whose ancestors are not known because of it.
+    pub timeline: Option<TimelineId>,
     /// Why it cannot be read.
     pub problem: String,
 }
@@ -274,7 +277,15 @@ impl Catalog {
     #[must_use]
     pub fn unknown_ancestries(&self) -> BTreeSet<TimelineId> {
         let lineage = self.lineage();
-        self.wal.timelines().filter(|timeline| !lineage.knows(*timeline)).collect()
+        let damaged = self.damaged.iter().filter_map(|object| object.timeline);
+        self.wal.timelines().filter(|timeline| !lineage.knows(*timeline)).chain(damaged).collect()
+    }
+
+    /// Backups of which nothing but their packs or their name is known: without a manifest, or with
+    /// one that cannot be read now.
+    pub(super) fn unknown_backups(&self) -> impl Iterator<Item = BackupId> {
+        let damaged = self.damaged.iter().filter_map(|object| object.backup);
+        self.incomplete.iter().map(|backup| backup.id).chain(damaged)
     }
 
     /// Size of the cluster's WAL segments, as far as a backup tells.

@@ -12,7 +12,7 @@
 use futures::StreamExt as _;
 use futures::stream::{self, FuturesUnordered};
 
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
 use crate::store::{ListPage, ObjectInfo, ObjectName};
 
@@ -81,16 +81,34 @@ impl Catalog {
         for (manifest, found) in read {
             match manifest {
                 Ok(manifest) => self.backups.push(found.summary(manifest)),
-                // Deleted since it was listed.
-                Err(error) if error.kind() == Kind::NotFound => {}
-                Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
-                    object: repository.name(&Object::Manifest(found.id))?.to_string(),
-                    backup: Some(found.id),
-                    problem: error.to_string(),
-                }),
-                Err(error) => return Err(error),
+                Err(error) => self.note(repository, Object::Manifest(found.id), error).await?,
             }
         }
+        Ok(())
+    }
+
+    /// Notes that `object`, which was listed, cannot be read, unless `error` is about the store. One
+    /// that is not found was deleted since, or the store errs: of what it lists and does not give,
+    /// nothing is known, and least of all that it is gone.
+    async fn note(&mut self, repository: &Repository, object: Object, error: Error) -> Result<()> {
+        let name = repository.name(&object)?;
+        match error.kind() {
+            Kind::NotFound => {
+                let listed = repository.store().list_all(name.as_str()).await?;
+                if listed.iter().all(|object| object.name != name) {
+                    return Ok(());
+                }
+            }
+            kind if is_damage(kind) => {}
+            _ => return Err(error),
+        }
+        let (backup, timeline) = match object {
+            Object::Manifest(id) => (Some(id), None),
+            Object::History(timeline) => (None, Some(timeline)),
+            _ => (None, None),
+        };
+        let (object, problem) = (name.to_string(), error.to_string());
+        self.damaged.push(DamagedObject { object, backup, timeline, problem });
         Ok(())
     }
 
@@ -130,12 +148,7 @@ impl Catalog {
         let name = repository.name(&Object::Lease)?;
         match lease::read(&**repository.store(), &name).await {
             Ok(lease) => self.lease = lease,
-            Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
-                object: name.to_string(),
-                backup: None,
-                problem: error.to_string(),
-            }),
-            Err(error) => return Err(error),
+            Err(error) => self.note(repository, Object::Lease, error).await?,
         }
         Ok(())
     }
@@ -171,13 +184,7 @@ impl Catalog {
                 Ok(history) => {
                     self.histories.insert(timeline, history);
                 }
-                Err(error) if error.kind() == Kind::NotFound => {}
-                Err(error) if is_damage(error.kind()) => self.damaged.push(DamagedObject {
-                    object: repository.name(&Object::History(timeline))?.to_string(),
-                    backup: None,
-                    problem: error.to_string(),
-                }),
-                Err(error) => return Err(error),
+                Err(error) => self.note(repository, Object::History(timeline), error).await?,
             }
         }
         Ok(())
@@ -544,6 +551,35 @@ mod tests {
         assert_eq!(catalog.keys.len(), 1);
         assert_eq!(catalog.foreign_count, 4);
         assert!(catalog.backups.is_empty() && catalog.damaged.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_listed_and_not_found_is_damaged_unless_it_is_gone_from_the_listing() {
+        let (memory, repository) = scene().await;
+        let id = BackupId::new(repository.clock().now(), timeline(1), Lsn(0x28));
+        let objects = [Object::Manifest(id), Object::History(timeline(2))];
+        for object in objects.clone() {
+            put(&memory, &repository, object).await;
+        }
+        let unread = async || {
+            // The lease is read in between; there is none.
+            for _ in 0..3 {
+                memory.fail_next(Call::Read, Outcome::NotFound);
+            }
+            Catalog::load(&repository).await.unwrap()
+        };
+        let catalog = unread().await;
+        let damaged: Vec<_> = catalog.damaged.iter().map(|d| (d.backup, d.timeline)).collect();
+        assert_eq!(damaged, [(Some(id), None), (None, Some(timeline(2)))]);
+        assert_eq!(catalog.unknown_ancestries(), [timeline(2)].into(), "though it has no WAL");
+        for object in objects {
+            let name = repository.name(&object).unwrap();
+            let (rival, gone) = (memory.clone(), name.clone());
+            memory.before_list(name.as_str(), async move { rival.delete(&[gone]).await.unwrap() });
+        }
+        let catalog = unread().await;
+        assert_eq!(catalog.damaged, [], "deleted since they were listed first");
+        assert!(catalog.unknown_ancestries().is_empty());
     }
 
     #[tokio::test]

@@ -121,11 +121,17 @@ pub(super) async fn drop_superseded(
     if old.is_empty() { Ok(()) } else { repository.store().delete(&old).await }
 }
 
+/// The mark that a backup is held.
+pub(super) fn held(backup: BackupId) -> Object {
+    Object::Mark(format!("hold-{backup}"))
+}
+
 /// Holds a backup: retention leaves it, and the WAL it needs, alone until the hold is released.
 ///
 /// # Durability
-/// When it returns, the hold is durable. A deletion that was planned before reads the holds again
-/// before it acts; one that has begun to delete this backup goes on.
+/// When it returns, the hold is durable. A run of retention looks for it just before it deletes the
+/// backup's manifest, the first object of it to go, and stops there. Only one whose request to delete
+/// the manifest is already on its way at this moment goes on.
 ///
 /// A hold that is there already stays as it is, with its reason: the outcome tells.
 ///
@@ -147,7 +153,7 @@ pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Re
             "unable to keep a reason of more than one line of text",
         ));
     }
-    let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
+    let name = repository.name(&held(backup))?;
     let outcome = repository.store().put_if_absent(&name, Bytes::from(reason.to_owned())).await?;
     // Looked up after the hold is there: a deletion that removed the manifest first is then seen.
     if repository.store().head(&manifest).await?.is_some() {
@@ -169,7 +175,7 @@ pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Re
 /// # Errors
 /// What the store reports.
 pub async fn release(repository: &Repository, backup: BackupId) -> Result<bool> {
-    let name = repository.name(&Object::Mark(format!("hold-{backup}")))?;
+    let name = repository.name(&held(backup))?;
     let was_held = repository.store().head(&name).await?.is_some();
     if was_held {
         repository.store().delete(&[name]).await?;

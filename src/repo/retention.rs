@@ -7,17 +7,19 @@
 //! A backup is kept for as long as any of these holds: it is the newest complete one, or the newest
 //! that can be restored; a hold names it; it is younger than `keep_days`; it is one of the newest
 //! `keep_count` that can be restored; it ended inside the recovery window; the window begins with it;
-//! a kept backup refers to its packs. Without `keep_days` and `keep_count` no backup is deleted.
+//! a kept backup refers to its packs; the history of some timeline cannot be read, so that it may be
+//! the backup that leads there. Without `keep_days` and `keep_count` no backup is deleted.
 //!
 //! WAL is kept when any of these holds: it lies after the start of a kept backup that is there to
 //! recover from (all of them without `pitr_days`, else those of the window), towards any timeline
 //! that descends from it; it lies between start and end of any kept backup; it lies after the start
-//! of a backup that is being taken; it was written, or holds a commit, inside the window; the store
-//! does not say when it was written; or the ancestors of its timeline are not known.
+//! of a backup that is being taken, or whose manifest cannot be read; it was written, or holds a
+//! commit, inside the window; the store does not say when it was written; or the ancestors of its
+//! timeline are not known.
 //!
 //! # Invariants
 //! - A plan leaves alone what it does not understand: damaged manifests, foreign names, backups
-//!   without a manifest.
+//!   without a manifest. What cannot be read now may be read tomorrow, so all that it may need stays.
 //! - Two checks that share no code must agree: the rules above decide by descent and position, and
 //!   [`check()`] makes the catalog that would be left and asks it what can still be restored.
 //!
@@ -90,6 +92,8 @@ pub enum Reason {
     Parent,
     /// Neither `keep_days` nor `keep_count` is set.
     NoRule,
+    /// The history of some timeline cannot be read: this backup may be the one that leads there.
+    UnknownDescent,
 }
 
 impl fmt::Display for Reason {
@@ -103,6 +107,7 @@ impl fmt::Display for Reason {
             Reason::Held => "held",
             Reason::Parent => "a kept backup refers to it",
             Reason::NoRule => "neither keep_days nor keep_count is set",
+            Reason::UnknownDescent => "it may lead to a timeline whose history is missing",
         })
     }
 }
@@ -287,8 +292,12 @@ impl<'a> Rules<'a> {
         leading.iter().rev().take(1).for_each(|id| keep(*id, Reason::Newest));
         leading.iter().rev().take(count).for_each(|id| keep(*id, Reason::Count));
         let window = self.window_start();
+        let is_descent_known = self.catalog.unknown_ancestries().is_empty();
         for backup in &self.catalog.backups {
             let (id, end) = (backup.id(), backup.manifest.end_time);
+            if !is_descent_known {
+                keep(id, Reason::UnknownDescent);
+            }
             if self.catalog.marks.holds.contains(&id) {
                 keep(id, Reason::Held);
             }
@@ -371,7 +380,8 @@ impl<'a> Rules<'a> {
 
     /// Kept backups from which later moments are recovered, not only their own end.
     fn chain_bases(&self, keep: &Kept) -> Vec<&'a BackupSummary> {
-        let chain = [Reason::Newest, Reason::WindowBase, Reason::InsideWindow];
+        let chain =
+            [Reason::Newest, Reason::WindowBase, Reason::InsideWindow, Reason::UnknownDescent];
         let is_base = |reasons: &BTreeSet<Reason>| {
             self.options.pitr_days.is_none() || chain.iter().any(|reason| reasons.contains(reason))
         };
@@ -393,8 +403,8 @@ impl<'a> Rules<'a> {
         for backup in self.chain_bases(keep) {
             needs.push((backup.id(), self.segment_start(backup.id().start_lsn()), None));
         }
-        for backup in &self.catalog.incomplete {
-            needs.push((backup.id, self.segment_start(backup.id.start_lsn()), None));
+        for id in self.catalog.unknown_backups() {
+            needs.push((id, self.segment_start(id.start_lsn()), None));
         }
         for backup in self.catalog.backups.iter().filter(|b| keep.contains_key(&b.id())) {
             let end = backup.manifest.end_lsn;
@@ -460,11 +470,13 @@ impl<'a> Rules<'a> {
         let mut remarks = Vec::new();
         for timeline in self.catalog.unknown_ancestries() {
             remarks.push(format!(
-                "the history file of timeline {timeline} is missing: all of its WAL is kept"
+                "the history file of timeline {timeline} is missing or damaged: no backup goes, and \
+                 none of its WAL"
             ));
         }
         for damaged in &self.catalog.damaged {
-            remarks.push(format!("'{}' cannot be read and is left alone", damaged.object));
+            let also = damaged.backup.map_or("", |_| ", as is all WAL since it began");
+            remarks.push(format!("'{}' cannot be read and is left alone{also}", damaged.object));
         }
         let timelines = self.catalog.wal.timelines();
         let extents = timelines.flat_map(|timeline| self.catalog.wal.extents(timeline));

@@ -100,6 +100,8 @@ pub struct SweptBackup {
 /// What goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SweepPlan {
+    /// The time by which things are old.
+    pub planned_time: Timestamp,
     /// Packs without a manifest.
     pub backups: Vec<SweptBackup>,
     /// Keys that no object names.
@@ -176,6 +178,7 @@ pub fn plan(
     });
     let ageless = catalog.incomplete.iter().filter(|backup| backup.objects.newest.is_none());
     let mut plan = SweepPlan {
+        planned_time: now,
         backups: aborted.collect(),
         upload_grace_s: options.grace.as_secs(),
         remarks: ageless.map(|backup| ageless_remark(backup.id)).collect(),
@@ -371,12 +374,13 @@ pub struct SweepReport {
 /// Carries `plan` out.
 ///
 /// # Errors
-/// `config` when this host's clock and the store's are far apart, what the store reports; `bug` when a
-/// manifest appeared while its packs were deleted, which the writer's rules exclude.
+/// `config` when this host's clock and the store's are far apart or the plan was made by a clock that was
+/// far ahead, what the store reports; `bug` when a manifest appeared while its packs were deleted, which
+/// the writer's rules exclude.
 pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepReport> {
     let mut report = SweepReport::default();
     if !plan.is_empty() {
-        ensure_clock(repository).await?;
+        ensure_clock(repository, plan.planned_time).await?;
     }
     for backup in &plan.backups {
         sweep_backup(repository, backup, &mut report)

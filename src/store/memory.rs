@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{
@@ -50,7 +51,11 @@ struct State {
     faults: Faults,
     dice: Option<Clock>,
     script: VecDeque<(Call, Outcome)>,
+    rivals: Vec<(String, Rival)>,
 }
+
+/// What somebody else does.
+type Rival = BoxFuture<'static, ()>;
 
 struct Object {
     body: Bytes,
@@ -108,6 +113,8 @@ pub enum Outcome {
     FailsAfter,
     /// Rights are missing.
     Denied,
+    /// It says that there is no such object, whether or not there is.
+    NotFound,
     /// It is let through: the fault that follows in the script hits a later call.
     Passes,
 }
@@ -129,6 +136,11 @@ impl Memory {
     /// Makes the next call of that sort end so; several are used up in their order.
     pub fn fail_next(&self, call: Call, outcome: Outcome) {
         self.state().script.push_back((call, outcome));
+    }
+
+    /// Lets somebody else act just before the next listing of exactly `prefix`.
+    pub fn before_list(&self, prefix: &str, rival: impl Future<Output = ()> + Send + 'static) {
+        self.state().rivals.push((prefix.to_owned(), Box::pin(rival)));
     }
 
     /// Overwrites an object behind everybody's back, as rot or an attacker would.
@@ -161,6 +173,9 @@ impl Memory {
             Some(Outcome::FailsBefore) => Err(unreachable_now("request lost")),
             Some(Outcome::Denied) => {
                 Err(Error::new(Kind::Denied, "memory store: access denied by a fault"))
+            }
+            Some(Outcome::NotFound) => {
+                Err(Error::new(Kind::NotFound, "memory store: no such object by a fault"))
             }
             Some(Outcome::FailsAfter) => Ok(Fate::FailsAfter),
             Some(Outcome::Passes) | None => Ok(Fate::Passes),
@@ -293,6 +308,14 @@ impl Store for Memory {
 
     async fn list(&self, prefix: &str, after: Option<&ObjectName>) -> Result<ListPage> {
         self.shared.requests.lists.one();
+        let rival = {
+            let mut state = self.state();
+            let waits = state.rivals.iter().position(|(awaited, _)| awaited == prefix);
+            waits.map(|index| state.rivals.swap_remove(index).1)
+        };
+        if let Some(rival) = rival {
+            rival.await;
+        }
         let fate = self.fate(Call::List).await?;
         let mut page = ListPage { objects: Vec::new(), more: false };
         {

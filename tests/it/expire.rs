@@ -84,21 +84,41 @@ async fn put_backup(writer: &Writer, number: i64) {
     backup.finish_packs().await.unwrap().commit(facts).await.unwrap();
 }
 
-/// Long after all was written: of the four backups the newest two stay.
+/// Of the four backups the newest two stay.
 async fn plan(repository: &Repository) -> DeletionPlan {
     let catalog = Catalog::load(repository).await.unwrap();
     let options = RetentionOptions { keep_count: Some(2), ..RetentionOptions::default() };
-    retention::plan(&catalog, &options, day(100)).unwrap()
+    retention::plan(&catalog, &options, repository.clock().now()).unwrap()
+}
+
+/// Lets days pass: packs are sealed by threads of their own, so time is paused for this only.
+async fn pass_days(count: u64) {
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(count * 24 * 3600)).await;
+    tokio::time::resume();
+}
+
+/// Long after all was written: one backup stays, and a week.
+async fn plan_window(repository: &Repository) -> DeletionPlan {
+    let catalog = Catalog::load(repository).await.unwrap();
+    let options =
+        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
+    retention::plan(&catalog, &options, repository.clock().now()).unwrap()
 }
 
 async fn ensure_sound(repository: &Repository) -> Catalog {
+    ensure_whole(repository, &[DAYS - 2, DAYS - 1]).await
+}
+
+/// Everything is sound, and those backups lead to the end of the WAL.
+async fn ensure_whole(repository: &Repository, numbers: &[i64]) -> Catalog {
     let reader = repository.reader(vec![]);
     let report =
         verify(repository, &reader, &VerifyOptions::new(1), &Arc::default()).await.unwrap();
     report.ensure_sound().unwrap();
     let catalog = Catalog::load(repository).await.unwrap();
-    for number in [DAYS - 2, DAYS - 1] {
-        let kept = catalog.backup(id(number)).unwrap();
+    for number in numbers {
+        let kept = catalog.backup(id(*number)).unwrap();
         let interval = catalog.interval(kept, TimelineId::FIRST).unwrap();
         assert_eq!(interval.until_lsn, Lsn(PIECE_BYTES * 16 * 4));
     }
@@ -125,19 +145,16 @@ async fn what_expires_is_gone_and_what_stays_can_be_restored() {
 #[tokio::test]
 async fn wal_before_the_window_goes_and_its_hole_is_no_loss() {
     let (_, repository) = scene().await;
-    let catalog = Catalog::load(&repository).await.unwrap();
-    let options =
-        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
-    marks::hold(&repository, id(0), "quarter").await.unwrap();
-    // The hold is not in the catalog that was loaded before it: the plan must be made anew.
-    let stale = retention::plan(&catalog, &options, day(100)).unwrap();
+    pass_days(100).await;
+    let stale = plan_window(&repository).await;
     assert!(stale.deleted_ids().contains(&id(0)));
+    // The hold came after it: the plan must be made anew.
+    marks::hold(&repository, id(0), "quarter").await.unwrap();
     let error = retention::apply(&repository, &stale).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Conflict);
     assert!(error.message().contains("is held"), "{error}");
 
-    let catalog = Catalog::load(&repository).await.unwrap();
-    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    let plan = plan_window(&repository).await;
     assert_eq!(plan.deleted_ids(), [id(1), id(2)].into());
     assert_eq!(plan.wal[0].extent_count, 15 + 16 + 16);
     let report = retention::apply(&repository, &plan).await.unwrap();
@@ -151,8 +168,7 @@ async fn wal_before_the_window_goes_and_its_hole_is_no_loss() {
 
     // Released, the old one and its piece of WAL go too, and the old mark with them.
     marks::release(&repository, id(0)).await.unwrap();
-    let catalog = Catalog::load(&repository).await.unwrap();
-    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    let plan = plan_window(&repository).await;
     assert_eq!(plan.deleted_ids(), [id(0)].into());
     retention::apply(&repository, &plan).await.unwrap();
     let catalog = Catalog::load(&repository).await.unwrap();
@@ -200,9 +216,7 @@ async fn a_run_that_dies_anywhere_is_finished_by_the_next() {
         for failing_call in 1..=4 {
             let (memory, repository) = scene().await;
             let plan_before = plan(&repository).await;
-            // The probe deletes what it tried with; the failure comes only after it.
-            let deletes = deletes_of_probe(&memory, &repository).await + failing_call;
-            fail_nth_delete(&memory, deletes, outcome);
+            fail_nth_delete(&memory, failing_call, outcome);
             let error = retention::apply(&repository, &plan_before).await.unwrap_err();
             assert!(error.is_transient(), "{error}");
             let catalog = Catalog::load(&repository).await.unwrap();
@@ -221,13 +235,10 @@ async fn a_run_that_dies_anywhere_is_finished_by_the_next() {
 #[tokio::test]
 async fn what_is_locked_stays_and_so_does_all_wal() {
     let (memory, repository) = scene().await;
-    let catalog = Catalog::load(&repository).await.unwrap();
-    let options =
-        RetentionOptions { keep_count: Some(1), pitr_days: Some(7), ..RetentionOptions::default() };
-    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    pass_days(100).await;
+    let plan = plan_window(&repository).await;
     assert!(!plan.wal.is_empty());
-    let deletes = deletes_of_probe(&memory, &repository).await + 1;
-    fail_nth_delete(&memory, deletes, Outcome::Denied);
+    memory.fail_next(Call::Delete, Outcome::Denied);
     let report = retention::apply(&repository, &plan).await.unwrap();
     assert_eq!(report.refused.len(), 1);
     assert_eq!((report.backups.len(), report.extent_count), (2, 0));
@@ -236,10 +247,59 @@ async fn what_is_locked_stays_and_so_does_all_wal() {
     assert!(catalog.backups.iter().all(|backup| catalog.is_restorable(backup)));
 }
 
-async fn deletes_of_probe(memory: &Memory, repository: &Repository) -> u64 {
-    let before = memory.requests();
-    repository.store().probe().await.unwrap();
-    memory.requests().since(&before).deletes
+/// The plan is printed, a person thinks about it, and meanwhile somebody sets the clock right.
+#[tokio::test]
+async fn a_plan_that_a_wrong_clock_made_is_not_carried_out_by_a_right_one() {
+    let (_, repository) = scene().await;
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let options = RetentionOptions { keep_days: Some(30), ..RetentionOptions::default() };
+    let plan = retention::plan(&catalog, &options, day(100)).unwrap();
+    assert_eq!(plan.deleted_ids(), [id(0), id(1), id(2)].into());
+    let error = retention::apply(&repository, &plan).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config);
+    assert!(error.message().contains("the plan was made by"), "{error}");
+    assert_eq!(Catalog::load(&repository).await.unwrap().backups.len(), 4);
+    pass_days(96).await;
+    retention::apply(&repository, &plan).await.unwrap();
+}
+
+/// Listing a year of WAL takes minutes, in which somebody holds a backup and is told that it is held.
+#[tokio::test]
+async fn a_hold_that_comes_after_the_marks_were_read_stops_the_run() {
+    let (memory, repository) = scene().await;
+    pass_days(100).await;
+    let plan = plan_window(&repository).await;
+    assert_eq!(plan.deleted_ids(), [id(0), id(1), id(2)].into());
+    let rival = repository.clone();
+    memory.before_list(&repository.cluster().wal_prefix(), async move {
+        marks::hold(&rival, id(1), "for a restore").await.unwrap();
+    });
+    let error = retention::apply(&repository, &plan).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.message().contains(&id(1).to_string()), "{error}");
+    assert!(error.message().contains("held meanwhile"), "{error}");
+    let catalog = ensure_whole(&repository, &[0, 1, 3]).await;
+    assert_eq!(catalog.backups.len(), 3, "the newest had gone before");
+}
+
+/// What cannot be read at that moment may be read again later, and the hold was not forgotten.
+#[tokio::test]
+async fn a_held_backup_survives_a_run_that_cannot_read_its_manifest() {
+    let (memory, repository) = scene().await;
+    marks::hold(&repository, id(1), "quarter").await.unwrap();
+    let manifest = repository.name(&Object::Manifest(id(1))).unwrap();
+    let flip = |body: &mut Vec<u8>| body[60] ^= 1;
+    memory.damage(&manifest, flip).unwrap();
+    assert_eq!(Catalog::load(&repository).await.unwrap().damaged.len(), 1);
+    pass_days(100).await;
+    let plan = plan_window(&repository).await;
+    assert_eq!(plan.deleted_ids(), [id(0), id(2)].into());
+    let report = retention::apply(&repository, &plan).await.unwrap();
+    assert_eq!((report.extent_count, report.refused.len()), (16, 0));
+
+    memory.damage(&manifest, flip).unwrap();
+    let catalog = ensure_whole(&repository, &[1, 3]).await;
+    assert_eq!(catalog.backups.len(), 2);
 }
 
 fn fail_nth_delete(memory: &Memory, number: u64, outcome: Outcome) {

@@ -1,7 +1,7 @@
 //! Carrying a plan of deletions out.
 
 use bytes::Bytes;
-use jiff::SignedDuration;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -52,15 +52,19 @@ pub struct DeletionReport {
 /// then WAL from its oldest byte on. Dying in between leaves backups without a manifest, which are
 /// swept, and WAL that the next plan finds.
 ///
+/// Reading everything and deleting the backups before takes minutes, so each backup's hold is looked up
+/// once more just before its manifest goes. One that is there ends the run: its backup is whole, its
+/// parents come after it in the order above, and no WAL was deleted yet.
+///
 /// # Errors
-/// `conflict` when the plan no longer fits, `config` when this host's clock and the store's are more
-/// than an hour apart, and what the store reports. Refused deletions are no error but are reported.
+/// `conflict` when the plan no longer fits or a backup of it was held meanwhile, `config` when this host's clock and the store's are more
+/// than an hour apart, or the plan was made by a clock that was so far ahead, and what the store reports. Refused deletions are no error but are reported.
 pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<DeletionReport> {
     let mut report = DeletionReport::default();
     if plan.is_empty() {
         return Ok(report);
     }
-    ensure_clock(repository).await?;
+    ensure_clock(repository, plan.planned_time).await?;
     let catalog = Catalog::load(repository).await?;
     check(&catalog, plan).map_err(|error| {
         Error::new(Kind::Conflict, format!("the repository changed since the plan: {error}"))
@@ -77,21 +81,37 @@ pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<Delet
     Ok(report)
 }
 
-/// Fails when the store's clock and ours are far apart: a wrong clock makes everything look old.
-pub(in crate::repo) async fn ensure_clock(repository: &Repository) -> Result<()> {
-    let Some(time) = repository.store().time().await? else { return Ok(()) };
-    let skew = time.duration_since(repository.clock().now());
-    if skew.abs() < CLOCK_SLACK {
+/// Fails when a clock is far wrong, which makes everything look old.
+pub(in crate::repo) async fn ensure_clock(
+    repository: &Repository,
+    planned_time: Timestamp,
+) -> Result<()> {
+    let store_time = repository.store().time().await?;
+    compare_clocks(planned_time, repository.clock().now(), store_time)
+}
+
+/// Fails when the store's clock and ours are far apart, or the plan was made by a clock far ahead of
+/// the store's, or of ours where the store says none: that ours is right by now, after somebody looked
+/// at the plan, makes nothing older that it names. A plan may have waited, so one may lie in the past.
+pub(super) fn compare_clocks(
+    planned_time: Timestamp,
+    now: Timestamp,
+    store_time: Option<Timestamp>,
+) -> Result<()> {
+    let true_time = store_time.unwrap_or(now);
+    let skew = true_time.duration_since(now);
+    let ahead = planned_time.duration_since(true_time);
+    let found = if skew.abs() >= CLOCK_SLACK {
+        let seconds = skew.as_secs();
+        format!("the store's clock is {seconds} s ahead of this host's")
+    } else if ahead >= CLOCK_SLACK {
+        let seconds = ahead.as_secs();
+        format!("the clock that the plan was made by was {seconds} s ahead")
+    } else {
         return Ok(());
-    }
-    let seconds = SignedDuration::as_secs(&skew);
-    Err(Error::new(
-        Kind::Config,
-        format!(
-            "unable to tell what is old: the store's clock is {seconds} s ahead of this host's"
-        ),
-    )
-    .hint("Set this host's clock, then run the command again."))
+    };
+    Err(Error::new(Kind::Config, format!("unable to tell what is old: {found}"))
+        .hint("Set this host's clock, then run the command again."))
 }
 
 /// Deletes, or notes that it was refused; other errors end the run.
@@ -116,13 +136,25 @@ async fn delete(
     }
 }
 
-/// Deletes a backup: from the first line on it is no longer listed.
+/// Fails when the backup is held.
+async fn ensure_not_held(repository: &Repository, id: BackupId) -> Result<()> {
+    if repository.store().head(&repository.name(&marks::held(id))?).await?.is_none() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Conflict, "it was held meanwhile").hint(
+        "No WAL was deleted. Run the command again to plan anew: what is held stays then, and the \
+         WAL it needs.",
+    ))
+}
+
+/// Deletes a backup, unless it is held: from its manifest on it is no longer listed.
 async fn delete_backup(
     repository: &Repository,
     id: BackupId,
     report: &mut DeletionReport,
 ) -> Result<()> {
     let attempted = || format!("unable to delete backup '{id}'");
+    ensure_not_held(repository, id).await.context(attempted)?;
     let manifest = repository.name(&Object::Manifest(id))?;
     if !delete(repository, &[manifest], report).await.context(attempted)? {
         return Ok(());

@@ -28,7 +28,8 @@ use super::{DeletionPlan, days};
 ///    `keep_days`.
 /// 4. *Newest timeline.* As much of it can be recovered as before.
 /// 5. *Scope.* Nothing goes that is not a listed backup or known WAL; nothing of a backup without a
-///    manifest.
+///    manifest, or with one that cannot be read; while the history of a timeline cannot be read, no
+///    backup, and no WAL that follows on one.
 ///
 /// # Errors
 /// `bug` naming the first promise that would be broken.
@@ -89,16 +90,29 @@ impl Comparison<'_> {
         if let Some(id) = self.gone.difference(&listed).next() {
             return Err(broken(format!("backup '{id}' is not listed")));
         }
-        // WAL that a backup in progress may need: everything since it began, where it began.
-        for backup in &self.catalog.incomplete {
-            let (timeline, start) = (backup.id.timeline(), backup.id.start_lsn());
-            let of_timeline = self.plan.wal.iter().filter(|wal| wal.timeline == timeline);
-            if of_timeline.flat_map(|wal| &wal.extents).any(|name| name.range.end() > start) {
-                let id = backup.id;
-                return Err(broken(format!("backup '{id}', without a manifest, may need its WAL")));
+        for id in self.catalog.unknown_backups() {
+            if self.takes_wal_since(id) {
+                return Err(broken(format!(
+                    "backup '{id}', without a manifest that can be read, may need its WAL"
+                )));
             }
         }
-        Ok(())
+        let unknown = self.catalog.unknown_ancestries();
+        let Some(timeline) = unknown.first() else { return Ok(()) };
+        match listed.iter().find(|id| self.gone.contains(id) || self.takes_wal_since(**id)) {
+            Some(id) => Err(broken(format!(
+                "backup '{id}' and its WAL may lead to timeline {timeline}, of which it is not known \
+                 where it began"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether WAL goes that was written after the backup began, where it began.
+    fn takes_wal_since(&self, id: BackupId) -> bool {
+        let of_timeline = self.plan.wal.iter().filter(|wal| wal.timeline == id.timeline());
+        let mut extents = of_timeline.flat_map(|wal| &wal.extents);
+        extents.any(|name| name.range.end() > id.start_lsn())
     }
 
     fn count_and_age(&self) -> Result<()> {

@@ -3,9 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Kind;
 use crate::pg::{PgTime, TimelineHistory};
 use crate::repo::catalog::tests::{at_minute, backup};
-use crate::repo::catalog::{BackupObjects, IncompleteBackup};
+use crate::repo::catalog::{BackupObjects, DamagedObject, IncompleteBackup};
 use crate::repo::coverage::WalCatalog;
 use crate::repo::coverage::tests::timeline;
 
@@ -161,6 +162,27 @@ fn a_backup_in_progress_keeps_its_wal_and_is_no_reason_to_delete_another() {
     assert_eq!(plan.wal[0].horizon_lsn.0, 20 * 1440 * MINUTE_BYTES);
 }
 
+fn damaged(backup: Option<BackupId>, timeline: Option<TimelineId>) -> DamagedObject {
+    let (object, problem) = ("main/x".to_owned(), "flipped".to_owned());
+    DamagedObject { object, backup, timeline, problem }
+}
+
+#[test]
+fn a_backup_whose_manifest_cannot_be_read_keeps_its_wal() {
+    let mut catalog = month();
+    let hidden = catalog.backups.remove(20);
+    let rules = options(None, Some(1), Some(0));
+    let blind = plan(&catalog, &rules, now(30)).unwrap();
+    assert_eq!(blind.wal[0].horizon_lsn.0, 29 * 1440 * MINUTE_BYTES);
+    catalog.damaged.push(damaged(Some(hidden.id()), None));
+    let error = check(&catalog, &blind).unwrap_err();
+    assert!(error.message().contains("may need its WAL"), "{error}");
+    let plan = plan(&catalog, &rules, now(30)).unwrap();
+    assert_eq!(kept_days(&plan), [29]);
+    assert_eq!(plan.wal[0].horizon_lsn.0, 20 * 1440 * MINUTE_BYTES);
+    assert!(plan.remarks[0].contains("left alone, as is all WAL since it began"), "{plan}");
+}
+
 #[test]
 fn a_backup_that_cannot_be_restored_does_not_count() {
     let mut catalog = month();
@@ -265,9 +287,38 @@ fn a_plan_that_leaves_only_a_dead_branch_is_refused_by_the_second_check() {
 fn wal_of_unknown_descent_stays() {
     let mut catalog = promoted();
     catalog.histories.clear();
+    catalog.backups.drain(..3);
     let plan = plan(&catalog, &options(None, Some(1), Some(5)), now(30)).unwrap();
-    assert!(plan.wal.iter().all(|wal| wal.timeline == timeline(1)));
+    let gone: Vec<_> = plan.wal.iter().map(|wal| (wal.timeline, wal.extent_count)).collect();
+    assert_eq!(gone, [(timeline(1), 3)], "what no backup leads to may go");
     assert!(plan.remarks[0].contains("history file of timeline 2 is missing"));
+}
+
+#[test]
+fn while_a_history_cannot_be_read_no_backup_goes_that_may_lead_to_its_timeline() {
+    for with_wal in [true, false] {
+        let mut catalog = only_a_dead_branch_has_a_new_backup();
+        if !with_wal {
+            catalog.wal = WalCatalog::new(days_of_wal(1, 0, 12));
+        }
+        let history = std::mem::take(&mut catalog.histories);
+        let rules = [None, Some(0)].map(|window| options(None, Some(1), window));
+        let blind = rules.clone().map(|rules| plan(&catalog, &rules, now(30)));
+        catalog.damaged.push(damaged(None, Some(timeline(2))));
+        for blind in blind.into_iter().flatten().filter(|plan| !plan.backups.is_empty()) {
+            let error = check(&catalog, &blind).unwrap_err();
+            assert!(error.message().contains("may lead to timeline 2"), "{error}");
+        }
+        for rules in rules {
+            let plan = plan(&catalog, &rules, now(30)).unwrap();
+            assert_eq!((plan.backups.len(), plan.wal.len()), (0, 0), "{plan}");
+            assert!(plan.keep[0].reasons.contains(&Reason::UnknownDescent));
+        }
+        catalog.damaged.clear();
+        catalog.histories = history;
+        let plan = plan(&catalog, &options(None, Some(1), None), now(30)).unwrap();
+        assert_eq!(kept_days(&plan), [9, 11]);
+    }
 }
 
 #[test]
@@ -322,10 +373,35 @@ fn a_plan_that_breaks_a_promise_is_refused_by_the_second_check() {
     refused(&|_, plan| plan.options = options(None, None, Some(2)), "no rule says");
 }
 
+#[test]
+fn no_clock_may_be_an_hour_off_and_a_plan_may_only_be_older() {
+    let fails = |planned, now, store: Option<i64>| {
+        let compared =
+            super::apply::compare_clocks(at_minute(planned), at_minute(now), store.map(at_minute));
+        compared.map_err(|error| (error.kind() == Kind::Config, error.message().to_owned())).err()
+    };
+    for store in [Some(100), None] {
+        for planned in [0, 100, 159] {
+            assert_eq!(fails(planned, 100, store), None);
+        }
+        let (is_config, text) = fails(160, 100, store).unwrap();
+        assert!(is_config && text.contains("plan was made by was 3600 s ahead"), "{text}");
+    }
+    let (_, text) = fails(150, 130, Some(90)).unwrap();
+    assert!(text.contains("3600 s ahead"), "the store's time counts, not ours: {text}");
+    assert_eq!(fails(50, 100, Some(41)), None);
+    for now in [40, 160] {
+        let (is_config, text) = fails(0, now, Some(100)).unwrap();
+        assert!(is_config && text.contains("the store's clock is"), "{text}");
+    }
+}
+
 /// A tree of timelines with holes, backups here and there, and commits all the time.
 #[derive(Debug, Clone)]
 struct World {
     catalog: Catalog,
+    /// What the catalog does not show, and what becomes known again afterwards.
+    hidden: Catalog,
     options: RetentionOptions,
     now_day: i64,
 }
@@ -336,12 +412,12 @@ fn worlds() -> impl Strategy<Value = World> {
     (
         prop::collection::vec(1_i64..28, 0..3),
         prop::collection::vec((1_u32..4, 0_i64..30, 1_i64..4), 1..45),
-        prop::collection::vec((1_u32..4, 0_i64..30, prop::bool::weighted(0.1)), 0..14),
+        prop::collection::vec((1_u32..4, 0_i64..30, 0_u32..20), 0..14),
         rules,
-        30_i64..40,
+        (30_i64..40, prop::option::weighted(0.2, 2_u32..4)),
         prop::collection::btree_set(0_usize..14, 0..2),
     )
-        .prop_map(|(mut switches, extents, backups, rules, now_day, held)| {
+        .prop_map(|(mut switches, extents, backups, rules, (now_day, unread), held)| {
             switches.sort_unstable();
             let extents = extents.iter().map(|(t, day, len)| wal(*t, day * DAY, (day + len) * DAY));
             let mut catalog = Catalog { wal: WalCatalog::new(extents), ..Catalog::default() };
@@ -356,14 +432,27 @@ fn worlds() -> impl Strategy<Value = World> {
                 let history = TimelineHistory::decode(id, text.as_bytes()).unwrap();
                 catalog.histories.insert(id, history);
             }
-            for (number, day, in_progress) in backups {
+            let mut hidden = Catalog::default();
+            for (number, day, state) in backups {
                 let summary = daily(number, day);
-                if in_progress {
-                    let objects = BackupObjects::default();
-                    catalog.incomplete.push(IncompleteBackup { id: summary.id(), objects });
-                } else {
-                    catalog.backups.push(summary);
+                match state {
+                    0 | 1 => {
+                        let objects = BackupObjects::default();
+                        catalog.incomplete.push(IncompleteBackup { id: summary.id(), objects });
+                        hidden.backups.push(summary);
+                    }
+                    2 | 3 => {
+                        catalog.damaged.push(damaged(Some(summary.id()), None));
+                        hidden.backups.push(summary);
+                    }
+                    _ => catalog.backups.push(summary),
                 }
+            }
+            if let Some((id, history)) =
+                unread.and_then(|number| catalog.histories.remove_entry(&timeline(number)))
+            {
+                catalog.damaged.push(damaged(None, Some(id)));
+                hidden.histories.insert(id, history);
             }
             catalog.backups.sort_by_key(BackupSummary::id);
             catalog.backups.dedup_by_key(|backup| backup.id());
@@ -373,7 +462,7 @@ fn worlds() -> impl Strategy<Value = World> {
                 }
             }
             let options = options(rules.0, rules.1, rules.2);
-            World { catalog, options, now_day }
+            World { catalog, hidden, options, now_day }
         })
 }
 
@@ -412,11 +501,20 @@ proptest! {
     /// with either, all that was promised can still be recovered.
     #[test]
     fn no_plan_ever_takes_what_a_kept_moment_needs(world in worlds()) {
-        let World { catalog, options, now_day } = world;
+        let World { mut catalog, hidden, options, now_day } = world;
         let plan = plan(&catalog, &options, now(now_day)).unwrap();
         let gone = plan.deleted_ids();
         let taken: BTreeSet<ExtentName> =
             plan.wal.iter().flat_map(|wal| wal.extents.iter().copied()).collect();
+        // Doing it twice finds nothing more to do.
+        let mut after = catalog.clone();
+        after.backups.retain(|backup| !gone.contains(&backup.id()));
+        after.wal = catalog.wal.without(|name| taken.contains(name));
+        let again = super::plan(&after, &options, now(now_day)).unwrap();
+        prop_assert!(again.backups.is_empty(), "a second plan deletes more: {}", again);
+
+        // From here on with the histories that could not be read meanwhile.
+        catalog.histories.extend(hidden.histories);
         let mut after = catalog.clone();
         after.backups.retain(|backup| !gone.contains(&backup.id()));
         after.wal = catalog.wal.without(|name| taken.contains(name));
@@ -425,11 +523,12 @@ proptest! {
         prop_assert!(catalog.marks.holds.is_disjoint(&gone));
         for target in catalog.lineage().timelines() {
             // What stays can be restored as before; without a window as far as before.
-            for backup in &after.backups {
+            for backup in after.backups.iter().chain(&hidden.backups) {
+                let is_hidden = hidden.backups.contains(backup);
                 let alone = std::slice::from_ref(backup);
                 let before_days = recoverable_days(&catalog, target, alone);
                 let after_days = recoverable_days(&after, target, alone);
-                if options.pitr_days.is_none() {
+                if options.pitr_days.is_none() || is_hidden {
                     prop_assert_eq!(&before_days, &after_days);
                 }
                 prop_assert_eq!(before_days.first(), after_days.first());
@@ -453,8 +552,5 @@ proptest! {
             };
             prop_assert_eq!(last(&catalog), last(&after));
         }
-        // Doing it twice finds nothing more to do.
-        let again = super::plan(&after, &options, now(now_day)).unwrap();
-        prop_assert!(again.backups.is_empty(), "a second plan deletes more: {}", again);
     }
 }

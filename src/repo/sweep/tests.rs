@@ -109,6 +109,11 @@ async fn a_host_whose_clock_is_days_ahead_sweeps_nothing() {
     assert!(error.to_string().contains("clock"), "{error}");
     assert_eq!(Catalog::load(&ahead.repository).await.unwrap().incomplete.len(), 1);
     let close = scene("2026-01-01T00:30:00Z").await;
+    let error = apply(&close.repository, &plan).await.unwrap_err();
+    assert!(error.to_string().contains("the plan was made by"), "set right meanwhile: {error}");
+    assert_eq!(Catalog::load(&ahead.repository).await.unwrap().incomplete.len(), 1);
+    tokio::time::sleep(3 * DAY).await;
+    let plan = close.plan().await;
     assert_eq!(apply(&close.repository, &plan).await.unwrap().pack_count, 1);
 }
 
