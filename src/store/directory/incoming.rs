@@ -55,6 +55,12 @@ impl Incoming {
         Err(Error::new(Kind::Unavailable, "a sweep keeps removing it").context(attempted()))
     }
 
+    /// Stands in for a file that cannot be fsynced.
+    #[cfg(test)]
+    pub(super) fn of(file: File) -> Self {
+        Self { file, path: PathBuf::new(), named: true }
+    }
+
     pub(super) fn file(&self) -> &File {
         &self.file
     }
@@ -78,6 +84,21 @@ impl Incoming {
         }
     }
 
+    /// Whether `target` is a name of this very file.
+    pub(super) fn is(&self, target: &Path) -> bool {
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (ours, there) = (self.file.metadata(), fs::symlink_metadata(target));
+        ours.is_ok_and(|ours| there.is_ok_and(|there| id(ours) == id(there)))
+    }
+
+    /// Undoes [`Incoming::rename_no_replace`], as far as that is possible. What has the name now must
+    /// be this file: the path may lead elsewhere meanwhile, and what is there is not ours.
+    pub(super) fn take_back(&self, target: &Path) {
+        if self.is(target) {
+            let _ = fs::rename(target, &self.path);
+        }
+    }
+
     /// Puts the file in the place of `target`.
     pub(super) fn rename(mut self, target: &Path) -> io::Result<()> {
         fs::rename(&self.path, target)?;
@@ -86,7 +107,7 @@ impl Incoming {
     }
 
     /// Says that the file has its name now.
-    pub(super) fn published(mut self) {
+    pub(super) fn published(&mut self) {
         self.named = true;
     }
 
