@@ -390,9 +390,7 @@ impl Inner {
                     return Err(Error::new(Kind::Unavailable, message).context(attempted()));
                 }
                 Err(fs::TryLockError::Error(error)) => {
-                    return Err(Error::io(attempted(), &error).hint(
-                        "The file system must support flock; on NFS use version 4 or later.",
-                    ));
+                    return Err(Error::io(attempted(), &error).hint(incoming::LOCK_HINT));
                 }
             }
         }
