@@ -61,7 +61,7 @@ pub const THREADS_MAX: u64 = 16;
 pub struct Budget {
     /// Worker threads.
     pub thread_count: usize,
-    /// A part is handed to the uploader when it has reached this size.
+    /// A part is handed to the uploader when its frames have reached this size.
     pub part_bytes: usize,
     /// Part buffers that may exist, being filled or uploaded.
     pub parts_max: usize,

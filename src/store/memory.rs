@@ -3,7 +3,7 @@
 //! # Shape
 //! Clones share the objects and the faults, so that a test keeps a handle on what the engine uses.
 //! Faults surface as the errors a driver returns after its own retries: `unavailable`, with the write
-//! stored or not.
+//! stored or not. Where S3 is stricter than a file, this is as strict as S3.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -17,9 +17,9 @@ use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{
-    Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PART_NUMBER_MAX,
-    PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag, checked_range, folder_prefix,
-    is_stale, joined,
+    Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PART_BYTES_MIN,
+    PART_NUMBER_MAX, PutOutcome, Replace, RequestCounts, Requests, Store, VersionTag,
+    checked_range, folder_prefix, is_stale, joined,
 };
 use crate::clock::{Clock, Instant};
 use crate::error::{Error, Kind, Result};
@@ -478,6 +478,7 @@ impl Multipart for MemoryMultipart {
             }
             let upload = state.uploads.remove(&self.id).ok_or_else(|| gone(&self.name))?;
             joined(&self.name, upload.parts.keys().copied())?;
+            large_enough(&self.name, &upload.parts)?;
             let body = upload.parts.values().fold(BytesMut::new(), |mut body, part| {
                 body.extend_from_slice(part);
                 body
@@ -494,6 +495,18 @@ impl Multipart for MemoryMultipart {
         let fate = self.memory.fate(Call::Any).await?;
         self.memory.state().uploads.remove(&self.id);
         fate.tell(())
+    }
+}
+
+/// Refuses what an S3 server refuses when an upload is completed: a small part that is not the last.
+fn large_enough(name: &ObjectName, parts: &BTreeMap<u32, Bytes>) -> Result<()> {
+    let small = |(_, body): &(&u32, &Bytes)| (body.len() as u64) < PART_BYTES_MIN;
+    match parts.iter().rev().skip(1).find(small) {
+        None => Ok(()),
+        Some((number, body)) => Err(Error::new(
+            Kind::Bug,
+            format!("unable to complete '{name}': part {number} has {} bytes only", body.len()),
+        )),
     }
 }
 
@@ -534,6 +547,19 @@ mod tests {
             runs.push((run, stored));
         }
         assert_eq!(runs[0], runs[1]);
+    }
+
+    #[tokio::test]
+    async fn a_small_part_is_taken_as_the_last_one_only() {
+        let memory = Memory::new(&Clock::system());
+        let (small, large) = (Bytes::from_static(b"x"), Bytes::from(vec![7; 5 << 20]));
+        for (parts, taken) in [([&large, &small], true), ([&small, &large], false)] {
+            let upload = memory.begin_multipart(&name("a")).await.unwrap();
+            for (number, part) in (1..).zip(parts) {
+                upload.put_part(number, part.clone()).await.unwrap();
+            }
+            assert_eq!(upload.complete().await.is_ok(), taken);
+        }
     }
 
     #[tokio::test]

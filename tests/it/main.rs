@@ -9,6 +9,9 @@ mod expire;
 mod fuzz_corpus;
 mod golden;
 mod minis3_semantics;
+#[allow(dead_code, reason = "each test binary uses its own part")]
+#[path = "../harness/proxy.rs"]
+mod proxy;
 mod s3_server;
 mod store_contract;
 mod store_faults;

@@ -9,6 +9,7 @@ use tidemark::clock::Clock;
 use tidemark::error::{Error, Kind};
 use tidemark::store::{self, Checksum, ObjectName, PutOutcome, Replace, Store, StoreOptions};
 
+use crate::proxy::{self, Proxy};
 use crate::s3_server::{self, memory, open};
 
 fn name(text: &str) -> ObjectName {
@@ -283,6 +284,31 @@ async fn a_server_that_never_answers_is_given_up() {
     assert!(error.is_transient());
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_eq!(store.requests().gets, 3);
+}
+
+/// What could be put over a slow link can be fetched over it, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known() {
+    let server = memory();
+    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
+    let proxy = Proxy::start(address).await;
+    let mut options = s3_server::options(&server);
+    options.endpoint = Some(format!("http://{}", proxy.address()));
+    options.attempt_timeout = Duration::from_secs(1);
+    options.attempts_max = 1;
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let (name, body) = (name("a"), Bytes::from(vec![7; 256 << 10]));
+    store.put_if_absent(&name, body.clone()).await.unwrap();
+    proxy.set(proxy::Fault::Slow(128 << 10));
+    for range in [Some(0..body.len() as u64), None] {
+        assert_eq!(store.get(&name, range).await.unwrap(), body);
+    }
+    // A body that stands still is given up all the same.
+    let (got, ()) = tokio::join!(store.get(&name, None), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        proxy.set(proxy::Fault::Stall);
+    });
+    assert_eq!(got.unwrap_err().kind(), Kind::Unavailable);
 }
 
 #[tokio::test(flavor = "multi_thread")]

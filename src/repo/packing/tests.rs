@@ -10,6 +10,8 @@ use super::*;
 use crate::clock::Clock;
 use crate::pg::{Lsn, SegmentSize, TimelineId, crc32c};
 use crate::pipeline::Worker;
+use crate::pipeline::frame::{BLOCK_BYTES, FRAME_OVERHEAD_BYTES};
+use crate::repo::header::HEADER_BYTES;
 use crate::repo::manifest::{Manifest, ManifestFacts};
 use crate::repo::reader::Check;
 use crate::repo::{DecryptionIdentity, Encryption, FrameBatch, Reader, Repository};
@@ -57,8 +59,18 @@ impl Place {
         pack_bytes: u64,
         inspect: Arc<dyn Inspect>,
     ) -> BackupWriter {
+        self.begin_within(SMALL, encryption, pack_bytes, inspect).await
+    }
+
+    async fn begin_within(
+        &self,
+        budget: Budget,
+        encryption: Encryption,
+        pack_bytes: u64,
+        inspect: Arc<dyn Inspect>,
+    ) -> BackupWriter {
         let writer = self.repository.writer(&encryption).await.unwrap();
-        let options = PackOptions { budget: SMALL, level: Level::default(), pack_bytes };
+        let options = PackOptions { budget, level: Level::default(), pack_bytes };
         writer.backup(self.id(), options, inspect).unwrap()
     }
 
@@ -199,6 +211,28 @@ async fn files_of_all_sizes_come_back_from_packs_of_all_sizes() {
         assert!(manifest.packs.len() > 1 || pack_bytes > 1);
         assert!(read_back(&place.reader(), &manifest).await == expected, "pack {pack_bytes}");
     }
+}
+
+/// The room for the header in front of a part is in the first one only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_without_the_header_is_as_large_as_stores_want_it() {
+    let place = Place::new().await;
+    let one_thread = Budget { thread_count: 1, ..SMALL };
+    let inspect = Arc::new(NoInspection);
+    let mut backup = place.begin_within(one_thread, Encryption::None, u64::MAX, inspect).await;
+    let frame = BLOCK_BYTES + FRAME_OVERHEAD_BYTES;
+    // With four whole frames it is more than the least part if the room counts, and less if not. It
+    // waits for others to share its block until one comes that does not fit.
+    let short = SMALL.part_bytes - 4 * frame - FRAME_OVERHEAD_BYTES - HEADER_BYTES / 2;
+    let mut expected = BTreeMap::new();
+    for (index, size) in [5 * BLOCK_BYTES, 4 * BLOCK_BYTES, short, 8192].into_iter().enumerate() {
+        let data = content(index as u64, size, false);
+        put_file(&mut backup, &format!("{index}"), &data, 65_536).await.unwrap();
+        expected.insert(format!("{index}"), data);
+    }
+    let manifest = backup.finish_packs().await.unwrap().commit(facts()).await.unwrap();
+    let reader = place.repository.reader(Vec::new());
+    assert!(read_back(&reader, &manifest).await == expected);
 }
 
 #[tokio::test]

@@ -138,7 +138,9 @@ fn seal_block(
     let plain_bytes = to_u32(slices.iter().map(Bytes::len).sum())?;
     part.frames.push(PartFrame { start, frame_bytes, plain_bytes, index, hash, spans });
 
-    if part.bytes.len() < shared.options.budget.part_bytes {
+    // Only the first part of a pack keeps the room for the header: with less than this in frames, any
+    // other would be too small for a store.
+    if part.bytes.len() - HEADER_BYTES < shared.options.budget.part_bytes {
         pack.idle_parts.lock().unwrap_or_else(PoisonError::into_inner).push(part);
         return Ok(());
     }

@@ -4,7 +4,7 @@
 //! The owner holds a lock on the file for as long as it lives, so a sweep knows the abandoned ones;
 //! a file that was swept before its owner could lock it is noticed by having no name.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,10 @@ use crate::store::is_stale;
 
 /// Name of the folder below the root.
 const FOLDER: &str = ".incoming";
+
+/// What to do where nothing can be locked.
+pub(super) const LOCK_HINT: &str =
+    "The file system must support flock; on NFS use version 4 or later.";
 
 /// A file without an object's name; dropping it removes it.
 #[derive(Debug)]
@@ -48,11 +52,22 @@ impl Incoming {
                 }
                 created => created.context(attempted)?,
             };
-            if file.try_lock().is_ok() && file.metadata().context(attempted)?.nlink() > 0 {
-                return Ok(Self { file, path, named: false });
+            let made = Self { file, path, named: false };
+            match made.file.try_lock() {
+                Ok(()) if made.file.metadata().context(attempted)?.nlink() > 0 => return Ok(made),
+                Ok(()) | Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => {
+                    return Err(Error::io(attempted(), &error).hint(LOCK_HINT));
+                }
             }
         }
         Err(Error::new(Kind::Unavailable, "a sweep keeps removing it").context(attempted()))
+    }
+
+    /// Stands in for a file that cannot be fsynced.
+    #[cfg(test)]
+    pub(super) fn of(file: File) -> Self {
+        Self { file, path: PathBuf::new(), named: true }
     }
 
     pub(super) fn file(&self) -> &File {
@@ -78,6 +93,21 @@ impl Incoming {
         }
     }
 
+    /// Whether `target` is a name of this very file.
+    pub(super) fn is(&self, target: &Path) -> bool {
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (ours, there) = (self.file.metadata(), fs::symlink_metadata(target));
+        ours.is_ok_and(|ours| there.is_ok_and(|there| id(ours) == id(there)))
+    }
+
+    /// Undoes [`Incoming::rename_no_replace`], as far as that is possible. What has the name now must
+    /// be this file: the path may lead elsewhere meanwhile, and what is there is not ours.
+    pub(super) fn take_back(&self, target: &Path) {
+        if self.is(target) {
+            let _ = fs::rename(target, &self.path);
+        }
+    }
+
     /// Puts the file in the place of `target`.
     pub(super) fn rename(mut self, target: &Path) -> io::Result<()> {
         fs::rename(&self.path, target)?;
@@ -86,11 +116,13 @@ impl Incoming {
     }
 
     /// Says that the file has its name now.
-    pub(super) fn published(mut self) {
+    pub(super) fn published(&mut self) {
         self.named = true;
     }
 
-    /// Removes the files that nobody holds and that have not been written to for `older_than`.
+    /// Removes the files that nobody holds and that have not been written to for `older_than`. Nothing
+    /// is lost by that: no object has such a name, and an owner that is not yet there to lock its file
+    /// finds it gone and makes another.
     pub(super) fn sweep(root: &Path, clock: &Clock, older_than: Duration) -> Result<u64> {
         let folder = root.join(FOLDER);
         let attempted = || format!("unable to sweep '{}'", folder.display());
@@ -101,12 +133,22 @@ impl Incoming {
         let mut swept = 0;
         for entry in entries {
             let path = entry.context(attempted)?.path();
-            let Ok(file) = File::open(&path) else { continue };
+            let Ok(file) = open_to_lock(&path) else { continue };
             let metadata = file.metadata().context(attempted)?;
             let stale = is_stale(modified(&metadata)?, clock.now(), older_than);
-            if metadata.is_file() && stale && file.try_lock().is_ok() {
-                fs::remove_file(&path).context(attempted)?;
-                swept += 1;
+            if !metadata.is_file() || !stale {
+                continue;
+            }
+            match file.try_lock() {
+                Ok(()) => {
+                    fs::remove_file(&path).context(attempted)?;
+                    swept += 1;
+                }
+                // Its owner is at work.
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => {
+                    tracing::warn!("unable to sweep '{}': {error}; {LOCK_HINT}", path.display());
+                }
             }
         }
         Ok(swept)
@@ -122,6 +164,12 @@ impl Drop for Incoming {
     }
 }
 
+/// Opens a file that may be another's, to lock it. For writing too: NFS locks a range of bytes for this,
+/// which must be exclusive and is refused (`EBADF`) where nothing could be written.
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
 fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o640).open(path)
 }
@@ -129,4 +177,23 @@ fn create_new(path: &Path) -> io::Result<File> {
 /// Opens the file, making it if it is missing, without touching what it holds.
 pub(super) fn create_or_open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o640).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{OFlags, fcntl_getfl};
+
+    use super::*;
+
+    #[test]
+    fn what_is_to_be_locked_is_open_for_writing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("left-behind");
+        fs::write(&path, b"half").unwrap();
+        let file = open_to_lock(&path).unwrap();
+        let mode = fcntl_getfl(&file).unwrap() & OFlags::RWMODE;
+        assert_eq!(mode, OFlags::RDWR);
+        assert_eq!(fs::read(&path).unwrap(), b"half", "and left as it was");
+        assert!(open_to_lock(&folder.path().join("none")).is_err(), "nothing is made");
+    }
 }

@@ -237,7 +237,8 @@ impl Inner {
         let begun = self.clock.instant();
         let mut incoming = self.incoming()?;
         incoming.file_mut().write_all(body).context(|| "unable to write a new file")?;
-        let outcome = self.publish(incoming, name)?;
+        self.sync(incoming.file()).context(|| "unable to fsync a new file")?;
+        let outcome = self.publish(&mut incoming, name)?;
         self.note_upload(begun);
         Ok(outcome)
     }
@@ -266,25 +267,22 @@ impl Inner {
         Incoming::new(self.root.path(), &self.clock)
     }
 
-    /// Gives the file its name unless that is taken. What was written is fsynced first, the way to it
-    /// afterwards, whether or not it was ours: see the module's head.
-    fn publish(&self, incoming: Incoming, name: &ObjectName) -> Result<PutOutcome> {
-        self.sync(incoming.file()).context(|| "unable to fsync a new file")?;
+    /// Gives the file its name unless that is taken. What was written must have been fsynced, so that
+    /// the name is never one of half an object; the way to it is fsynced here, whether or not it was
+    /// ours: see the module's head.
+    ///
+    /// After an error it can be called again with the same file, which then has its own name as before,
+    /// or `name` if it could not be taken back. Only we hold the file, so whoever has that name is us.
+    fn publish(&self, incoming: &mut Incoming, name: &ObjectName) -> Result<PutOutcome> {
         let target = self.path(name);
         let folder = parent(&target);
         // A delete may remove the folder as empty between making it and filling it.
         for _ in 0..3 {
             make_folders(&self.root.make()?, name)?;
             match incoming.rename_no_replace(&target) {
-                Ok(()) => {
-                    if let Err(error) = self.make_durable(folder) {
-                        // Not durable, so not there: a later put must not take it for granted.
-                        let _ = fs::remove_file(&target);
-                        return Err(error);
-                    }
-                    incoming.published();
-                    return Ok(PutOutcome::Created);
-                }
+                Ok(()) => return self.settle(incoming, &target),
+                // Named by an earlier call, or by this one and the answer was lost (NFS).
+                Err(_) if incoming.is(&target) => return self.settle(incoming, &target),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                     if !target.is_file() {
                         let message = format!("'{}' is a folder", target.display());
@@ -298,6 +296,18 @@ impl Inner {
             }
         }
         Err(Error::new(Kind::Unavailable, format!("folder '{}' keeps vanishing", folder.display())))
+    }
+
+    /// Makes the name that the file has now durable. Until that is done nobody is told of it; if we die
+    /// before, the object is there or not, and whole.
+    fn settle(&self, incoming: &mut Incoming, target: &Path) -> Result<PutOutcome> {
+        if let Err(error) = self.make_durable(parent(target)) {
+            // Not durable, so not there: a later put must not take it for granted.
+            incoming.take_back(target);
+            return Err(error);
+        }
+        incoming.published();
+        Ok(PutOutcome::Created)
     }
 
     fn get(&self, name: &ObjectName, range: Option<Range<u64>>) -> Result<Bytes> {
@@ -380,9 +390,7 @@ impl Inner {
                     return Err(Error::new(Kind::Unavailable, message).context(attempted()));
                 }
                 Err(fs::TryLockError::Error(error)) => {
-                    return Err(Error::io(attempted(), &error).hint(
-                        "The file system must support flock; on NFS use version 4 or later.",
-                    ));
+                    return Err(Error::io(attempted(), &error).hint(incoming::LOCK_HINT));
                 }
             }
         }

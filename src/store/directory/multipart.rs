@@ -32,7 +32,7 @@ struct Upload {
 
 #[derive(Debug)]
 struct State {
-    /// `None` after completion or abort.
+    /// `None` during and after completion, and after abort.
     object: Option<Arc<Incoming>>,
     parts: BTreeMap<u32, Part>,
     /// All parts below this number are known, and end at `next_offset` bytes.
@@ -86,8 +86,7 @@ impl Multipart for DirectoryMultipart {
         self.0.store.requests.multipart_completes.one();
         let upload = Arc::clone(&self.0);
         blocking(move || {
-            let completed = upload.complete().map_err(|error| upload.store.root.explain(error));
-            completed.context(|| format!("unable to write object '{}'", upload.name))
+            upload.complete().context(|| format!("unable to write object '{}'", upload.name))
         })
         .await
     }
@@ -147,39 +146,67 @@ impl Upload {
         }
     }
 
-    /// Moves the parts that came early to their place, and publishes. Everything is fsynced by
-    /// `publish` before the object gets its name.
+    /// Moves the parts that came early to their place, fsyncs the object, and publishes it.
+    ///
+    /// After an outage everything is as it was before, and this can be called again.
+    ///
+    /// # Durability
+    /// Nothing has the object's name before all of it is fsynced. A failed fsync is the end of the
+    /// upload (`conflict`: it must be made anew): Linux reports a failed write once and then takes its
+    /// pages for clean, so that a second fsync of the same file succeeds and what was lost stays lost.
     fn complete(&self) -> Result<PutOutcome> {
-        let (object, parts) = {
-            let mut state = self.state();
-            joined(&self.name, state.parts.keys().copied())?;
-            if let Some((number, _)) = state.parts.iter().find(|(_, part)| !part.written) {
-                let message = format!("part {number} was not written");
-                return Err(Error::new(Kind::Bug, message));
+        let (mut object, mut parts) = self.take()?;
+        let explained = |error| self.store.root.explain(error);
+        let moved = move_early(&object, &mut parts).map_err(explained);
+        let published = moved.and_then(|()| {
+            self.sync(&object)?;
+            self.store.publish(&mut object, &self.name).map_err(explained)
+        });
+        match &published {
+            Ok(_) => {
+                // A backup must not push the database out of the page cache; only advice, so errors
+                // are fine.
+                let _ = fadvise(object.file(), 0, None, Advice::DontNeed);
             }
-            let object = state.object.take().ok_or_else(|| self.gone())?;
-            (object, std::mem::take(&mut state.parts))
-        };
-        let mut object = Arc::try_unwrap(object)
-            .map_err(|_held| Error::new(Kind::Bug, "a part is still being written"))?;
-        let mut offset = 0;
-        for part in parts.into_values() {
-            if let Place::Apart(file) = part.place {
-                copy(file.file(), object.file_mut(), offset)?;
+            Err(error) if error.is_transient() => {
+                let mut state = self.state();
+                state.object = Some(Arc::new(object));
+                state.parts = parts;
             }
-            offset += part.size_bytes;
+            Err(_) => {}
         }
-        let file = object.file().try_clone().context(|| "unable to hold on to a new file")?;
-        let outcome = self.store.publish(object, &self.name)?;
-        // A backup must not push the database out of the page cache; only advice, so errors are fine.
-        let _ = fadvise(&file, 0, None, Advice::DontNeed);
-        Ok(outcome)
+        published
+    }
+
+    /// The whole object out of the state.
+    fn take(&self) -> Result<(Incoming, BTreeMap<u32, Part>)> {
+        let mut state = self.state();
+        if state.object.is_none() {
+            return Err(self.gone());
+        }
+        joined(&self.name, state.parts.keys().copied())?;
+        if let Some((number, _)) = state.parts.iter().find(|(_, part)| !part.written) {
+            let message = format!("part {number} was not written");
+            return Err(Error::new(Kind::Bug, message));
+        }
+        let object = state.object.take().and_then(Arc::into_inner);
+        let object =
+            object.ok_or_else(|| Error::new(Kind::Bug, "a part is still being written"))?;
+        Ok((object, std::mem::take(&mut state.parts)))
+    }
+
+    fn sync(&self, object: &Incoming) -> Result<()> {
+        self.store.sync(object.file()).map_err(|error| {
+            Error::io("unable to fsync a new file", &error)
+                .with_kind(Kind::Conflict)
+                .hint("What was written may be lost on its way to the disk: begin anew.")
+        })
     }
 
     fn gone(&self) -> Error {
         Error::new(
             Kind::Conflict,
-            format!("unable to go on with the upload of '{}': completed or aborted", self.name),
+            format!("unable to go on with the upload of '{}': it has ended", self.name),
         )
     }
 }
@@ -194,11 +221,50 @@ impl State {
     }
 }
 
+/// Moves the parts that came early to their place.
+fn move_early(object: &Incoming, parts: &mut BTreeMap<u32, Part>) -> Result<()> {
+    let mut offset = 0;
+    for part in parts.values_mut() {
+        if let Place::Apart(file) = &part.place {
+            copy(file.file(), object.file(), offset)?;
+            part.place = Place::Object(offset);
+        }
+        offset += part.size_bytes;
+    }
+    Ok(())
+}
+
 /// Copies a whole file to `offset` of another; the standard library lets the kernel do it.
-fn copy(mut from: &File, to: &mut File, offset: u64) -> Result<()> {
+fn copy(mut from: &File, mut to: &File, offset: u64) -> Result<()> {
     let attempted = || "unable to move a part to its place";
     from.seek(SeekFrom::Start(0)).context(attempted)?;
     to.seek(SeekFrom::Start(offset)).context(attempted)?;
-    std::io::copy(&mut from, to).context(attempted)?;
+    std::io::copy(&mut from, &mut to).context(attempted)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Directory;
+    use super::*;
+    use crate::clock::Clock;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn a_failed_fsync_is_never_tried_again_and_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Directory::new(folder.path().join("repository"), &Clock::system());
+        let name = ObjectName::new("c/a").unwrap();
+        let upload = DirectoryMultipart::begin(Arc::clone(&store.0), name.clone()).unwrap();
+        upload.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+        // No pipe can be fsynced.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let writer = File::from(std::os::fd::OwnedFd::from(writer));
+        upload.0.state().object = Some(Arc::new(Incoming::of(writer)));
+        for _ in 0..2 {
+            let error = upload.complete().await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Conflict, "{error}");
+        }
+        assert_eq!(store.head(&name).await.unwrap(), None);
+    }
 }

@@ -107,6 +107,57 @@ async fn a_root_that_went_away_is_an_outage_and_neither_empty_nor_written_to() {
 }
 
 #[tokio::test]
+async fn a_completion_that_an_outage_stopped_is_called_again() {
+    let (folder, store) = store();
+    let (root, away) = (store.0.root.path().to_owned(), folder.path().join("unmounted"));
+    store.put_if_absent(&name("c/there"), Bytes::from_static(b"first")).await.unwrap();
+    for (text, outcome, content) in [
+        ("c/absent", PutOutcome::Created, b"early late".as_slice()),
+        ("c/there", PutOutcome::AlreadyThere, b"first"),
+    ] {
+        let upload = store.begin_multipart(&name(text)).await.unwrap();
+        upload.put_part(2, Bytes::from_static(b" late")).await.unwrap();
+        upload.put_part(1, Bytes::from_static(b"early")).await.unwrap();
+        fs::rename(&root, &away).unwrap();
+        for _ in 0..2 {
+            let error = upload.complete().await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+        }
+        fs::rename(&away, &root).unwrap();
+        assert_eq!(upload.complete().await.unwrap(), outcome, "{text}");
+        assert_eq!(store.get(&name(text), None).await.unwrap().as_ref(), content);
+        assert_eq!(upload.complete().await.unwrap_err().kind(), Kind::Conflict);
+    }
+    // Early parts that were moved while their own files could not be removed.
+    assert_eq!(store.abort_stale_multiparts("", Duration::ZERO).await.unwrap(), 2);
+    assert_eq!(fs::read_dir(root.join(".incoming")).unwrap().count(), 0);
+}
+
+/// What an outage leaves after the rename: the name, which could not be taken back, or nothing.
+#[tokio::test]
+async fn a_file_that_was_named_before_an_outage_is_known_as_ours() {
+    let (_folder, store) = store();
+    let store = &store.0;
+    let target = store.path(&name("c/a"));
+    for taken_back in [false, true] {
+        let mut incoming = store.incoming().unwrap();
+        fs::create_dir_all(parent(&target)).unwrap();
+        incoming.rename_no_replace(&target).unwrap();
+        if taken_back {
+            incoming.take_back(&target);
+            assert!(!target.exists());
+        }
+        assert_eq!(store.publish(&mut incoming, &name("c/a")).unwrap(), PutOutcome::Created);
+        assert!(incoming.is(&target));
+        let mut rival = store.incoming().unwrap();
+        assert_eq!(store.publish(&mut rival, &name("c/a")).unwrap(), PutOutcome::AlreadyThere);
+        rival.take_back(&target);
+        assert!(incoming.is(&target), "a rival's file is left alone");
+        fs::remove_file(&target).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_root_that_was_only_read_is_known_too() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().join("repository");

@@ -168,9 +168,20 @@ impl S3 {
     ) -> std::result::Result<T, Failure> {
         call.counter.one();
         self.requests.sent_bytes.add(call.sent_bytes);
-        let seconds = (call.sent_bytes + call.expected_bytes) / BODY_BYTES_PER_SECOND_MIN;
+        let bytes = call.sent_bytes + call.expected_bytes;
+        self.in_time(self.clock.instant(), bytes, request).await
+    }
+
+    /// Does `work` within the time of a try that has begun, and has so many bytes to send or receive.
+    pub(super) async fn in_time<T>(
+        &self,
+        begun: Instant,
+        bytes: u64,
+        work: impl Future<Output = std::result::Result<T, Failure>>,
+    ) -> std::result::Result<T, Failure> {
+        let seconds = bytes / BODY_BYTES_PER_SECOND_MIN;
         let patience = self.options.attempt_timeout + Duration::from_secs(seconds);
-        match tokio::time::timeout(patience, request).await {
+        match tokio::time::timeout_at(begun + patience, work).await {
             Ok(result) => result,
             Err(_elapsed) => Err(Failure::timed_out(patience.as_secs())),
         }

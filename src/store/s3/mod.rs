@@ -163,7 +163,9 @@ impl S3 {
                 None => Err(self.missing(name)),
             };
         }
-        let call = Call::new(&self.requests.gets).expecting(expected_bytes.unwrap_or(0));
+        // How long a whole object is shows with its answer only: `get_once` sees to its time then.
+        let expected_bytes = expected_bytes.unwrap_or(GET_BYTES_MAX);
+        let call = Call::new(&self.requests.gets).expecting(expected_bytes);
         let tried = self.attempt(call, |client| self.get_once(client, name, range.clone())).await?;
         match tried.result {
             Ok(Got::Body(body, _)) => {
@@ -184,7 +186,8 @@ impl S3 {
         name: &ObjectName,
         range: Option<Range<u64>>,
     ) -> std::result::Result<Got, Failure> {
-        let (answer, whole_bytes) = match range {
+        let begun = self.clock.instant();
+        let (answer, bytes) = match range {
             Some(range) => {
                 let bytes = range.end - range.start;
                 match self.begin_once(client, name, range).await? {
@@ -194,13 +197,13 @@ impl S3 {
             }
             None => {
                 let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
-                let answer = request.send().await.map_err(Failure::from)?;
-                let whole_bytes = whole_bytes(&answer)?;
-                (answer, whole_bytes)
+                let answer = self.in_time(begun, 0, request.send().map_err_failure()).await?;
+                let bytes = whole_bytes(&answer)?;
+                (answer, bytes)
             }
         };
         let tag = answer.e_tag().unwrap_or_default().to_owned();
-        Ok(Got::Body(self.body(answer, whole_bytes).await?, tag))
+        Ok(Got::Body(self.in_time(begun, bytes, self.body(answer, bytes)).await?, tag))
     }
 
     /// Receives exactly `expected_bytes`.
