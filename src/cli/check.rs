@@ -19,9 +19,11 @@ use streaming::{Slot, Streaming};
 ///
 /// Connects both ways, reads the server's settings and the slot, probes what the store enforces,
 /// and proves with the identity, when there is one, that what is written can be read. Fit for
-/// monitoring: once a slot keeps WAL for the repository it is a failure that nobody streams, that
-/// the stream is more than five minutes behind, and that what it stores cannot be restored. The
-/// exit status is that of the first thing that is wrong; a warning alone leaves it 0.
+/// monitoring: while a slot keeps WAL, or a writer has not given its lease back, it is a failure
+/// that nobody streams, that commits older than five minutes and a third of lease.ttl are not
+/// durable, that no backup leads to the WAL that arrives, and that the repository is not there; so
+/// is a slot that the server has given up on. A slot that is missing, a gap, and that there is no
+/// backup yet are warnings. The exit status is that of the first failure; a warning leaves it 0.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print the result as JSON on standard output.

@@ -162,6 +162,20 @@ mod tests {
     }
 
     #[test]
+    fn whoever_reads_what_is_sealed_can_be_given_what_opens_it() {
+        for (command, operands) in
+            [("restore", &[][..]), ("verify", &[]), ("wal-get", &["n", "p"]), ("inspect", &["w"])]
+        {
+            let flags = ["tidemark", command, "--identity", "i", "--passphrase-file", "p"];
+            let arguments = flags.iter().chain(operands);
+            let matches = super::super::grammar().try_get_matches_from(arguments).unwrap();
+            let names: Vec<_> = given(&matches).iter().map(|given| given.key.name).collect();
+            assert!(names.contains(&"keys.identity_file"), "{command}");
+            assert!(names.contains(&"keys.passphrase_file"), "{command}");
+        }
+    }
+
+    #[test]
     fn flags_before_and_after_the_command_are_found() {
         let arguments = ["tidemark", "--log-level", "debug", "list", "--cluster", "a"];
         let matches = super::super::grammar().try_get_matches_from(arguments).unwrap();

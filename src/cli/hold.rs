@@ -10,9 +10,10 @@ use crate::store::PutOutcome;
 
 /// Keep a backup, whatever retention says, until it is released.
 ///
-/// 'expire' and 'run' leave a held backup alone, and the WAL from its start to its end. To keep every
-/// moment after it too, keep a longer window (--pitr-days). Hold the backup that a restore reads from
-/// for as long as the restore takes, if it is an old one.
+/// 'expire' and 'run' leave a held backup alone, and the WAL from its start to its end: so much can
+/// be restored. With --pitr-days the WAL after it, up to a later target, goes as that says, and a
+/// longer window keeps it; without, it is kept too. Hold the backup that a restore reads from for as
+/// long as the restore takes, if it is an old one.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The backup, as 'tidemark list' names it.

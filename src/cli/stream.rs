@@ -28,7 +28,9 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(60);
 ///
 /// Makes the replication slot and the repository when they are missing. Every commit is durable in
 /// the repository about a second after the server wrote it. SIGTERM flushes what was received and
-/// ends with status 0; killing it in any other way loses nothing either, it goes on where it was.
+/// ends with status 0; with 10 when the lease was not taken yet, with 4 when the repository did not
+/// take all of it in wal.stop_grace. A second signal ends it at once, with 130; that, or killing it,
+/// loses nothing either, it goes on where it was.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// When another process streams for this cluster, wait for its end instead of refusing.

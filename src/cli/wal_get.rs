@@ -14,9 +14,9 @@ use crate::restore::{self, WalGet, WalGetRequest};
 /// Fetch one WAL segment or history file: PostgreSQL's restore_command.
 ///
 /// Used as restore_command = 'tidemark wal-get %f %p'. Ends with status 1 when the repository does
-/// not hold the file, which ends recovery in good order, and with a status above 125 when the
-/// repository cannot be reached, which stops PostgreSQL instead of letting it end recovery early. A
-/// standby asks again and is told 1 in both cases.
+/// not hold the file, which ends recovery in good order, and with 200 when anything failed, which
+/// stops PostgreSQL instead of letting it end recovery early. A standby asks again and is told 1 in
+/// both cases.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Name of the file wanted, PostgreSQL's %f.
@@ -109,4 +109,32 @@ fn absolute(form: Form, value: String) -> Result<String> {
     }
     let path = std::path::absolute(&value).context(|| format!("unable to use '{value}'"))?;
     Ok(path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Environment;
+    use crate::config::key::find;
+    use crate::config::settings::{Given, Value};
+
+    #[test]
+    fn the_restore_command_names_what_opens_the_repository_and_no_secret() {
+        let given = Given {
+            key: find("keys.passphrase_file").unwrap(),
+            value: Value::Text("relative/phrase".to_owned()),
+        };
+        let variables = [("TIDEMARK_CONFIG", ""), ("TIDEMARK_KEYS_IDENTITY_FILE", "/etc/identity")];
+        let config = Config::load(None, vec![given], Environment::of(variables)).unwrap();
+        let words = command_words(&config).unwrap();
+        let follows = |flag| words.iter().skip_while(|word| *word != flag).nth(1).cloned();
+        assert_eq!(follows("--identity").as_deref(), Some("/etc/identity"));
+        let here = std::env::current_dir().unwrap().join("relative/phrase");
+        assert_eq!(follows("--passphrase-file"), Some(here.display().to_string()));
+
+        let variables = [("TIDEMARK_CONFIG", ""), ("TIDEMARK_KEYS_PASSPHRASE", "hunter2")];
+        let config = Config::load(None, Vec::new(), Environment::of(variables)).unwrap();
+        let words = command_words(&config).unwrap();
+        assert!(!words.iter().any(|word| word.contains("hunter2")), "{words:?}");
+    }
 }

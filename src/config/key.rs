@@ -315,14 +315,16 @@ pub const KEYS: &[Key] = &[
     key(
         "keys.passphrase",
         Form::Secret,
-        Group::Sealing,
-        "Passphrase that seals and opens the repository besides, or instead of, key pairs.",
+        Group::Opening,
+        "Passphrase that seals and opens the repository in place of key pairs: together with \
+         keys.recipients it is refused.",
     ),
     key(
         "keys.passphrase_file",
         Form::Path,
-        Group::Sealing,
-        "File whose first line is the passphrase that seals and opens the repository.",
+        Group::Opening,
+        "File whose first line is the passphrase that seals and opens the repository, in place of \
+         key pairs.",
     )
     .flag("passphrase-file"),
     key(
@@ -339,7 +341,7 @@ pub const KEYS: &[Key] = &[
         Form::Integer { min: 1, max: 64 },
         Group::Jobs,
         "Threads that compress, encrypt, and the reverse. Without it as many as the machine has \
-         cores and the memory allows.",
+         cores. A backup or a restore uses 16 at most, and no more than its memory has room for.",
     )
     .flag("jobs")
     .short('j'),
@@ -347,8 +349,10 @@ pub const KEYS: &[Key] = &[
         "pipeline.memory",
         Form::Size,
         Group::Memory,
-        "Most memory the whole process may take. Without it backup keeps below 128 MiB, stream \
-         below 48 MiB and restore below 96 MiB.",
+        "Most memory the process may take; 'tidemark run' takes as much for the stream and once more \
+         while it takes a backup. Without it backup keeps below 128 MiB, stream below 48 MiB and \
+         restore below 96 MiB. A restore may take 72 MiB whatever is set, and a passphrase takes 128 \
+         MiB more for a moment at the start.",
     )
     .flag("memory"),
     key(

@@ -1,4 +1,5 @@
-//! Chaos: real Postgres, a real S3 server, the real binary, and faults drawn from a seed.
+//! Chaos: real Postgres, the real binary, our S3 test server (minis3) in this process, and faults drawn
+//! from a seed.
 //!
 //! A round writes numbered rows on several connections, makes its faults, ends the sidecar and the
 //! servers, and then has only the repository: what Postgres was told is durable must be in a restore,

@@ -111,7 +111,8 @@ fn for_each_page(data: &[Bytes], mut look: impl FnMut(&[u8; BLCKSZ])) {
 }
 
 /// Reads suspects again and returns those that are damaged indeed; all of them when the server does
-/// not let us read (that takes `pg_read_server_files`, or being superuser).
+/// not let us read (that takes the right to execute this `pg_read_binary_file`, which
+/// `pg_read_server_files` does not give, or being superuser).
 ///
 /// # Errors
 /// Never for a suspect: what cannot be read again stays one.
