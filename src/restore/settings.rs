@@ -455,24 +455,6 @@ mod tests {
     }
 
     #[test]
-    fn the_block_is_taken_out_by_the_command_that_ends_the_recovery() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("postgresql.auto.conf");
-        let ending = RecoverySettings {
-            recovery_end_command: Some(REMOVE_BLOCK.to_owned()),
-            ..settings(Stop::Immediate)
-        };
-        let before = b"work_mem = '4MB'\n# d\xe9j\xe0\n";
-        let text = ending.apply(before);
-        std::fs::write(&path, [text.as_slice(), b"later = 1\n"].concat()).unwrap();
-        let mut shell = std::process::Command::new("sh");
-        let ended = shell.args(["-c", REMOVE_BLOCK]).current_dir(folder.path()).status().unwrap();
-        assert!(ended.success());
-        assert_eq!(std::fs::read(&path).unwrap(), [before.as_slice(), b"later = 1\n"].concat());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-    }
-
-    #[test]
     fn words_survive_postgres_the_shell_and_the_configuration_file() {
         assert_eq!(shell_word("/usr/bin/tidemark"), "/usr/bin/tidemark");
         assert_eq!(shell_word("it's 100%"), r"'it'\''s 100%%'");

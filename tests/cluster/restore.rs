@@ -461,7 +461,8 @@ async fn a_restored_server_runs_where_it_was_restored_and_with_what_its_wal_need
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_of_a_restored_server_follows_it() {
-    let Protected { binaries, server, place, running } = Protected::with(&[]).await;
+    let set = "alter system set work_mem = '5MB'";
+    let Protected { binaries, server, place, running } = Protected::with(&[set]).await;
     server.psql("insert into t values (1)");
     server.psql("select pg_create_restore_point('one')");
     server.psql("insert into t values (2)");
@@ -470,9 +471,13 @@ async fn a_replica_of_a_restored_server_follows_it() {
     let planned = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
     let folder = Folder::new();
     run(&place, &planned, &options(&folder.data())).await.unwrap();
+    let settings = || std::fs::read_to_string(folder.data().join("postgresql.auto.conf")).unwrap();
+    assert!(settings().contains("recovery_target_lsn"));
     let restored = Postgres::adopt(&binaries, &folder.data());
     restored.run();
     restored.wait_for("select pg_is_in_recovery()", "f");
+    let left = settings();
+    assert!(left.ends_with("work_mem = '5MB'\n") && !left.contains("tidemark"), "{left}");
     let replica = restored.standby();
     restored.psql("insert into t values (3)");
     replica.wait_for("select count(*) from t where id in (1, 3)", "2");
