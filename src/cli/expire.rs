@@ -51,19 +51,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     }
     let report = upkeep::apply(&repository, &plan).await?;
     show(&invocation, args.json, &plan, Some(&report))?;
-    match report.deletion.refused.as_slice() {
-        [] => Ok(()),
-        [first, ..] => Err(Error::new(
-            Kind::Denied,
-            format!(
-                "the store refused to delete {}, first '{}': {}",
-                words::count(report.deletion.refused.len(), "object"),
-                first.object,
-                first.problem
-            ),
-        )
-        .hint("What is locked or held is deleted by a later run, once the store allows it.")),
-    }
+    upkeep::ensure_none_refused(report.deletion.refused.iter().chain(&report.swept.refused))
 }
 
 /// Tells what was done, if anything was.

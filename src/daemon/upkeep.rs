@@ -4,8 +4,8 @@
 use std::fmt;
 
 use crate::clock::Clock;
-use crate::error::Result;
-use crate::repo::retention::{self, DeletionPlan, DeletionReport, RetentionOptions};
+use crate::error::{Error, Kind, Result};
+use crate::repo::retention::{self, DeletionPlan, DeletionReport, Refusal, RetentionOptions};
 use crate::repo::sweep::{self, SweepOptions, SweepPlan, SweepReport};
 use crate::repo::{Catalog, Repository};
 
@@ -101,12 +101,58 @@ pub async fn expire(
 /// header must be read.
 ///
 /// # Errors
-/// What the store reports.
+/// What the store reports; `denied` when it refused to delete something, once all else is gone.
 ///
 /// # Cancel safety
 /// Safe to drop anywhere: what is left is swept by a later run.
 pub async fn sweep(repository: &Repository, clock: &Clock) -> Result<SweepReport> {
     let catalog = Catalog::load(repository).await?;
     let plan = sweep::plan(&catalog, None, SweepOptions::default(), clock.now());
-    sweep::apply(repository, &plan).await
+    let report = sweep::apply(repository, &plan).await?;
+    ensure_none_refused(&report.refused)?;
+    Ok(report)
+}
+
+/// Fails, with the first of them, when deletions were refused.
+///
+/// # Errors
+/// `denied`.
+pub fn ensure_none_refused<'a>(refused: impl IntoIterator<Item = &'a Refusal>) -> Result<()> {
+    let mut refused = refused.into_iter();
+    let Some(Refusal { object, problem }) = refused.next() else { return Ok(()) };
+    let more = match refused.count() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Err(Error::new(
+        Kind::Denied,
+        format!("the store refused to delete '{object}'{more}: {problem}"),
+    )
+    .hint("What is locked or held is deleted by a later run, once the store allows it."))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::pg::{Lsn, TimelineId};
+    use crate::repo::{BackupId, Object, PackName};
+    use crate::store::Store;
+    use crate::store::memory::{Call, Outcome};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sweep_that_the_store_refuses_is_told() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let backup = BackupId::new(clock.now(), TimelineId::FIRST, Lsn(0x28));
+        let name = repository.name(&Object::Pack(PackName { backup, number: 1 })).unwrap();
+        memory.put_if_absent(&name, Bytes::from_static(b"pack")).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_secs(72 * 3600)).await;
+        memory.fail_next(Call::Delete, Outcome::Denied);
+        let error = sweep(&repository, &clock).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied);
+        assert!(error.message().contains(name.as_str()), "{error}");
+        assert_eq!(sweep(&repository, &clock).await.unwrap().pack_count, 1);
+    }
 }

@@ -33,8 +33,8 @@
 mod apply;
 mod check;
 
-pub(super) use apply::ensure_clock;
 pub use apply::{DeletionReport, Refusal, apply};
+pub(super) use apply::{delete_unless_refused, ensure_clock};
 pub use check::check;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -51,7 +51,7 @@ use super::extent::ExtentMember;
 use super::header::{EXTENT_HEADER_BYTES, HEADER_BYTES, ObjectHeader, ObjectKind};
 use super::names::{BackupId, ExtentName, KeyId, Object};
 use super::packing::COMMIT_TIME_MAX;
-use super::retention::ensure_clock;
+use super::retention::{Refusal, delete_unless_refused, ensure_clock};
 
 /// Headers read at a time.
 const SCAN_JOBS: usize = 16;
@@ -369,11 +369,15 @@ pub struct SweepReport {
     pub key_count: u64,
     /// Uploads that were discarded.
     pub upload_count: u64,
+    /// What could not be deleted, such as packs under a lock. It is no reason to leave the rest.
+    pub refused: Vec<Refusal>,
 }
 
-/// Carries `plan` out.
+/// Carries `plan` out. Nothing of it depends on anything else, so what goes wrong with one thing does
+/// not keep the others from going.
 ///
 /// # Errors
+/// Refused deletions are no error but are reported.
 /// `config` when this host's clock and the store's are far apart or the plan was made by a clock that was
 /// far ahead, what the store reports; `bug` when a manifest appeared while its packs were deleted, which
 /// the writer's rules exclude.
@@ -382,6 +386,9 @@ pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepRep
     if !plan.is_empty() {
         ensure_clock(repository, plan.planned_time).await?;
     }
+    let grace = Duration::from_secs(plan.upload_grace_s).max(SweepOptions::default().grace);
+    let prefix = repository.cluster().prefix();
+    let uploads = repository.store().abort_stale_multiparts(&prefix, grace).await;
     for backup in &plan.backups {
         sweep_backup(repository, backup, &mut report)
             .await
@@ -390,12 +397,12 @@ pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepRep
     let keys: Result<Vec<ObjectName>> =
         plan.keys.iter().map(|id| repository.name(&Object::Key(*id))).collect();
     for batch in keys?.chunks(BATCH_OBJECTS) {
-        repository.store().delete(batch).await.context(|| "unable to delete unused keys")?;
-        report.key_count += batch.len() as u64;
+        let deleted = delete_unless_refused(repository, batch, &mut report.refused).await;
+        if deleted.context(|| "unable to delete unused keys")? {
+            report.key_count += batch.len() as u64;
+        }
     }
-    let grace = Duration::from_secs(plan.upload_grace_s).max(SweepOptions::default().grace);
-    let prefix = repository.cluster().prefix();
-    report.upload_count = repository.store().abort_stale_multiparts(&prefix, grace).await?;
+    report.upload_count = uploads?;
     Ok(report)
 }
 
@@ -419,7 +426,9 @@ async fn sweep_backup(
         .filter(|name| matches!(Object::parse(repository.cluster(), name), Some(Object::Pack(_))))
         .collect();
     for batch in names.chunks(BATCH_OBJECTS) {
-        repository.store().delete(batch).await?;
+        if !delete_unless_refused(repository, batch, &mut report.refused).await? {
+            break;
+        }
         report.pack_count += batch.len() as u64;
     }
     if repository.store().head(&manifest).await?.is_some() {

@@ -120,15 +120,25 @@ async fn delete(
     names: &[ObjectName],
     report: &mut DeletionReport,
 ) -> Result<bool> {
+    let is_deleted = delete_unless_refused(repository, names, &mut report.refused).await?;
+    if is_deleted {
+        report.object_count += names.len() as u64;
+    }
+    Ok(is_deleted)
+}
+
+/// Deletes; false when the store refused it, which is noted.
+pub(in crate::repo) async fn delete_unless_refused(
+    repository: &Repository,
+    names: &[ObjectName],
+    refused: &mut Vec<Refusal>,
+) -> Result<bool> {
     match repository.store().delete(names).await {
-        Ok(()) => {
-            report.object_count += names.len() as u64;
-            Ok(true)
-        }
+        Ok(()) => Ok(true),
         Err(error) if matches!(error.kind(), Kind::Denied | Kind::Conflict) => {
-            if report.refused.len() < REFUSALS_MAX {
+            if refused.len() < REFUSALS_MAX {
                 let object = names.first().map(ToString::to_string).unwrap_or_default();
-                report.refused.push(Refusal { object, problem: error.to_string() });
+                refused.push(Refusal { object, problem: error.to_string() });
             }
             Ok(false)
         }

@@ -8,7 +8,7 @@ use crate::pg::{Lsn, LsnRange, TimelineId};
 use crate::repo::lease::{Lease, LeaseOptions};
 use crate::repo::{DecryptionIdentity, Encryption, ExtentBuilder, Level, PackName, Writer};
 use crate::store::Store;
-use crate::store::memory::Memory;
+use crate::store::memory::{Call, Memory, Outcome};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -89,6 +89,47 @@ async fn a_backup_that_shows_life_after_the_plan_is_left_alone() {
     scene.put_pack(id(), 2).await;
     let report = apply(&scene.repository, &plan).await.unwrap();
     assert_eq!((report.pack_count, report.saved), (0, vec![id()]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_store_refuses_to_delete_keeps_nothing_else_from_going() {
+    let scene = scene().await;
+    let key = scene.writer().await.key_id();
+    tokio::time::sleep(31 * DAY).await;
+    let keys = scene.plan_keys().await.keys;
+    assert_eq!(keys, [key]);
+    let other = BackupId::new(id().start_time(), TimelineId::FIRST, Lsn(0x1_0000_0028));
+    for backup in [id(), other] {
+        scene.put_pack(backup, 1).await;
+    }
+    let name = |object| scene.repository.name(&object).unwrap();
+    let pack = |number| name(Object::Pack(PackName { backup: id(), number }));
+    let _never_completed = scene.memory.begin_multipart(&pack(2)).await.unwrap();
+    tokio::time::sleep(3 * DAY).await;
+    let plan = SweepPlan { keys, ..scene.plan().await };
+    for outcome in [Outcome::Denied, Outcome::Passes, Outcome::Denied] {
+        scene.memory.fail_next(Call::Delete, outcome);
+    }
+    let report = apply(&scene.repository, &plan).await.unwrap();
+    let refused: Vec<&str> = report.refused.iter().map(|refusal| &*refusal.object).collect();
+    assert_eq!(refused, [pack(1).as_str(), name(Object::Key(key)).as_str()]);
+    assert_eq!((report.pack_count, report.key_count, report.upload_count), (1, 0, 1));
+    let report = apply(&scene.repository, &plan).await.unwrap();
+    assert_eq!((report.pack_count, report.key_count, report.refused.len()), (1, 1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_becomes_of_the_uploads_keeps_no_pack_from_going() {
+    let scene = scene().await;
+    scene.put_pack(id(), 1).await;
+    tokio::time::sleep(3 * DAY).await;
+    let plan = scene.plan().await;
+    for outcome in [Outcome::Passes, Outcome::Denied] {
+        scene.memory.fail_next(Call::Any, outcome);
+    }
+    let error = apply(&scene.repository, &plan).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Denied, "{error}");
+    assert!(Catalog::load(&scene.repository).await.unwrap().incomplete.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
