@@ -8,6 +8,26 @@
 
 use std::fmt;
 
+/// What stands for a secret wherever one would be shown.
+pub const MASK: &str = "********";
+
+/// A URL as it may be shown: without the user's name and password that may be in it, also where it
+/// lacks its scheme, or where they hold what ends them (`/`, `#`) by the rules of URLs. A path that
+/// begins with a slash or a dot is left as it is.
+#[must_use]
+pub fn mask_user_info(text: &str) -> String {
+    let in_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+    let (scheme, rest) = match text.split_once("://") {
+        Some((scheme, rest)) if scheme.chars().all(in_scheme) => (format!("{scheme}://"), rest),
+        _ => (String::new(), text),
+    };
+    let authority = rest.split('/').next().unwrap_or(rest);
+    match rest.rsplit_once('@') {
+        Some((_, place)) if authority.contains(['@', ':']) => format!("{scheme}{MASK}@{place}"),
+        _ => text.to_owned(),
+    }
+}
+
 /// What went wrong, as far as a caller may branch on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -223,6 +243,24 @@ impl<T> Context<T> for std::io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_url_is_shown_without_what_may_be_a_secret() {
+        for text in ["s3://b/p", "s3://b/p@q", "http://h:9000/", "/var/b@c", "./b@c", "b/c@d", ""] {
+            assert_eq!(mask_user_info(text), text);
+        }
+        for (text, shown) in [
+            ("s3://k:hush@b/p", "s3://********@b/p"),
+            ("s3://k:hu/sh@b/p", "s3://********@b/p"),
+            ("http://u:hu#sh@h", "http://********@h"),
+            ("https://u:hu@sh@h:1", "https://********@h:1"),
+            ("u:hush@h:9000", "********@h:9000"),
+            ("u:hush@http://h", "********@http://h"),
+            ("s3:/k:hush@b", "********@b"),
+        ] {
+            assert_eq!(mask_user_info(text), shown);
+        }
+    }
 
     #[test]
     fn exit_codes_are_distinct_and_never_success() {

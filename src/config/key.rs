@@ -14,8 +14,11 @@ pub enum Form {
     Secret,
     /// A libpq connection string: its password is never shown.
     ConnectionString,
-    /// The place of a repository: `s3://bucket/prefix` or a directory.
+    /// The place of a repository: `s3://bucket/prefix` or a directory. A user's name and password in
+    /// it are never shown.
     RepositoryUrl,
+    /// The URL of an S3 server: a user's name and password in it are never shown.
+    Endpoint,
     /// A path of this machine.
     Path,
     /// A whole number within bounds, both inclusive.
@@ -138,7 +141,7 @@ impl Key {
     #[must_use]
     pub fn value_name(&self) -> &'static str {
         match self.form {
-            Form::Text | Form::Secret | Form::List => "TEXT",
+            Form::Text | Form::Secret | Form::Endpoint | Form::List => "TEXT",
             Form::ConnectionString | Form::RepositoryUrl => "URL",
             Form::Path => "FILE",
             Form::Integer { .. } => "N",
@@ -199,7 +202,7 @@ pub const KEYS: &[Key] = &[
     .flag("repository"),
     key(
         "repository.endpoint",
-        Form::Text,
+        Form::Endpoint,
         Group::Repository,
         "URL of an S3 server that is not Amazon's, for example http://127.0.0.1:9000.",
     )

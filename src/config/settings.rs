@@ -12,11 +12,8 @@ use std::time::Duration;
 use super::file::File;
 use super::key::{self, Form, KEYS, Key};
 use super::{Environment, value};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, MASK, Result, mask_user_info};
 use crate::wire::ConnectOptions;
-
-/// What stands for a secret wherever one would be shown.
-pub const MASK: &str = "********";
 
 /// A setting's raw value.
 #[derive(Clone, PartialEq, Eq)]
@@ -268,7 +265,7 @@ fn mask(form: Form, value: &Value) -> Vec<String> {
     match (form, value) {
         (Form::Secret, _) => vec![MASK.to_owned()],
         (Form::ConnectionString, Value::Text(text)) => vec![mask_password(text)],
-        (Form::RepositoryUrl, Value::Text(text)) => vec![mask_user_info(text)],
+        (Form::RepositoryUrl | Form::Endpoint, Value::Text(text)) => vec![mask_user_info(text)],
         (_, Value::Text(text)) => vec![text.clone()],
         (_, Value::List(items)) => items.clone(),
     }
@@ -295,21 +292,6 @@ fn mask_password(text: &str) -> String {
         let parsed = ConnectOptions::parse(text, &|_| None);
         parsed.map_or_else(|_| MASK.to_owned(), |options| options.to_string())
     })
-}
-
-/// Hides what stands between `://` and `@` of a URL's host part.
-fn mask_user_info(text: &str) -> String {
-    let Some((scheme, rest)) = text.split_once("://") else {
-        return text.to_owned();
-    };
-    let authority = rest.split('/').next().unwrap_or(rest);
-    match authority.rsplit_once('@') {
-        Some((user_info, _)) => {
-            let shown = rest.get(user_info.len()..).unwrap_or_default();
-            format!("{scheme}://{MASK}{shown}")
-        }
-        None => text.to_owned(),
-    }
 }
 
 /// Variables that look like a misspelt setting of ours. Only near misses are reported: Kubernetes
@@ -390,6 +372,17 @@ mod tests {
         let shown = format!("{:?} {settings:?}", settings.shown());
         assert!(!shown.contains("hunter2") && !shown.contains("u:p"), "{shown}");
         assert_eq!(settings.warnings.len(), 1);
+        for (name, text, shown) in [
+            ("repository.url", "s3://AKIA:hun/ter2@b/x", "s3://********@b/x"),
+            ("repository.url", "/srv/back@up", "/srv/back@up"),
+            ("repository.endpoint", "minioadmin:hunter2@h:9000", "********@h:9000"),
+            ("repository.endpoint", "http://h:9000", "http://h:9000"),
+        ] {
+            let given = vec![flag(name, text)];
+            let settings = Settings::resolve(given, &Environment::default(), None).unwrap();
+            let seen = settings.shown().into_iter().find(|seen| seen.key.name == name).unwrap();
+            assert_eq!(seen.value, Some(vec![shown.to_owned()]));
+        }
         for text in [
             "postgres://u:hunter2@h/d",
             "postgres://u:hunter2@h/d?sslpassword=hunter2",

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use crate::config::file::{self, File};
 use crate::config::key::Form;
-use crate::config::settings::{MASK, Value};
+use crate::config::settings::Value;
 use crate::config::{Config, Environment, Settings};
-use crate::error::Error;
+use crate::error::{Error, MASK};
 use crate::wire::ConnectOptions;
 
 /// What was read can be shown, written and read again; no secret is shown; whatever is wrong is said
@@ -75,14 +75,14 @@ fn show(config: &Config, secrets: &[String]) {
         }
     }
     assert!(secrets.len() >= secret_settings);
-    // A repository's URL is shown without a user's name and password.
+    // A URL of a repository or a server is shown without a user's name and password.
     let read = file::decode(&again, Path::new("again.toml")).expect("what is shown can be read");
     for (key, value, _) in read {
         let same = match value {
             Value::Text(text) => config.settings.text(key.name) == Some(text.as_str()),
             Value::List(items) => config.settings.list(key.name) == items,
         };
-        assert!(same || key.form == Form::RepositoryUrl, "{}", key.name);
+        assert!(same || matches!(key.form, Form::RepositoryUrl | Form::Endpoint), "{}", key.name);
     }
 }
 

@@ -44,7 +44,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use crate::clock::Clock;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, mask_user_info};
 
 pub mod directory;
 pub(crate) mod fuzz;
@@ -70,6 +70,9 @@ pub const GET_BYTES_MAX: u64 = (1 << 30) + (16 << 20);
 
 /// Greatest number of a part, S3's own limit.
 pub const PART_NUMBER_MAX: u32 = 10_000;
+
+/// What to do with credentials found in a URL.
+const CREDENTIALS_HINT: &str = "Credentials belong into the environment or a profile.";
 
 /// Smallest part but the last that every S3 server takes.
 pub const PART_BYTES_MIN: u64 = 5 << 20;
@@ -319,12 +322,21 @@ enum Place {
 
 impl Place {
     fn parse(url: &str) -> Result<Self> {
+        let shown = mask_user_info(url);
         let refused = |flaw: String| {
-            Error::new(Kind::Config, format!("unable to use '{url}' as a repository: {flaw}"))
+            Error::new(Kind::Config, format!("unable to use '{shown}' as a repository: {flaw}"))
                 .hint("Write s3://BUCKET/PREFIX, file:///FOLDER or the path of a folder.")
         };
         if url == "memory:" {
             return Ok(Self::Memory);
+        }
+        // Without it below no part of the URL can be a secret, and all of them may be shown.
+        if url.contains("://") && shown != url {
+            return Err(Error::new(
+                Kind::Config,
+                format!("unable to use '{shown}' as a repository: it has a user name in it"),
+            )
+            .hint(CREDENTIALS_HINT));
         }
         if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
@@ -441,6 +453,14 @@ mod tests {
             assert_eq!(Place::parse(url).unwrap(), Place::Directory(PathBuf::from("/var/b")));
         }
         assert_eq!(Place::parse("b/c").unwrap(), Place::Directory(PathBuf::from("b/c")));
+        for url in
+            ["s3://AKIA:hush@b/p", "s3://AKIA:hu/hush@b/p", "k:hush@http://h", "file://k:hush@b"]
+        {
+            let error = Place::parse(url).unwrap_err();
+            assert_eq!(error.kind(), Kind::Config, "{url}");
+            assert!(!format!("{error:?}").contains("hush"), "{error:?}");
+            assert_eq!(error.hint_text(), Some(CREDENTIALS_HINT));
+        }
         for url in ["", "s3://", "s3:///p", "s3://k:s@b/p", "s3://b//p", "gs://b", "file://b"] {
             let error = Place::parse(url).unwrap_err();
             assert_eq!(error.kind(), Kind::Config, "{url}");

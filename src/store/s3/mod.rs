@@ -33,9 +33,9 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
-    Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo, ObjectName,
-    PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag,
-    asked_bytes, probe, too_short,
+    CREDENTIALS_HINT, Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo,
+    ObjectName, PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions,
+    VersionTag, asked_bytes, probe, too_short,
 };
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -120,13 +120,14 @@ fn check_endpoint(endpoint: &str) -> Result<()> {
         Error::new(Kind::Config, format!("unable to use '{endpoint}' as the endpoint: {flaw}"))
             .hint("Write it as https://HOST or https://HOST:PORT.")
     };
+    // Not echoed, for it may hold a secret; nor is it left to the parser, which may take a secret for
+    // the scheme or the fragment.
+    if endpoint.contains('@') {
+        let message = "unable to use an endpoint with a user name in it";
+        return Err(Error::new(Kind::Config, message).hint(CREDENTIALS_HINT));
+    }
     let url = url::Url::parse(endpoint).map_err(|error| refused(&error.to_string()))?;
     match url.scheme() {
-        "http" | "https" if !url.username().is_empty() || url.password().is_some() => {
-            // Not echoed: it may hold a secret.
-            Err(Error::new(Kind::Config, "unable to use an endpoint with a user name in it")
-                .hint("Credentials belong into the environment or a profile."))
-        }
         "http" | "https" if url.has_host() => Ok(()),
         _ => Err(refused("it is not an http or https URL")),
     }
