@@ -155,6 +155,14 @@ async fn a_part_that_the_store_confirmed_and_lost_makes_no_object() {
     assert_eq!(store.head(&name("holed")).await.unwrap(), None);
     assert_eq!(server.upload_count("tidemark"), 0, "what failed for good is discarded");
     assert_eq!(upload(&store, "holed").await.unwrap(), PutOutcome::Created);
+    // Asked again, the same upload says the same, and blames nobody for what we discarded.
+    server.faults().add(Fault::new(Effect::LosePart).on(Op::UploadPart).times(1));
+    let upload = store.begin_multipart(&name("again")).await.unwrap();
+    upload.put_part(1, bytes("body")).await.unwrap();
+    for kind in [Kind::Unavailable, Kind::Conflict] {
+        let error = upload.complete().await.unwrap_err();
+        assert_says(&error, kind, &["'again'", "InvalidPart"], "does not have it any more");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

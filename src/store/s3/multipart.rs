@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use aws_sdk_s3::operation::upload_part::UploadPartOutput;
@@ -39,6 +39,8 @@ pub(super) struct Upload {
     parts: Mutex<BTreeMap<u32, Part>>,
     /// A completion failed in a way that does not tell whether it was done.
     in_doubt: AtomicBool,
+    /// Why a completion failed for good and took the parts with it.
+    ended: OnceLock<Failure>,
 }
 
 #[derive(Clone)]
@@ -59,8 +61,8 @@ impl Upload {
             match tried.await?.result {
                 Ok(upload) => {
                     let (name, parts) = (name.clone(), Mutex::default());
-                    let in_doubt = AtomicBool::new(false);
-                    return Ok(Self { store, name, upload, id, algorithm, parts, in_doubt });
+                    let (in_doubt, ended) = (AtomicBool::new(false), OnceLock::new());
+                    return Ok(Self { store, name, upload, id, algorithm, parts, in_doubt, ended });
                 }
                 Err(failure) if store.give_up_checksum(&failure, algorithm) => {}
                 Err(failure) => return Err(failure.into_error(store.unable("begin", name))),
@@ -136,14 +138,22 @@ impl Upload {
         let outcome = match self.look(tries_after(&failure)).await {
             Ok((Owner::Us, found)) if found == size_bytes => return Ok(PutOutcome::Created),
             Ok((Owner::Rival | Owner::Us, _)) if taken => Ok(PutOutcome::AlreadyThere),
-            _ => Err(failure.into_error(self.store.unable("complete", &self.name))),
+            _ => Err(failure),
         };
-        if outcome.is_err() && may_be_called_again {
-            self.in_doubt.store(true, Ordering::Relaxed);
-        } else {
-            self.discard().await;
+        match &outcome {
+            Err(_) if may_be_called_again => self.in_doubt.store(true, Ordering::Relaxed),
+            Err(failure) => {
+                // Set once: the next completion asks the server nothing.
+                let _ = self.ended.set(failure.clone());
+                self.discard().await;
+            }
+            Ok(_) => self.discard().await,
         }
-        outcome
+        outcome.map_err(|failure| self.unable_to_complete(failure))
+    }
+
+    fn unable_to_complete(&self, failure: Failure) -> Error {
+        failure.into_error(self.store.unable("complete", &self.name))
     }
 
     /// Aborts with one try; whatever comes of it, the stale uploads are swept anyway.
@@ -204,6 +214,11 @@ impl Multipart for Upload {
     }
 
     async fn complete(&self) -> Result<PutOutcome> {
+        if let Some(failure) = self.ended.get() {
+            // Another upload may do better, this one will not.
+            let error = self.unable_to_complete(failure.clone());
+            return Err(if error.is_transient() { error.with_kind(Kind::Conflict) } else { error });
+        }
         let (parts, size_bytes) = self.completed_parts()?;
         let call = Call::new(&self.store.requests.multipart_completes);
         let tried =
