@@ -156,11 +156,11 @@ impl Upload {
     /// pages for clean, so that a second fsync of the same file succeeds and what was lost stays lost.
     fn complete(&self) -> Result<PutOutcome> {
         let (mut object, mut parts) = self.take()?;
-        let explained = |error| self.store.root.explain(error);
-        let moved = move_early(&object, &mut parts).map_err(explained);
+        let moved = self.move_early(&object, &mut parts);
         let published = moved.and_then(|()| {
             self.sync(&object)?;
-            self.store.publish(&mut object, &self.name).map_err(explained)
+            let published = self.store.publish(&mut object, &self.name);
+            published.map_err(|error| self.store.root.explain(error))
         });
         match &published {
             Ok(_) => {
@@ -195,8 +195,25 @@ impl Upload {
         Ok((object, std::mem::take(&mut state.parts)))
     }
 
-    fn sync(&self, object: &Incoming) -> Result<()> {
-        self.store.sync(object.file()).map_err(|error| {
+    /// Moves the parts that came early to their place. Each is fsynced before: of what the disk would
+    /// not take, a copy might be made that can be fsynced.
+    fn move_early(&self, object: &Incoming, parts: &mut BTreeMap<u32, Part>) -> Result<()> {
+        let mut offset = 0;
+        for part in parts.values_mut() {
+            if let Place::Apart(file) = &part.place {
+                self.sync(file)?;
+                let copied = copy(file.file(), object.file(), offset);
+                copied.map_err(|error| self.store.root.explain(error))?;
+                part.place = Place::Object(offset);
+            }
+            offset += part.size_bytes;
+        }
+        Ok(())
+    }
+
+    /// The error is final, also where the root went away: see [`Upload::complete`].
+    fn sync(&self, file: &Incoming) -> Result<()> {
+        self.store.sync(file.file()).map_err(|error| {
             Error::io("unable to fsync a new file", &error)
                 .with_kind(Kind::Conflict)
                 .hint("What was written may be lost on its way to the disk: begin anew.")
@@ -221,19 +238,6 @@ impl State {
     }
 }
 
-/// Moves the parts that came early to their place.
-fn move_early(object: &Incoming, parts: &mut BTreeMap<u32, Part>) -> Result<()> {
-    let mut offset = 0;
-    for part in parts.values_mut() {
-        if let Place::Apart(file) = &part.place {
-            copy(file.file(), object.file(), offset)?;
-            part.place = Place::Object(offset);
-        }
-        offset += part.size_bytes;
-    }
-    Ok(())
-}
-
 /// Copies a whole file to `offset` of another; the standard library lets the kernel do it.
 fn copy(mut from: &File, mut to: &File, offset: u64) -> Result<()> {
     let attempted = || "unable to move a part to its place";
@@ -255,16 +259,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Directory::new(folder.path().join("repository"), &Clock::system());
         let name = ObjectName::new("c/a").unwrap();
-        let upload = DirectoryMultipart::begin(Arc::clone(&store.0), name.clone()).unwrap();
-        upload.put_part(1, Bytes::from_static(b"x")).await.unwrap();
-        // No pipe can be fsynced.
-        let (_reader, writer) = std::io::pipe().unwrap();
-        let writer = File::from(std::os::fd::OwnedFd::from(writer));
-        upload.0.state().object = Some(Arc::new(Incoming::of(writer)));
-        for _ in 0..2 {
-            let error = upload.complete().await.unwrap_err();
-            assert_eq!(error.kind(), Kind::Conflict, "{error}");
+        for early in [false, true] {
+            let upload = DirectoryMultipart::begin(Arc::clone(&store.0), name.clone()).unwrap();
+            upload.put_part(2, Bytes::from_static(b"x")).await.unwrap();
+            upload.put_part(1, Bytes::from_static(b"x")).await.unwrap();
+            // No pipe can be fsynced.
+            let (_reader, writer) = std::io::pipe().unwrap();
+            let writer = File::from(std::os::fd::OwnedFd::from(writer));
+            let failing = Arc::new(Incoming::of(writer));
+            if early {
+                upload.0.state().parts.get_mut(&2).unwrap().place = Place::Apart(failing);
+            } else {
+                upload.0.state().object = Some(failing);
+                upload.0.state().parts.remove(&2);
+            }
+            for _ in 0..2 {
+                let error = upload.complete().await.unwrap_err();
+                assert_eq!(error.kind(), Kind::Conflict, "{error}");
+            }
+            assert_eq!(store.head(&name).await.unwrap(), None);
         }
-        assert_eq!(store.head(&name).await.unwrap(), None);
     }
 }
