@@ -170,6 +170,58 @@ async fn an_old_primary_that_comes_back_is_not_streamed_while_the_stream_lives()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_standby_can_be_shut_down_wherever_its_wal_ends() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    load(&primary, 100);
+    let standby = primary.standby();
+    let place = Place::of(&primary).await;
+    let running = Running::start(place.stream(&standby)).await;
+    load(&primary, 10);
+    running.durable(wal_end(&primary)).await;
+
+    // After a record that nobody waits for.
+    primary.psql("checkpoint");
+    let end = wal_end(&primary);
+    let now = running.until("received", |now| now.received_end_lsn >= end).await;
+    assert!(now.durable_end_lsn < end, "{now:#?}");
+    standby.stop(Stop::Fast);
+    running.until("stored", |now| now.durable_end_lsn >= end).await;
+    standby.run();
+    running
+        .until("streaming", |now| now.phase == Phase::Streaming && now.connection_count > 1)
+        .await;
+
+    // In the middle of a record: the WAL writer flushes whole pages of what is not committed.
+    let client = primary.client().await;
+    client.batch_execute("create table cut (body text); begin").await.unwrap();
+    let received = || standby.psql("select pg_last_wal_receive_lsn()").parse::<Lsn>().unwrap();
+    let insert = "insert into cut select repeat(md5(i::text), 60) from generate_series(1, 1000) i";
+    let settled = loop {
+        client.batch_execute(insert).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let end = received();
+        if end.0 % 8192 == 0 {
+            break end;
+        }
+    };
+    primary.stop(Stop::Immediate);
+    let end = received();
+    assert!(end >= settled && end.0 % 8192 == 0, "{settled} {end}");
+    running.until("received", |now| now.received_end_lsn >= end).await;
+    standby.stop(Stop::Fast);
+    let now = running.until("stored", |now| now.durable_end_lsn >= end).await;
+    assert!(now.acknowledged_end_lsn < end, "{now:#?}");
+
+    standby.run();
+    standby.promote();
+    load(&standby, 10);
+    let now = running.durable(wal_end(&standby)).await;
+    assert!(now.gaps.is_empty(), "{now:#?}");
+    running.stop().await.unwrap();
+    place.check_wal(&[&standby, &primary]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_rolled_back_on_its_timeline_is_refused() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     load(&server, 100);

@@ -81,6 +81,8 @@ pub(super) struct Pump<'e, 'a> {
     told_at: Instant,
     told: Lsn,
     reply_owed: bool,
+    /// When the server last asked for an answer, if it has sent no WAL since.
+    asked_at: Option<Instant>,
     /// End of the WAL the server had when it last sent some.
     server_had: Lsn,
     /// The server's clock at its last sign of life, if it has sent no WAL since.
@@ -119,6 +121,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             told_at,
             told: Lsn::INVALID,
             reply_owed: false,
+            asked_at: None,
             server_had: Lsn::INVALID,
             quiet_since: None,
             in_recovery: false,
@@ -325,6 +328,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             WalEvent::Wal { start_lsn, server_end_lsn, data, .. } => {
                 self.show_server_end(server_end_lsn);
                 (self.server_had, self.quiet_since) = (server_end_lsn, None);
+                self.asked_at = None;
                 let now = self.engine.clock.instant();
                 let mut steps = std::mem::take(&mut self.steps);
                 let taken = self.intake.take(start_lsn, data, now, &mut steps);
@@ -340,7 +344,9 @@ impl<'e, 'a> Pump<'e, 'a> {
             WalEvent::Keepalive { server_end_lsn, server_time, reply_requested } => {
                 self.show_server_end(server_end_lsn);
                 self.note_quiet(server_time);
-                self.reply_owed |= reply_requested;
+                if reply_requested {
+                    self.heed_question(server_end_lsn)?;
+                }
             }
             WalEvent::TimelineEnded { next_timeline, next_start_lsn } => {
                 return Ok(Some(Flow::NextTimeline {
@@ -376,6 +382,38 @@ impl<'e, 'a> Pump<'e, 'a> {
             self.engine.status.update(|now| now.caught_up_at = promised);
             self.engine.report(self.timeline);
         }
+    }
+
+    /// The server wants an answer. A standby that asks again right after one shuts down: it asks as long
+    /// as not all it has sent is flushed here (`WalSndDone`), and otherwise only when it has heard nothing
+    /// for half of its time-out (`WalSndKeepaliveIfNecessary`), more than our status interval. Its WAL ends
+    /// where the primary's messages did, perhaps in the middle of a record, which is never acknowledged;
+    /// so once all is stored the session ends, or the server would wait for ever. What a primary sends last
+    /// is a whole record (see [`Intake`]).
+    ///
+    /// # Errors
+    /// `unavailable` when only our going lets the server shut down.
+    fn heed_question(&mut self, server_end_lsn: Lsn) -> Result<()> {
+        self.reply_owed = true;
+        let now = self.engine.clock.instant();
+        let asked_before = self.asked_at.replace(now);
+        let asks_again = asked_before
+            .is_some_and(|before| now.saturating_duration_since(before) < self.status_interval);
+        let received_end = self.intake.received_end();
+        if !self.in_recovery || !asks_again || server_end_lsn != received_end {
+            return Ok(());
+        }
+        self.intake.cutter().request(received_end);
+        let ledger = &mut self.engine.ledger;
+        if ledger.durable_end() < received_end || ledger.flush_position() >= received_end {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Unavailable,
+            format!(
+                "the standby shuts down and waits for {received_end}, which is no record's end"
+            ),
+        ))
     }
 
     /// Remembers where the decoder failed, so that the second time is not the same again.
