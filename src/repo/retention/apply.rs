@@ -57,8 +57,9 @@ pub struct DeletionReport {
 /// parents come after it in the order above, and no WAL was deleted yet.
 ///
 /// # Errors
-/// `conflict` when the plan no longer fits or a backup of it was held meanwhile, `config` when this host's clock and the store's are more
-/// than an hour apart, or the plan was made by a clock that was so far ahead, and what the store reports. Refused deletions are no error but are reported.
+/// `conflict` when the plan no longer fits or a backup of it was held meanwhile, `config` when this host's
+/// clock and the store's are more than an hour apart, or the plan was made by a clock that was so far
+/// ahead, and what the store reports. Refused deletions are no error but are reported.
 pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<DeletionReport> {
     let mut report = DeletionReport::default();
     if plan.is_empty() {
