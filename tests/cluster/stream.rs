@@ -413,6 +413,11 @@ async fn a_synchronous_commit_returns_when_it_is_stored_and_not_before() {
         place.set_down(false);
         tokio::time::timeout(Duration::from_secs(20), commit).await.unwrap().unwrap();
     }
+    let sql = "begin; insert into load (body) values ('gone'); prepare transaction 'p'";
+    client.batch_execute(sql).await.unwrap();
+    // Long before the idle interval is over.
+    let rollback = client.batch_execute("rollback prepared 'p'");
+    tokio::time::timeout(Duration::from_secs(20), rollback).await.unwrap().unwrap();
     running.stop().await.unwrap();
 }
 
