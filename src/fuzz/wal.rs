@@ -1,6 +1,7 @@
 //! WAL: the scanner and the reader agree with each other and with themselves however the bytes are
 //! cut, and what is laid out as a server does is read back as it was.
 
+use std::os::unix::ffi::OsStringExt as _;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,7 +30,7 @@ const PADDING_BYTES_MAX: u64 = 8 * 8192;
 /// Crafted WAL ends when it is this long.
 const CRAFTED_BYTES_MAX: usize = 128 << 10;
 /// The body of a record of interest is kept to this length by the scanner.
-const PREFIX_BYTES: usize = 512;
+const PREFIX_BYTES: usize = 1100;
 const POSTGRES_EPOCH_UNIX_S: i64 = 946_684_800;
 
 /// The segment size in all of this: the smallest there is.
@@ -326,6 +327,7 @@ impl Expected {
             RmgrId::XLOG => {
                 matches!(record.info & 0xF0, 0x00 | 0x10 | 0x40 | 0x50 | 0x60 | 0x70 | 0x90)
             }
+            RmgrId::TABLESPACE => record.info & 0xF0 == 0x00,
             _ => false,
         };
         if !interesting {
@@ -346,6 +348,7 @@ impl Expected {
         }
         let landmark = match record.rmgr {
             RmgrId::XACT => transaction(record, prefix),
+            RmgrId::TABLESPACE => tablespace(record, prefix),
             _ => log_record(record, prefix),
         };
         landmark.map_or(Self::TooShort, Self::Exactly)
@@ -429,6 +432,13 @@ fn log_record(record: &Record<'_>, data: &[u8]) -> Option<Landmark> {
             range,
         },
     })
+}
+
+fn tablespace(record: &Record<'_>, data: &[u8]) -> Option<Landmark> {
+    let path = data.get(4..)?;
+    let end = path.iter().position(|byte| *byte == 0).unwrap_or(path.len());
+    let path = std::ffi::OsString::from_vec(path[..end].to_vec()).into();
+    Some(Landmark::Tablespace { oid: u32_at(data, 0)?, path, range: record.range })
 }
 
 fn text(bytes: &[u8]) -> String {

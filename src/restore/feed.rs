@@ -27,6 +27,7 @@ use super::handover::{Folder, Settings};
 use super::run::STANDBY_SIGNAL;
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
+use super::tablespaces::Watch;
 
 /// Bytes of WAL kept ahead of PostgreSQL: ten seconds of replay at a fair rate.
 const AHEAD_BYTES: u64 = 256 << 20;
@@ -161,7 +162,7 @@ impl Planned<'_> {
         let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
         let feeder = Feeder::of_plan(reader, settings)?;
         let unfinished = folder.unfinished(&request.name, std::process::id());
-        feeder.write_planned(settings, number, &unfinished).await?;
+        feeder.write_planned((settings, &folder.data()), number, &unfinished).await?;
         fs::rename(&unfinished, &request.path)
             .context(|| format!("unable to rename '{}'", unfinished.display()))?;
         Ok(WalGet::Found)
@@ -330,7 +331,8 @@ impl Ahead<'_> {
             return Ok(());
         }
         let unfinished = self.folder.unfinished(&name, std::process::id());
-        self.feeder.write_planned(self.settings, number, &unfinished).await?;
+        let plan = (self.settings, &*self.folder.data());
+        self.feeder.write_planned(plan, number, &unfinished).await?;
         fs::rename(&unfinished, &whole)
             .context(|| format!("unable to rename '{}'", unfinished.display()))
     }
@@ -367,10 +369,10 @@ impl Feeder {
         Ok(Self::without_plan(reader))
     }
 
-    /// Writes segment `number` of a plan to `path`.
+    /// Writes segment `number` of a plan to `path`, for the server in a data directory.
     async fn write_planned(
         &self,
-        settings: &Settings,
+        (settings, data): (&Settings, &Path),
         number: SegmentNumber,
         path: &Path,
     ) -> Result<()> {
@@ -393,7 +395,9 @@ impl Feeder {
         let pieces = chain.pieces().to_vec();
         let segment = Segment { name: size.file_name(timeline, number), timeline, range, pieces };
         let identity = Identity { system_id: settings.system_id, size, owner: self.owner };
-        segments::write(&self.source, &segment, path, identity).await
+        segments::write(&self.source, &segment, path, identity).await?;
+        let watch = Watch::new(size, data, settings.replayed());
+        watch.see(path.to_path_buf(), segment.known()).await.map(drop)
     }
 
     /// Gives whatever the repository has under that name now.

@@ -27,6 +27,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -75,6 +76,9 @@ pub(crate) struct Settings {
     pub(crate) end_lsn: Lsn,
     /// Segments that end here or before are in `pg_wal` already.
     pub(crate) preplaced_end_lsn: Lsn,
+    /// Records from here on are not replayed; `None` when all that are handed over are.
+    #[serde(default)]
+    pub(crate) replay_end_lsn: Option<Lsn>,
 }
 
 impl Settings {
@@ -99,6 +103,7 @@ impl Settings {
             start_lsn: span.start(),
             end_lsn: span.end(),
             preplaced_end_lsn: Lsn::INVALID,
+            replay_end_lsn: None,
         }
     }
 
@@ -147,6 +152,11 @@ impl Settings {
         (!whole).then(|| format!("it names no timeline for all of the WAL from {start} to {end}"))
     }
 
+    /// Where the records begin that are replayed.
+    pub(crate) fn replayed(&self) -> Range<Lsn> {
+        self.start_lsn..self.replay_end_lsn.unwrap_or(self.end_lsn)
+    }
+
     /// The path as chains are followed along.
     pub(crate) fn path(&self) -> Vec<PathPart> {
         let part = |stretch: &Stretch| PathPart {
@@ -188,6 +198,11 @@ impl Folder {
     /// Where the folder is.
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// The data directory it is in.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.0.ancestors().nth(2).map_or_else(PathBuf::new, Path::to_path_buf)
     }
 
     /// Makes the folder with these settings.

@@ -26,6 +26,7 @@ pub(crate) mod server_log;
 pub mod settings;
 mod source;
 pub mod start;
+mod tablespaces;
 pub mod target;
 pub mod time;
 

@@ -29,6 +29,7 @@ use super::settings::{
     Action, REMOVE_BLOCK, RecoverySettings, Stop, Upstream, shell_word, without_data_directory,
 };
 use super::source::RepositoryWal;
+use super::tablespaces::Watch;
 use super::target::Target;
 
 /// WAL up to this much is placed in `pg_wal` before the start: a minute of replay, and less disk than
@@ -118,7 +119,7 @@ pub struct RestoreReport {
     pub wal: WalDelivery,
     /// From the first request to the last sync.
     pub elapsed_ms: u64,
-    /// What was changed besides what a restore always changes.
+    /// What must be known besides, or seen to.
     pub notes: Vec<String>,
 }
 
@@ -155,14 +156,14 @@ pub async fn run(
 
         let delivery = Delivery { plan, options, reader, directory, progress };
         delivery.place_histories().await?;
-        let (wal, segment_count) = delivery.place_wal().await?;
+        let PlacedWal { delivery: wal, segment_count, mut notes } = delivery.place_wal().await?;
         let elsewhere = delivery.write_settings(wal, &control)?;
-        let note = |place| {
+        notes.extend(elsewhere.map(|place| {
             format!(
                 "its postgresql.conf had data_directory = '{place}', where a server started here would \
                  have run: that line is a comment now"
             )
-        };
+        }));
 
         progress.begin(Phase::Syncing, 0);
         set_directory_mode(directory)?;
@@ -177,7 +178,7 @@ pub async fn run(
             segment_count,
             wal,
             elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
-            notes: elsewhere.map(note).into_iter().collect(),
+            notes,
         })
     };
     fill.await.map_err(advised).map_err(|error: Error| {
@@ -278,6 +279,13 @@ fn set_directory_mode(directory: &Directory) -> Result<()> {
     directory.owner().map_or(Ok(()), |owner| owner.give(path))
 }
 
+/// What became of the WAL.
+struct PlacedWal {
+    delivery: WalDelivery,
+    segment_count: u64,
+    notes: Vec<String>,
+}
+
 /// Placing what recovery needs besides the files.
 struct Delivery<'a> {
     plan: &'a Plan,
@@ -341,7 +349,7 @@ impl Delivery<'_> {
     }
 
     /// Places WAL, all of it when it is little, or prepares for handing it over.
-    async fn place_wal(&self) -> Result<(WalDelivery, u64)> {
+    async fn place_wal(&self) -> Result<PlacedWal> {
         let plan = self.plan;
         let is_standby = matches!(self.options.role, Role::Standby(_));
         let all = plan.wal_bytes() <= self.options.preplaced_bytes_max;
@@ -356,31 +364,50 @@ impl Delivery<'_> {
         };
         let pieces: Vec<Piece> =
             plan.pieces.iter().filter(|piece| piece.range.end() <= placed_end).copied().collect();
-        let count = self.place_segments(&pieces).await?;
-        if is_standby {
-            return Ok((WalDelivery::OnDemand, count));
+        let (count, notes) = self.place_segments(&pieces).await?;
+        let wal = match all && !is_standby {
+            true => WalDelivery::InPlace,
+            false => WalDelivery::OnDemand,
+        };
+        if wal == WalDelivery::OnDemand && !is_standby {
+            self.prepare_hand_over(&plan.path, placed_end)?;
         }
-        if all {
-            return Ok((WalDelivery::InPlace, count));
-        }
-        self.prepare_hand_over(&plan.path, placed_end)?;
-        Ok((WalDelivery::OnDemand, count))
+        Ok(PlacedWal { delivery: wal, segment_count: count, notes })
     }
 
-    async fn place_segments(&self, pieces: &[Piece]) -> Result<u64> {
+    /// Places the segments of `pieces`; how many there are, and what replay will want besides.
+    async fn place_segments(&self, pieces: &[Piece]) -> Result<(u64, Vec<String>)> {
         let wanted = segments::of_pieces(pieces, self.plan.wal_segment_bytes);
         let size = self.plan.wal_segment_bytes;
         self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
         let source = RepositoryWal::new(self.reader);
         let identity =
             Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
+        let replayed = self.plan.backup.start_lsn..self.replay_end();
+        let mut watch = Watch::new(size, self.directory.path(), replayed);
         for segment in &wanted {
             let path = self.wal_directory().join(&segment.name);
             segments::write(&source, segment, &path, identity).await?;
+            watch = watch.see(path, segment.known()).await?;
             self.mark_archived(&segment.name)?;
             self.progress.add_written(size.bytes());
         }
-        Ok(wanted.len() as u64)
+        let note = |place: PathBuf| {
+            format!(
+                "replay creates a tablespace in '{}', where nothing is: make an empty directory there for \
+                 PostgreSQL's account, or recovery stops",
+                place.display()
+            )
+        };
+        Ok((wanted.len() as u64, watch.into_missing().into_iter().map(note).collect()))
+    }
+
+    /// Records from here on are not replayed.
+    fn replay_end(&self) -> Lsn {
+        match self.plan.stop {
+            Stop::Before { .. } | Stop::After { .. } => self.plan.applied_end_lsn,
+            Stop::EndOfWal | Stop::Immediate => self.plan.wal_end_lsn,
+        }
     }
 
     fn prepare_hand_over(&self, path: &[PathPart], placed_end: Lsn) -> Result<()> {
@@ -390,6 +417,7 @@ impl Delivery<'_> {
         let size = plan.wal_segment_bytes;
         let mut settings = Settings::new(plan.cluster.clone(), plan.system_id, size, path, span);
         settings.preplaced_end_lsn = placed_end;
+        settings.replay_end_lsn = Some(self.replay_end());
         let folder = Folder::of(&self.wal_directory());
         folder.create(&settings)?;
         for path in folder.made() {

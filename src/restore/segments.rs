@@ -44,6 +44,17 @@ pub(crate) struct Segment {
     pub(crate) pieces: Vec<Piece>,
 }
 
+impl Segment {
+    /// From the first to the last position that is known.
+    pub(crate) fn known(&self) -> LsnRange {
+        let (first, last) = (self.pieces.first(), self.pieces.last());
+        let known = first
+            .zip(last)
+            .and_then(|(first, last)| LsnRange::new(first.range.start(), last.range.end()));
+        known.unwrap_or(self.range)
+    }
+}
+
 /// The segment files that hold `pieces`, in order.
 pub(crate) fn of_pieces(pieces: &[Piece], size: SegmentSize) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();

@@ -1,5 +1,7 @@
 //! The records that say where and when something happened that a restore may aim at.
 
+use std::path::PathBuf;
+
 use crate::pg::control::StandbyLimits;
 use crate::pg::{Lsn, LsnRange, PgTime, TimelineId};
 
@@ -94,6 +96,15 @@ pub enum Landmark {
         /// The record and the padding.
         range: LsnRange,
     },
+    /// `CREATE TABLESPACE`: replay links to the very path that was named then, wherever it runs.
+    Tablespace {
+        /// Its OID: the name of its link in `pg_tblspc`.
+        oid: u32,
+        /// Its folder; empty for one inside the data directory (`allow_in_place_tablespaces`).
+        path: PathBuf,
+        /// The record.
+        range: LsnRange,
+    },
     /// Settings that matter to recovery changed; `wal_level` 0 (minimal) breaks the WAL for PITR.
     ParameterChange {
         /// `wal_level`: 0 minimal, 1 replica, 2 logical.
@@ -118,6 +129,7 @@ impl Landmark {
             | Self::EndOfRecovery { range, .. }
             | Self::BackupEnd { range, .. }
             | Self::Switch { range }
+            | Self::Tablespace { range, .. }
             | Self::ParameterChange { range, .. } => *range,
         }
     }

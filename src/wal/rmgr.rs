@@ -42,6 +42,8 @@ impl RmgrId {
     pub const XLOG: RmgrId = RmgrId(0);
     /// `RM_XACT_ID`
     pub const XACT: RmgrId = RmgrId(1);
+    /// `RM_TBLSPC_ID`
+    pub const TABLESPACE: RmgrId = RmgrId(5);
 
     /// Whether a server of this major version may have written it (`RmgrIdIsValid`; `RM_MAX_ID`
     /// before 15).

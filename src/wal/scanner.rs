@@ -7,8 +7,13 @@
 //!
 //! # Source
 //! `xact_redo`, `ParseCommitRecord`, `ParseAbortRecord` in `xact.c` and `xactdesc.c`; `xlog_redo` in
-//! `xlog.c`; the structures in `src/include/access/{xact,xlog_internal}.h` and
-//! `src/include/catalog/pg_control.h`; read on 13 to 18.
+//! `xlog.c`; `tblspc_redo` in `tablespace.c`; the structures in
+//! `src/include/access/{xact,xlog_internal}.h`, `src/include/catalog/pg_control.h` and
+//! `src/include/commands/tablespace.h`; read on 13 to 18.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 
 use super::assembler::{Assembler, CrcCheck, Sink, WholeRecord, XLOG_SWITCH};
 use super::landmark::{CheckpointKind, Landmark};
@@ -22,8 +27,8 @@ use crate::pg::control::StandbyLimits;
 use crate::pg::{Checkpoint, Lsn, LsnRange, PgTime, SegmentSize, SystemId, TimelineId};
 
 /// How much of the body of an interesting record is kept: more than the fixed part of any, with the
-/// longest name and global identifier.
-const PREFIX_BYTES: usize = 512;
+/// longest name, global identifier and path (`MAXPGPATH` is 1024).
+const PREFIX_BYTES: usize = 1100;
 
 const XLOG_CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const XLOG_CHECKPOINT_ONLINE: u8 = 0x10;
@@ -31,6 +36,7 @@ const XLOG_BACKUP_END: u8 = 0x50;
 const XLOG_PARAMETER_CHANGE: u8 = 0x60;
 const XLOG_RESTORE_POINT: u8 = 0x70;
 const XLOG_END_OF_RECOVERY: u8 = 0x90;
+const XLOG_TBLSPC_CREATE: u8 = 0x00;
 
 /// Seconds from the Unix epoch to PostgreSQL's.
 const PG_EPOCH_UNIX_S: i64 = 946_684_800;
@@ -134,6 +140,7 @@ enum Interest {
     RestorePoint,
     EndOfRecovery,
     Switch,
+    Tablespace,
 }
 
 impl Interest {
@@ -158,6 +165,9 @@ impl Interest {
                 XLOG_END_OF_RECOVERY => Some(Self::EndOfRecovery),
                 _ => None,
             },
+            RmgrId::TABLESPACE if header.operation() == XLOG_TBLSPC_CREATE => {
+                Some(Self::Tablespace)
+            }
             _ => None,
         }
     }
@@ -268,6 +278,11 @@ impl Pick {
                 range,
             },
             Interest::Switch => Landmark::Switch { range },
+            Interest::Tablespace => {
+                let path = data.get(4..)?.split(|byte| *byte == 0).next().unwrap_or_default();
+                let path = PathBuf::from(OsStr::from_bytes(path));
+                Landmark::Tablespace { oid: u32_at(data, 0)?, path, range }
+            }
         })
     }
 

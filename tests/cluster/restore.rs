@@ -500,6 +500,38 @@ async fn a_setting_that_was_raised_after_the_backup_is_named_and_not_waited_for(
     assert!(error.message().contains("max_connections = 100 is a lower setting"), "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn replay_never_writes_into_a_tablespace_that_the_original_server_made_after_the_backup() {
+    let Protected { binaries, server, place, running } = Protected::with(&[]).await;
+    server.psql("select pg_create_restore_point('before')");
+    let space = Account::current().make_dir(server.home(), "later");
+    server.psql(&format!("create tablespace later location '{}'", space.display()));
+    server.psql("create table far tablespace later as select 1 as id");
+    server.psql("insert into t values (1)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+
+    let planned = plan(&place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    let error = run(&place, &planned, &options(&folder.data())).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.message().contains(&*space.display().to_string()), "{error}");
+    assert_eq!(server.psql("select id from far"), "1");
+    // A target before it wants nothing of it.
+    let before = plan(&place, &request(Target::name("before").unwrap())).await.unwrap();
+    run(&place, &before, &options(&folder.data())).await.unwrap();
+    assert!(rows(&binaries, &folder.data()).is_empty());
+
+    // With the directory moved away, and none in its place, the note says what replay wants.
+    server.stop(StopServer::Fast);
+    std::fs::rename(&space, server.home().join("moved")).unwrap();
+    let folder = Folder::new();
+    let report = run(&place, &planned, &options(&folder.data())).await.unwrap();
+    assert!(report.notes.concat().contains(&*space.display().to_string()), "{:?}", report.notes);
+    Account::current().make_dir(server.home(), "later");
+    assert_eq!(rows(&binaries, &folder.data()), [1]);
+}
+
 /// A repository in a folder, which other processes can read.
 struct Shared {
     place: Place,
@@ -554,6 +586,8 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     }
     server.psql("select pg_create_restore_point('twenty')");
     server.psql("insert into t values (21)");
+    let space = Account::current().make_dir(server.home(), "later");
+    server.psql(&format!("create tablespace later location '{}'", space.display()));
     running.status.wait_durable(wal_end(&server)).await.unwrap();
     running.stop().await.unwrap();
     shared.open_up();
@@ -580,6 +614,13 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     assert_eq!(report.outcome, Outcome::Promoted);
     assert_eq!(left.psql("select max(id), count(*) from t"), "20|20");
     drop(left);
+
+    // What is created behind the target is in the same segment and not replayed; to the end, it is.
+    let latest = plan(place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    run(place, &latest, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
+    let error = start(place, &latest, &folder, Action::Promote).await.err().unwrap();
+    assert!(error.to_string().contains(&*space.display().to_string()), "{error:?}");
 
     // A repository that cannot be reached is never the end of the WAL.
     let folder = Folder::new();

@@ -20,7 +20,7 @@ use crate::harness::postgres::Stop;
 use crate::harness::wal_lines::{
     Sample, cut_down, in_pieces, landmark_line, our_line, waldump_records,
 };
-use crate::harness::{Binaries, Postgres, Settings};
+use crate::harness::{Account, Binaries, Postgres, Settings};
 
 /// Where the client programs are when the server's folder has none.
 const CLIENT_BIN: &str = "TIDEMARK_TEST_PG_CLIENT_BIN";
@@ -127,6 +127,8 @@ fn script(server: &Postgres, sql: &str) {
 }
 
 fn run_workload(server: &Postgres) {
+    let space = Account::current().make_dir(server.home(), "space");
+    script(server, &format!("create tablespace s location '{}';", space.display()));
     script(server, WORKLOAD);
     script(server, LONG_PREPARED);
     multixacts(server);
@@ -365,6 +367,7 @@ fn waldump_landmark(record: &str) -> Option<String> {
         }
         "BACKUP_END" => "backup end".into(),
         "END_OF_RECOVERY" => "end of recovery".into(),
+        "CREATE" if line.starts_with("rmgr: Tablespace") => format!("tablespace {rest}"),
         _ => return None,
     };
     Some(format!("{start} {what}"))

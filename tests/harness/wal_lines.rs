@@ -175,6 +175,9 @@ pub fn landmark_line(landmark: &Landmark) -> String {
         Landmark::EndOfRecovery { .. } => "end of recovery".into(),
         Landmark::BackupEnd { .. } => "backup end".into(),
         Landmark::Switch { .. } => "switch".into(),
+        Landmark::Tablespace { oid, path, .. } => {
+            format!("tablespace {oid} \"{}\"", path.display())
+        }
         Landmark::ParameterChange { wal_level, limits, .. } => {
             format!("parameters {wal_level} {}", limits.max_connections)
         }

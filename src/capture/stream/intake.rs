@@ -293,6 +293,7 @@ impl Intake {
             }
             Landmark::Checkpoint { .. }
             | Landmark::Switch { .. }
+            | Landmark::Tablespace { .. }
             | Landmark::ParameterChange { .. } => {}
         }
     }

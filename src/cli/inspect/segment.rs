@@ -215,6 +215,9 @@ fn name(landmark: &Landmark) -> Value {
             json!({ "lsn": lsn, "what": "end of backup", "start": start_lsn })
         }
         Landmark::Switch { .. } => json!({ "lsn": lsn, "what": "segment switch" }),
+        Landmark::Tablespace { oid, path, .. } => {
+            json!({ "lsn": lsn, "what": "create tablespace", "oid": oid, "path": path.to_string_lossy() })
+        }
         Landmark::ParameterChange { wal_level, .. } => {
             json!({ "lsn": lsn, "what": "parameter change", "wal_level": wal_level })
         }

@@ -1,0 +1,169 @@
+//! Tablespaces that are created by the WAL of a restore.
+//!
+//! Replay makes such a tablespace at the very path that `CREATE TABLESPACE` named, whatever the restore was
+//! told of others, and takes what is there for its own: on the host of the original server it writes over
+//! that server's files. So a segment with such a record is not given to PostgreSQL while somebody's
+//! tablespace is at the path.
+//!
+//! # Shape
+//! A [`Watch`] sees segment files in the order of the WAL, each when it is written and before PostgreSQL
+//! gets it. A record that lies across two segments is seen when one watch sees both.
+//!
+//! # Source
+//! `tblspc_redo` and `create_tablespace_directories` in `src/backend/commands/tablespace.c` (13 to 18).
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::pg::{Lsn, LsnRange, SegmentSize};
+use crate::wal::{CrcCheck, Landmark, Scanner};
+
+use super::scan::{WAL_PAGE_BYTES, blocking};
+
+/// Begins the name of the folder that a major version has in a tablespace
+/// (`TABLESPACE_VERSION_DIRECTORY`).
+const VERSION_FOLDER: &str = "PG_";
+
+/// Looks for such records.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    size: SegmentSize,
+    /// The data directory.
+    data: PathBuf,
+    /// Records that begin here are replayed.
+    replayed: Range<Lsn>,
+    scanner: Option<Scanner>,
+    missing: Vec<PathBuf>,
+}
+
+impl Watch {
+    /// For the WAL of `replayed`, which the server in `data` is to replay.
+    pub(crate) fn new(size: SegmentSize, data: &Path, replayed: Range<Lsn>) -> Self {
+        let (data, scanner, missing) = (data.to_path_buf(), None, Vec::new());
+        Self { size, data, replayed, scanner, missing }
+    }
+
+    /// Paths of tablespaces to come at which nothing is: replay wants a directory there.
+    pub(crate) fn into_missing(self) -> Vec<PathBuf> {
+        self.missing
+    }
+
+    /// Reads the WAL of `known` in the segment file at `path`. WAL that cannot be decoded ends recovery
+    /// by itself.
+    ///
+    /// # Errors
+    /// `conflict` when a tablespace would be created where there is one.
+    pub(crate) async fn see(mut self, path: PathBuf, known: LsnRange) -> Result<Self> {
+        blocking(move || self.look(&path, known).map(|()| self)).await?
+    }
+
+    fn look(&mut self, path: &Path, known: LsnRange) -> Result<()> {
+        let attempted = || format!("unable to read '{}'", path.display());
+        if self.scanner.as_ref().is_none_or(|scanner| scanner.position() != known.start()) {
+            let page = Lsn(known.start().0.next_multiple_of(WAL_PAGE_BYTES));
+            let scanner = Scanner::new(self.size, page);
+            self.scanner = Some(scanner.with_crc_check(CrcCheck::None));
+        }
+        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+        let from = scanner.position();
+        let offset = from.saturating_since(self.size.start_of(from));
+        let length = usize::try_from(known.end().saturating_since(from)).unwrap_or(0);
+        let mut bytes = vec![0; length];
+        File::open(path)
+            .and_then(|file| file.read_exact_at(&mut bytes, offset))
+            .context(attempted)?;
+        let mut created = Vec::new();
+        let fed = scanner.feed(&bytes, &mut |landmark| {
+            if let Landmark::Tablespace { oid, path, range } = landmark {
+                created.push((oid, path, range.start()));
+            }
+        });
+        if fed.is_err() {
+            self.scanner = None;
+        }
+        created.into_iter().try_for_each(|(oid, place, lsn)| self.check(oid, place, lsn))
+    }
+
+    fn check(&mut self, oid: u32, place: PathBuf, lsn: Lsn) -> Result<()> {
+        let link = self.data.join("pg_tblspc").join(oid.to_string());
+        let is_ours = fs::read_link(&link).is_ok_and(|to| to == place);
+        if !self.replayed.contains(&lsn) || is_ours || !place.is_absolute() {
+            return Ok(());
+        }
+        let entries = match fs::read_dir(&place) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.missing.push(place);
+                return Ok(());
+            }
+            other => other.context(|| format!("unable to look into '{}'", place.display()))?,
+        };
+        let is_version =
+            |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(VERSION_FOLDER);
+        if !entries.flatten().any(|entry| is_version(&entry.file_name())) {
+            return Ok(());
+        }
+        let message = format!(
+            "unable to replay the WAL at {lsn}: it creates a tablespace in '{}', where there is one",
+            place.display()
+        );
+        Err(Error::new(Kind::Conflict, message).hint(
+            "PostgreSQL would write over its files, and they may be another server's. Restore on \
+             another host, or move that directory away and make an empty one in its place for \
+             PostgreSQL's account.",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::craft::Craft;
+
+    const START: Lsn = Lsn(0x300_0000);
+
+    fn create(craft: &mut Craft, oid: u32, place: &Path) -> LsnRange {
+        let path = place.to_str().unwrap().as_bytes();
+        craft.main_data((5, 0), 7, &[&oid.to_le_bytes()[..], path, b"\0"].concat())
+    }
+
+    #[test]
+    fn a_tablespace_of_somebody_is_not_created_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, taken) = (folder.path().join("data"), folder.path().join("taken"));
+        let free = folder.path().join("free");
+        let missing = folder.path().join("missing");
+        fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+        fs::create_dir_all(taken.join("PG_15_202209061")).unwrap();
+        fs::create_dir_all(free.join("lost+found")).unwrap();
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let mut craft = Craft::new(15, size, START);
+        create(&mut craft, 1, &free);
+        create(&mut craft, 2, &missing);
+        create(&mut craft, 3, Path::new(""));
+        // Across the end of a page, where the first look ends.
+        craft.filler(8192 - craft.bytes.len() - 29 - 40);
+        let record = create(&mut craft, 4, &taken);
+        let segment = folder.path().join("segment");
+        fs::write(&segment, &craft.bytes).unwrap();
+        let (middle, end) = (Lsn(START.0 + 8192), craft.position());
+        assert!(record.start() < middle && middle < record.end(), "{record:?}");
+        let range = |start, end| LsnRange::new(start, end).unwrap();
+        let seen = |replayed_end| {
+            let mut watch = Watch::new(size, &data, START..replayed_end);
+            watch.look(&segment, range(START, middle))?;
+            watch.look(&segment, range(middle, end))?;
+            Ok(watch.into_missing())
+        };
+        let error: Error = seen(end).unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        assert!(error.message().contains("/taken', where there is one"), "{error}");
+        // Recovery stops before it.
+        assert_eq!(seen(record.start()).unwrap(), std::slice::from_ref(&missing));
+        // Replay made it, before the server was started anew.
+        std::os::unix::fs::symlink(&taken, data.join("pg_tblspc/4")).unwrap();
+        assert_eq!(seen(end).unwrap(), [missing]);
+    }
+}
