@@ -185,7 +185,7 @@ impl Page {
         self.gauge(
             "tidemark_wal_caught_up_timestamp_seconds",
             "When everything the server had was last seen durable.",
-            now.caught_up_at.map(seconds),
+            now.all_stored_at.map(seconds),
         );
         self.gauge(
             "tidemark_wal_uploads_in_flight",

@@ -395,6 +395,7 @@ pub(super) mod tests {
             timeline: timeline(1),
             durable_end_lsn: Lsn(end),
             caught_up_time: Some(at_minute(90)),
+            all_stored_time: Some(at_minute(90)),
         };
         let lease = |end| LeaseInfo {
             epoch: 1,
@@ -426,8 +427,13 @@ pub(super) mod tests {
         };
         let end = |catalog: &Catalog, minute| catalog.settled_end(at_minute(minute)).unwrap().1.0;
         assert_eq!(end(&catalog, 90), 140);
-        let progress =
-            Progress { timeline: timeline(1), durable_end_lsn: Lsn(100), caught_up_time: None };
+        let progress = Progress {
+            timeline: timeline(1),
+            durable_end_lsn: Lsn(100),
+            caught_up_time: None,
+            // A standby's.
+            all_stored_time: Some(at_minute(90)),
+        };
         catalog.lease = Some(LeaseInfo {
             epoch: 1,
             released: false,

@@ -155,9 +155,12 @@ pub struct Progress {
     /// End of the contiguous WAL that the repository holds.
     pub durable_end_lsn: Lsn,
     /// The server's clock when it last said that it had no WAL, or no commit, beyond
-    /// `durable_end_lsn`; absent until it did.
+    /// `durable_end_lsn`; absent until it did, and from a standby, whose primary may have.
     #[serde(default)]
     pub caught_up_time: Option<Timestamp>,
+    /// The same, also from a standby: what the server has had is stored.
+    #[serde(default)]
+    pub all_stored_time: Option<Timestamp>,
 }
 
 /// Who holds, or last held, the lease: for listings and for the refusal.
@@ -1087,6 +1090,7 @@ mod tests {
             timeline: TimelineId::FIRST,
             durable_end_lsn: Lsn(0x100),
             caught_up_time: Some(clock.now()),
+            all_stored_time: Some(clock.now()),
         };
         lease.report(progress);
         lease.seals_with("abc".into());
@@ -1238,6 +1242,7 @@ mod tests {
             timeline: TimelineId::FIRST,
             durable_end_lsn: Lsn(0x100),
             caught_up_time: None,
+            all_stored_time: None,
         };
         lease.report(progress);
         lease.seals_with("abc".into());

@@ -484,6 +484,7 @@ async fn a_standby_promises_nothing_about_the_commits_of_its_primary_until_it_is
     let running = Running::start(stream).await;
     let received = wal_end(&primary);
     running.until("received", |now| now.received_end_lsn >= received).await;
+    running.until("stored", |now| now.all_stored_at.is_some()).await;
     // From here on the standby hears of nothing that the primary commits.
     standby.psql("alter system set primary_conninfo = ''");
     standby.psql("select pg_reload_conf()");

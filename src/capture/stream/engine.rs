@@ -553,8 +553,9 @@ impl<'a> Engine<'a> {
     /// Tells the lease how far we are, so that its next renewal publishes it.
     pub(super) fn report(&self, timeline: TimelineId) {
         let durable_end_lsn = self.ledger.durable_end();
-        let caught_up_time = self.status.caught_up_at();
-        self.lease.report(Progress { timeline, durable_end_lsn, caught_up_time });
+        let (caught_up_time, all_stored_time) = self.status.quiet_at();
+        let progress = Progress { timeline, durable_end_lsn, caught_up_time, all_stored_time };
+        self.lease.report(progress);
     }
 
     /// The server ran without logging all changes: no base backup from before leads past this. The

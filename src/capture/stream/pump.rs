@@ -181,6 +181,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             // Asked for each timeline: a promotion is followed on the same connection, and always ends
             // the standby's timeline (`XLogSendPhysical`).
             self.in_recovery = server::is_in_recovery(&mut *connection).await?;
+            self.quiet_since = None;
             let mut wal =
                 connection.start_replication(Some(&slot.name), start, self.timeline).await?;
             tracing::info!("streaming timeline {} from {start}", self.timeline);
@@ -369,8 +370,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     /// A standby promises nothing: what it has sent is what has reached it, and its primary goes on
     /// committing.
     fn note_quiet(&mut self, server_time: PgTime) {
-        let all_stored = !self.in_recovery
-            && self.server_had <= self.intake.received_end()
+        let all_stored = self.server_had <= self.intake.received_end()
             && !self.intake.cutter().holds_commit()
             && self.engine.unstored_count() == 0;
         if !all_stored {
@@ -379,7 +379,13 @@ impl<'e, 'a> Pump<'e, 'a> {
         }
         if let Some(quiet_since) = self.quiet_since.replace(server_time) {
             let promised = PgTime(quiet_since.0.saturating_sub(1)).to_timestamp();
-            self.engine.status.update(|now| now.caught_up_at = promised);
+            let is_promised = !self.in_recovery;
+            self.engine.status.update(|now| {
+                now.all_stored_at = promised;
+                if is_promised {
+                    now.caught_up_at = promised;
+                }
+            });
             self.engine.report(self.timeline);
         }
     }

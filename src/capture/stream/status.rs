@@ -75,9 +75,11 @@ pub struct Snapshot {
     /// Time of the newest commit that is durable.
     #[serde(serialize_with = "serialize_time")]
     pub newest_durable_commit: Option<PgTime>,
-    /// When everything the server had was last seen durable; a standby never says so, for it does not
-    /// know what its primary has.
+    /// When no commit was made that is not durable; a standby never says so, for it does not know what
+    /// its primary has.
     pub caught_up_at: Option<Timestamp>,
+    /// When everything the server had was last seen durable.
+    pub all_stored_at: Option<Timestamp>,
     /// Sealed extents that the store does not hold yet, being put or waiting for their turn.
     pub uploads_in_flight: usize,
     /// Compressed bytes held in memory until the store has them.
@@ -161,9 +163,10 @@ impl Status {
         self.snapshot.borrow().received_end_lsn
     }
 
-    /// When everything the server had was last seen durable.
-    pub(super) fn caught_up_at(&self) -> Option<Timestamp> {
-        self.snapshot.borrow().caught_up_at
+    /// When no commit was made that is not durable, and when all the server had was.
+    pub(super) fn quiet_at(&self) -> (Option<Timestamp>, Option<Timestamp>) {
+        let now = self.snapshot.borrow();
+        (now.caught_up_at, now.all_stored_at)
     }
 
     /// A receiver that wakes with every change.

@@ -164,8 +164,8 @@ impl<'a> Streaming<'a> {
         let bytes = self.flushed_end_lsn?.saturating_since(durable_end_lsn);
         let newest = catalog.newest_commit().and_then(|extent| extent.name.time?.to_timestamp());
         let progress = catalog.lease.as_ref().and_then(|lease| lease.progress);
-        let caught_up = progress.and_then(|progress| progress.caught_up_time);
-        let loss = newest.max(caught_up).filter(|_| bytes > 0 && self.is_streamed());
+        let all_stored = progress.and_then(|progress| progress.all_stored_time);
+        let loss = newest.max(all_stored).filter(|_| bytes > 0 && self.is_streamed());
         Some(Behind { bytes, loss: loss.map(|since| self.now.duration_since(since)) })
     }
 }

@@ -101,7 +101,8 @@ fn to_be_far_behind_is_a_failure_and_to_have_nothing_to_do_is_not() {
     let progress = Progress {
         timeline: TimelineId::FIRST,
         durable_end_lsn: Lsn(1000),
-        caught_up_time: Some(ago(20)),
+        caught_up_time: None,
+        all_stored_time: Some(ago(20)),
     };
     let idle = LeaseInfo { progress: Some(progress), ..lease(Tenure::Standing, 10) };
     assert_eq!(verdict(&catalog(Some(idle), 100_000), keeps, 2000), State::Ok);
