@@ -113,7 +113,10 @@ impl S3 {
         let mut attempt = 1;
         loop {
             self.wait_at_gate().await?;
-            let failure = match self.try_once(call, request(client)).await {
+            // On the heap: the SDK's futures have tens of kilobytes, and those of everybody who waits for
+            // one would hold it as well, several times over on a worker's stack.
+            let trying = Box::pin(request(client));
+            let failure = match self.try_once(call, trying).await {
                 Ok(done) => {
                     if let Some(latency) = call.latency {
                         latency.record(self.clock.instant().saturating_duration_since(begun));
@@ -226,5 +229,23 @@ impl<T> Tried<T> {
         attempted: impl FnOnce() -> D,
     ) -> Result<T, Error> {
         self.result.map_err(|failure| failure.into_error(attempted()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Bucket;
+    use super::*;
+    use crate::clock::Clock;
+    use crate::store::StoreOptions;
+
+    /// All callers' futures hold that of a request, and an unoptimised build holds several copies of each
+    /// on its stack.
+    #[test]
+    fn the_future_of_a_request_is_small() {
+        let bucket = Bucket::new("b", "", &StoreOptions::default(), &Clock::system()).unwrap();
+        let name = ObjectName::new("c/a").unwrap();
+        let bytes = size_of_val(&bucket.0.replace_if(&name, bytes::Bytes::new(), None));
+        assert!(bytes < 16 << 10, "{bytes}");
     }
 }
