@@ -142,7 +142,12 @@ impl Folder {
 }
 
 fn verify_backup(binaries: &Binaries, data: &Path) {
-    let verified = binaries.client("pg_verifybackup").arg(data).output().unwrap();
+    let mut verify = binaries.client("pg_verifybackup");
+    if !binaries.has("pg_verifybackup") {
+        // Another major's, which reads no WAL but its own.
+        verify.arg("--no-parse-wal");
+    }
+    let verified = verify.arg(data).output().unwrap();
     let said = String::from_utf8_lossy(&verified.stderr).into_owned();
     assert!(verified.status.success(), "pg_verifybackup: {said}");
 }
@@ -207,14 +212,16 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
         verify_backup(&binaries, &folder.data());
         assert_eq!(rows(&binaries, &folder.data()), (1..=last).collect::<Vec<_>>(), "{target}");
         assert!(side.read_dir().unwrap().next().is_some());
-        let checked = binaries
-            .client("pg_checksums")
-            .arg("-c")
-            .arg("-D")
-            .arg(folder.data())
-            .output()
-            .unwrap();
-        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+        if binaries.has("pg_checksums") {
+            let checked = binaries
+                .command("pg_checksums")
+                .arg("-c")
+                .arg("-D")
+                .arg(folder.data())
+                .output()
+                .unwrap();
+            assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+        }
     }
 }
 
@@ -626,7 +633,13 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     let folder = Folder::new();
     run(place, &planned, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
     let restored = Postgres::adopt(&binaries, &folder.data());
-    assert!(!restored.try_run());
+    // It may answer read-only before it comes to the first segment that is not there.
+    if restored.try_run() {
+        while restored.pid().is_some() {
+            assert_ne!(restored.try_psql("select pg_is_in_recovery()").as_deref(), Ok("f"));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
     let log = restored.log();
     assert!(log.contains("could not restore file"), "{}", restored.log_tail());
     assert!(!log.contains("archive recovery complete"));
