@@ -62,12 +62,11 @@ impl Watch {
 
     fn look(&mut self, path: &Path, known: LsnRange) -> Result<()> {
         let attempted = || format!("unable to read '{}'", path.display());
-        if self.scanner.as_ref().is_none_or(|scanner| scanner.position() != known.start()) {
+        let goes_on = |scanner: &Scanner| scanner.position() == known.start();
+        let mut scanner = self.scanner.take().filter(goes_on).unwrap_or_else(|| {
             let page = Lsn(known.start().0.next_multiple_of(WAL_PAGE_BYTES));
-            let scanner = Scanner::new(self.size, page);
-            self.scanner = Some(scanner.with_crc_check(CrcCheck::None));
-        }
-        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+            Scanner::new(self.size, page).with_crc_check(CrcCheck::None)
+        });
         let from = scanner.position();
         let offset = from.saturating_since(self.size.start_of(from));
         let length = usize::try_from(known.end().saturating_since(from)).unwrap_or(0);
@@ -81,9 +80,7 @@ impl Watch {
                 created.push((oid, path, range.start()));
             }
         });
-        if fed.is_err() {
-            self.scanner = None;
-        }
+        self.scanner = fed.is_ok().then_some(scanner);
         created.into_iter().try_for_each(|(oid, place, lsn)| self.check(oid, place, lsn))
     }
 

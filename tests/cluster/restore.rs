@@ -384,15 +384,20 @@ async fn start(
     Ok((report, left))
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
-    let Protected { server, place, running, .. } = Protected::with(&[]).await;
+/// A plan that ends between row 1 and row 2; the stream has ended.
+async fn plan_between_two_rows(server: &Postgres, place: &Place, running: Running) -> Plan {
     server.psql("insert into t values (1)");
     server.psql("select pg_create_restore_point('one')");
     server.psql("insert into t values (2)");
-    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.status.wait_durable(wal_end(server)).await.unwrap();
     running.stop().await.unwrap();
-    let planned = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
+    plan(place, &request(Target::name("one").unwrap())).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
+    let Protected { server, place, running, .. } = Protected::with(&[]).await;
+    let planned = plan_between_two_rows(&server, &place, running).await;
 
     let folder = Folder::new();
     run(&place, &planned, &options(&folder.data())).await.unwrap();
@@ -470,12 +475,7 @@ async fn a_restored_server_runs_where_it_was_restored_and_with_what_its_wal_need
 async fn a_replica_of_a_restored_server_follows_it() {
     let set = "alter system set work_mem = '5MB'";
     let Protected { binaries, server, place, running } = Protected::with(&[set]).await;
-    server.psql("insert into t values (1)");
-    server.psql("select pg_create_restore_point('one')");
-    server.psql("insert into t values (2)");
-    running.status.wait_durable(wal_end(&server)).await.unwrap();
-    running.stop().await.unwrap();
-    let planned = plan(&place, &request(Target::name("one").unwrap())).await.unwrap();
+    let planned = plan_between_two_rows(&server, &place, running).await;
     let folder = Folder::new();
     run(&place, &planned, &options(&folder.data())).await.unwrap();
     let settings = || std::fs::read_to_string(folder.data().join("postgresql.auto.conf")).unwrap();
