@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use super::input::{Input, pieces};
 use crate::capture::stream::cutter::{CutPolicy, CutReason};
 use crate::capture::stream::intake::{Damage, Intake, Step};
+use crate::capture::stream::overlap::Overlap;
 use crate::capture::stream::resume::Attempt;
 use crate::clock::Clock;
 use crate::pg::bytes::{i64_at, u16_at, u32_at, u64_at};
@@ -473,7 +474,7 @@ pub(super) fn intake(bytes: &[u8]) {
         gap: None,
     };
     let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
-    let mut intake = Intake::new(policy, &attempt, Damage::StoreUnread);
+    let mut intake = Intake::new(policy, &attempt, Overlap::default(), Damage::StoreUnread);
     let mut steps = Vec::new();
     let mut position = start;
     for piece in pieces(&wal, &sizes) {

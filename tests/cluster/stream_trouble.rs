@@ -222,7 +222,7 @@ async fn a_standby_can_be_shut_down_wherever_its_wal_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_rolled_back_on_its_timeline_is_refused() {
+async fn a_server_rolled_back_on_its_timeline_is_refused_however_much_it_has_written_since() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());
     load(&server, 100);
     server.stop(Stop::Fast);
@@ -243,6 +243,12 @@ async fn a_server_rolled_back_on_its_timeline_is_refused() {
     let error = Running::start(place.stream(&server)).await.end().await.unwrap_err();
     assert_eq!(error.kind(), Kind::Conflict);
     assert!(error.message().contains("the repository holds it up to"), "{error}");
+    let stored = place.extents().await;
+    load(&server, 4000);
+    let error = Running::start(place.stream(&server)).await.end().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.message().contains("sends other WAL of timeline 1"), "{error}");
+    assert_eq!(place.extents().await, stored);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -387,7 +387,8 @@ impl<'a> Engine<'a> {
                     "it was removed on the server",
                 );
             }
-            let mut pump = Pump::new(self, attempt, segment_size, status_interval);
+            let overlap = self.ledger.held().expected(&history, attempt.stream_from);
+            let mut pump = Pump::new(self, attempt, overlap, segment_size, status_interval);
             pump.set_synchronous(synchronous);
             match pump.run(open, &slot, cancel).await {
                 Ok(Ended::Stopped) => return Ok(SessionEnd::Stopped),
@@ -431,7 +432,8 @@ impl<'a> Engine<'a> {
     }
 
     /// The server must have WAL as far as the repository: else it is a standby that lags, or it was
-    /// rolled back, and would write other WAL at the same positions of the same timeline.
+    /// rolled back, and would write other WAL at the same positions of the same timeline. One that has
+    /// written as much since is told by what it sends (see [`super::overlap`]).
     fn check_not_behind(&self, server: &Server, attempts: &[Attempt]) -> Result<Option<Error>> {
         let Some(first) = attempts.first() else { return Ok(None) };
         let (ours, theirs) = (first.store_from, server.flushed_end_lsn);
@@ -446,11 +448,7 @@ impl<'a> Engine<'a> {
         if server.in_recovery {
             return Err(Error::new(Kind::Unavailable, format!("{message}: the standby lags")));
         }
-        Ok(Some(Error::new(Kind::Conflict, message).hint(
-            "The server was rolled back (a snapshot, a copy) without a new timeline. Restore it \
-             with tidemark, or promote it from a standby, so that it gets one; or give it a \
-             cluster name of its own.",
-        )))
+        Ok(Some(resume::set_back(message)))
     }
 
     /// A server on an older timeline than the one before was replaced by that one, or is a standby that

@@ -8,12 +8,14 @@
 //! 1. The bytes of the `Store` steps between two `Cut`s are exactly the range of the second.
 //! 2. A commit belongs to the extent that holds the last byte of its record.
 //! 3. Bytes follow each other without a hole; a server that leaves one out is not believed.
+//! 4. What is stored already is compared as far as it can be (see [`super::overlap`]).
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
 use super::cutter::{Cut, CutPolicy, CutReason, Cutter};
+use super::overlap::Overlap;
 use super::resume::Attempt;
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
@@ -83,14 +85,16 @@ pub struct Intake {
     received_end: Lsn,
     /// Ranges at or after `received_end` that are stored already, ascending.
     known: VecDeque<LsnRange>,
+    /// What the known ranges should turn out to be.
+    overlap: Overlap,
     commit_times: Vec<PgTime>,
     minimal: Vec<Lsn>,
 }
 
 impl Intake {
-    /// Begins as `attempt` says.
+    /// Begins as `attempt` says; what is stored already is compared with `overlap`.
     #[must_use]
-    pub fn new(policy: CutPolicy, attempt: &Attempt, damage: Damage) -> Self {
+    pub fn new(policy: CutPolicy, attempt: &Attempt, overlap: Overlap, damage: Damage) -> Self {
         let before = LsnRange::new(attempt.stream_from, attempt.store_from);
         let before = before.filter(|range| !range.is_empty());
         Self {
@@ -101,6 +105,7 @@ impl Intake {
             cutter: Cutter::new(policy, attempt.store_from),
             received_end: attempt.stream_from,
             known: before.into_iter().chain(attempt.known.iter().copied()).collect(),
+            overlap,
             commit_times: Vec::new(),
             minimal: Vec::new(),
         }
@@ -127,7 +132,8 @@ impl Intake {
     ///
     /// # Errors
     /// `unavailable` when the bytes do not follow on; `corrupt` when the decoder cannot read them
-    /// and [`Damage::Report`] was asked for. The bytes before are in `steps` or pending.
+    /// and [`Damage::Report`] was asked for; `conflict` when they are other WAL than is stored. The bytes
+    /// before are in `steps` or pending.
     pub fn take(
         &mut self,
         start: Lsn,
@@ -145,7 +151,7 @@ impl Intake {
         while !data.is_empty() {
             let known = self.known_end();
             let room = match known {
-                Some(end) => end.saturating_since(self.received_end),
+                Some(end) => self.next_edge(end).saturating_since(self.received_end),
                 None => self.room_bytes(),
             };
             let len = usize::try_from(room).unwrap_or(usize::MAX).min(data.len());
@@ -154,6 +160,7 @@ impl Intake {
             self.decode(&piece, known.is_none(), now, steps)?;
             if known.is_some() {
                 self.skip(len as u64, steps);
+                self.overlap.end(self.received_end)?;
             } else {
                 self.store(piece, now, steps);
             }
@@ -175,6 +182,13 @@ impl Intake {
     fn known_end(&self) -> Option<Lsn> {
         let first = self.known.front()?;
         (first.start() <= self.received_end).then(|| first.end())
+    }
+
+    /// How far to decode at once in the known range that ends at `known_end`.
+    fn next_edge(&mut self, known_end: Lsn) -> Lsn {
+        let in_step = self.boundary() != Lsn::INVALID;
+        self.overlap.begin(self.received_end, in_step);
+        self.overlap.edge_after(self.received_end).map_or(known_end, |edge| edge.min(known_end))
     }
 
     /// Room in the extent being filled, up to the next known range.
@@ -245,6 +259,7 @@ impl Intake {
                     self.received_end
                 );
                 self.scanner = None;
+                self.overlap.forget();
             }
             Err(error) => return Err(error),
         }
@@ -254,6 +269,8 @@ impl Intake {
             }
             if stored {
                 self.note(landmark, now);
+            } else {
+                self.overlap.note(landmark);
             }
         }
         Ok(())
@@ -304,6 +321,7 @@ impl Intake {
 mod tests {
 
     use super::super::cutter::tests::{SEGMENT, policy};
+    use super::super::overlap::Expected;
     use super::*;
     use crate::clock::Clock;
     use crate::pg::TimelineId;
@@ -325,7 +343,8 @@ mod tests {
         let (wal, commits) = crafted(&[20_000]);
         let from = SEGMENT + 8192;
         let (clock, known) = (Clock::system(), SEGMENT + wal.len() as u64);
-        let mut intake = Intake::new(policy(), &attempt(from, known, &[]), Damage::Report);
+        let mut intake =
+            Intake::new(policy(), &attempt(from, known, &[]), Overlap::default(), Damage::Report);
         let mut steps = Vec::new();
         let wal = Bytes::from(wal).slice(8192..);
         intake.take(Lsn(from), wal.slice(..5000), clock.instant(), &mut steps).unwrap();
@@ -375,7 +394,7 @@ mod tests {
 
     fn run(attempt: &Attempt, wal: &[u8], piece: usize) -> Vec<(CutExtent, Vec<u8>)> {
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), attempt, Damage::Report);
+        let mut intake = Intake::new(policy(), attempt, Overlap::default(), Damage::Report);
         let mut steps = Vec::new();
         let from = (attempt.stream_from.0 - SEGMENT) as usize;
         for piece in wal[from..].chunks(piece) {
@@ -429,6 +448,69 @@ mod tests {
         }
     }
 
+    /// What a stream that begins at `stream_from` says of `wal` where `stored` is held.
+    fn compare(stream_from: u64, stored: &[CutExtent], wal: &[u8], piece: usize) -> Result<()> {
+        let times = stored.iter().filter_map(|extent| {
+            let greatest_time = extent.cut.greatest_time?;
+            Some(Expected { timeline: TimelineId::FIRST, range: extent.cut.range, greatest_time })
+        });
+        let end = stored.last().map_or(Lsn(stream_from), |last| last.cut.range.end());
+        let attempt = attempt(stream_from, end.0, &[]);
+        let overlap = Overlap::new(times.collect());
+        let mut intake = Intake::new(policy(), &attempt, overlap, Damage::Report);
+        let from = (stream_from - SEGMENT) as usize;
+        for piece in wal[from..].chunks(piece) {
+            let (start, now) = (intake.received_end(), Clock::system().instant());
+            let mut steps = Vec::new();
+            intake.take(start, Bytes::copy_from_slice(piece), now, &mut steps)?;
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn a_server_that_sends_the_same_again_is_believed_and_one_set_back_is_not(
+            fillers in prop::collection::vec(0..60_000_usize, 1..25),
+            pieces in (1..100_000_usize, 1..100_000_usize),
+            page in 0..60_u64,
+            set_back_to in any::<prop::sample::Index>(),
+        ) {
+            let (wal, commits) = crafted(&fillers);
+            let now = Clock::system().instant();
+            let first = attempt(SEGMENT, SEGMENT, &[]);
+            let mut intake = Intake::new(policy(), &first, Overlap::default(), Damage::Report);
+            let mut steps = Vec::new();
+            for piece in wal.chunks(pieces.0) {
+                let start = intake.received_end();
+                intake.take(start, Bytes::copy_from_slice(piece), now, &mut steps).unwrap();
+                intake.cut(CutReason::Commit, &mut steps);
+            }
+            let stored: Vec<CutExtent> =
+                extents(steps).into_iter().map(|(extent, _)| extent).collect();
+            let stream_from = SEGMENT + (page * 8192).min(wal.len() as u64 / 8192 * 8192);
+            compare(stream_from, &stored, &wal, pieces.1).unwrap();
+
+            let lost = set_back_to.index(commits.len());
+            let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+            for (index, filler) in fillers.iter().enumerate() {
+                craft.filler(*filler);
+                let later = if index < lost { 0 } else { 1_000_000 };
+                craft.commit(index as u32 + 3, PgTime(1000 + index as i64 + later));
+            }
+            // All that is needed is one extent that is decoded from its start, in step, and whose
+            // greatest time is lost.
+            let decoded_from = commits.iter().find(|(_, range)| range.start().0 > stream_from);
+            let is_told = decoded_from.is_some_and(|(_, first)| stored.iter().any(|extent| {
+                extent.cut.range.start() >= first.end()
+                    && extent.cut.greatest_time.is_some_and(|time| time >= PgTime(1000 + lost as i64))
+            }));
+            let outcome = compare(stream_from, &stored, &craft.bytes, pieces.1);
+            if is_told {
+                prop_assert_eq!(outcome.unwrap_err().kind(), Kind::Conflict);
+            }
+        }
+    }
+
     #[test]
     fn a_commit_is_not_where_only_its_padding_is() {
         let (wal, commits) = crafted(&[5000, 5000]);
@@ -454,7 +536,12 @@ mod tests {
     #[test]
     fn a_hole_in_what_the_server_sends_is_refused() {
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::Report,
+        );
         let (wal, _) = crafted(&[500]);
         let later = Lsn(SEGMENT + 8);
         let error = intake.take(later, Bytes::from(wal), now, &mut Vec::new()).unwrap_err();
@@ -466,7 +553,12 @@ mod tests {
         let (mut wal, commits) = crafted(&[100_000; 22]);
         wal[250_000] ^= 1;
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::Report,
+        );
         let pieces: Vec<Bytes> = wal.chunks(8192).map(Bytes::copy_from_slice).collect();
         let mut steps = Vec::new();
         let mut failed = None;
@@ -483,8 +575,12 @@ mod tests {
         assert!(last.cut.range.end() <= Lsn(SEGMENT + 400_000));
         assert!(last.cut.greatest_time <= Some(commits[2].0));
 
-        let mut intake =
-            Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::StoreUnread);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::StoreUnread,
+        );
         let mut steps = Vec::new();
         for piece in &pieces {
             intake.take(intake.received_end(), piece.clone(), now, &mut steps).unwrap();
@@ -506,7 +602,12 @@ mod tests {
         assert!(before.end().0 < SEGMENT + 8192 && record.end().0 > SEGMENT + 8192, "{record:?}");
         // The first extent ends in the middle of the record, at the end of a page.
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::Report,
+        );
         let mut steps = Vec::new();
         let (head, tail) = craft.bytes.split_at(8192);
         for piece in [head, tail] {
@@ -533,7 +634,12 @@ mod tests {
         let abort = [7; 8];
         let prepared = [&abort[..], &0x10_u32.to_le_bytes(), &9_u32.to_le_bytes()].concat();
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::Report,
+        );
         for (info, data, waits) in [(0x20, &abort[..], false), (0xC0, &prepared, true)] {
             let before = craft.bytes.len();
             craft.main_data((1, info), 0, data);
@@ -552,7 +658,12 @@ mod tests {
         let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
         craft.filler(100);
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(SEGMENT, SEGMENT, &[]),
+            Overlap::default(),
+            Damage::Report,
+        );
         intake.take(Lsn(SEGMENT), Bytes::from(craft.bytes.clone()), now, &mut Vec::new()).unwrap();
         assert_eq!(intake.cutter().due(now), None);
         let mut checkpoint = vec![0; 88];

@@ -11,16 +11,24 @@
 use std::collections::BTreeMap;
 
 use super::intake::CutExtent;
+use super::overlap::{Expected, Overlap};
 use super::prefix::Prefix;
 use super::resume::{Attempt, join};
 use super::uploads::Stored;
 use crate::error::Result;
-use crate::pg::{Lsn, LsnRange, TimelineId};
+use crate::pg::{Lsn, LsnRange, PgTime, TimelineHistory, TimelineId};
 use crate::repo::{Object, Repository};
+
+/// Most extents of which the greatest time is kept: more than are stored in an hour at one a second.
+const TIMES_MAX: usize = 4096;
 
 /// What is stored, by timeline, joined where it touches: as large as the number of gaps.
 #[derive(Clone, Debug, Default)]
-pub struct Held(BTreeMap<TimelineId, Vec<LsnRange>>);
+pub struct Held {
+    ranges: BTreeMap<TimelineId, Vec<LsnRange>>,
+    /// The last extents with a commit or abort inside, and the greatest time of one.
+    times: BTreeMap<(TimelineId, LsnRange), PgTime>,
+}
 
 impl Held {
     /// What `repository` holds, read from its listing page by page.
@@ -41,7 +49,7 @@ impl Held {
                 if let Some(Object::Extent(extent)) =
                     Object::parse(repository.cluster(), &object.name)
                 {
-                    held.push(extent.timeline, extent.range);
+                    held.push(extent.timeline, extent.range, extent.time);
                 }
             }
             held.join();
@@ -53,18 +61,23 @@ impl Held {
         }
     }
 
-    /// Enters a range.
-    pub fn add(&mut self, timeline: TimelineId, range: LsnRange) {
-        self.push(timeline, range);
+    /// Enters an extent: its range, and the greatest time of a commit or abort inside.
+    pub fn add(&mut self, timeline: TimelineId, range: LsnRange, time: Option<PgTime>) {
+        self.push(timeline, range, time);
         self.join();
     }
 
-    fn push(&mut self, timeline: TimelineId, range: LsnRange) {
-        self.0.entry(timeline).or_default().push(range);
+    fn push(&mut self, timeline: TimelineId, range: LsnRange, time: Option<PgTime>) {
+        self.ranges.entry(timeline).or_default().push(range);
+        let Some(time) = time else { return };
+        self.times.insert((timeline, range), time);
+        if self.times.len() > TIMES_MAX {
+            self.times.pop_first();
+        }
     }
 
     fn join(&mut self) {
-        for ranges in self.0.values_mut().filter(|ranges| ranges.len() > 1) {
+        for ranges in self.ranges.values_mut().filter(|ranges| ranges.len() > 1) {
             *ranges = join(std::mem::take(ranges));
         }
     }
@@ -72,7 +85,7 @@ impl Held {
     /// The greatest timeline of which anything is held.
     #[must_use]
     pub fn newest_timeline(&self) -> Option<TimelineId> {
-        self.0.keys().next_back().copied()
+        self.ranges.keys().next_back().copied()
     }
 
     /// Everything held, ascending.
@@ -82,7 +95,28 @@ impl Held {
             let timeline = *timeline;
             ranges.clone().into_iter().map(move |range| (timeline, range))
         };
-        self.0.iter().flat_map(of).collect()
+        self.ranges.iter().flat_map(of).collect()
+    }
+
+    /// The extents on the way of `history` that a server sends again from `position` on. One that goes
+    /// on past a switch, on the branch that was left, is none: its greatest time may be there.
+    #[must_use]
+    pub fn expected(&self, history: &TimelineHistory, position: Lsn) -> Overlap {
+        let path = history.path();
+        let on_path = |timeline: TimelineId, range: LsnRange| {
+            path.iter().any(|part| {
+                part.timeline == timeline
+                    && range.start() >= part.start.max(position)
+                    && part.end.is_none_or(|end| range.end() <= end)
+            })
+        };
+        let times = self.times.iter().filter(|((timeline, range), _)| on_path(*timeline, *range));
+        let expected = times.map(|((timeline, range), time)| Expected {
+            timeline: *timeline,
+            range: *range,
+            greatest_time: *time,
+        });
+        Overlap::new(expected.collect())
     }
 }
 
@@ -171,7 +205,8 @@ impl Ledger {
 
     /// The store confirmed an extent.
     pub fn stored(&mut self, stored: &Stored) {
-        self.held.add(stored.timeline, stored.extent.cut.range);
+        let cut = stored.extent.cut;
+        self.held.add(stored.timeline, cut.range, cut.greatest_time);
         if stored.chain == self.chain {
             self.prefix.complete(stored.extent.cut.range);
         }

@@ -6,7 +6,7 @@
 //!      ▲                                                        │ completed ranges
 //!      └── flush position ◀── prefix (contiguous, at a record boundary) ◀┘
 //! ```
-//! `cutter`, `prefix`, `resume` and `intake` decide and do no I/O.
+//! `cutter`, `prefix`, `resume`, `overlap` and `intake` decide and do no I/O.
 
 mod engine;
 mod merging;
@@ -15,6 +15,7 @@ mod pump;
 pub mod cutter;
 pub mod intake;
 pub mod ledger;
+pub mod overlap;
 pub mod prefix;
 pub mod relief;
 pub mod resume;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::cutter::{CutPolicy, CutReason};
 use super::engine::{Engine, SessionEnd};
 use super::intake::{Damage, Intake, Step};
+use super::overlap::Overlap;
 use super::resume::Attempt;
 use super::sealer::Place;
 use super::server::{self, OurSlot};
@@ -49,7 +50,8 @@ pub(super) enum Ended {
     Stopped,
     /// The server keeps more WAL for us than it may.
     CeilingPassed,
-    /// Going on makes no sense: somebody else writes now, or a stop ran out of time.
+    /// Going on makes no sense: somebody else writes now, the server was set back, or a stop ran out of
+    /// time.
     Refused(Error),
     /// The server no longer has the WAL that was asked for.
     WalRemoved(Error),
@@ -97,6 +99,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     pub(super) fn new(
         engine: &'e mut Engine<'a>,
         attempt: &Attempt,
+        overlap: Overlap,
         segment_size: SegmentSize,
         status_interval: Duration,
     ) -> Self {
@@ -110,7 +113,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             true => Damage::StoreUnread,
             false => Damage::Report,
         };
-        let intake = Intake::new(policy, attempt, damage);
+        let intake = Intake::new(policy, attempt, overlap, damage);
         let requests = engine.status.flush_requests();
         let told_at = engine.clock.instant();
         Self {
@@ -335,8 +338,12 @@ impl<'e, 'a> Pump<'e, 'a> {
                 let taken = self.intake.take(start_lsn, data, now, &mut steps);
                 self.execute(&mut steps).await?;
                 self.steps = steps;
-                if let Err(error) = taken {
-                    return Err(self.note_damage(error));
+                match taken {
+                    Err(error) if error.kind() == Kind::Conflict => {
+                        return Ok(Some(Flow::Ended(Ended::Refused(error))));
+                    }
+                    Err(error) => return Err(self.note_damage(error)),
+                    Ok(()) => {}
                 }
                 let received_end_lsn = self.intake.received_end();
                 self.engine.status.update(|now| now.received_end_lsn = received_end_lsn);

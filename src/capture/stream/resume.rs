@@ -13,6 +13,7 @@
 //! 4. A chain that begins anew begins at a segment start: PostgreSQL reads the first page of every
 //!    segment it opens.
 
+use crate::error::{Error, Kind};
 use crate::pg::TimelineHistory;
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
 
@@ -89,8 +90,13 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
     for end in ends.iter().skip(ends.len().saturating_sub(CHAIN_ENDS_MAX)) {
         let kept = segment_start <= *end;
         if kept || situation.older == OlderWal::Ask {
-            let stream_from = situation.segment_size.start_of(*end);
-            found.push(attempt(situation, &stored, stream_from, *end, None));
+            let segment = situation.segment_size;
+            let mut begin = |from| found.push(attempt(situation, &stored, from, *end, None));
+            if segment.start_of(*end) == *end {
+                // A record may go on here; but the segment before may be gone, and this one not.
+                begin(segment.start_of(Lsn(end.0.saturating_sub(1))));
+            }
+            begin(segment.start_of(*end));
         }
     }
     if ends.last().is_none_or(|end| *end < segment_start) {
@@ -110,6 +116,16 @@ fn attempt(
     let known = stored.iter().filter(|range| range.end() > store_from).copied().collect();
     let timeline = situation.history.timeline_at(stream_from);
     Attempt { timeline, stream_from, store_from, known, gap }
+}
+
+/// A server whose WAL is not the one that the repository holds of its timeline.
+#[must_use]
+pub fn set_back(message: String) -> Error {
+    Error::new(Kind::Conflict, message).hint(
+        "The server was rolled back (a snapshot, a copy) without a new timeline. Restore it \
+         with tidemark, or promote it from a standby, so that it gets one; or give it a \
+         cluster name of its own.",
+    )
 }
 
 /// Whether what is stored on the way to a timeline reaches `position` without a hole right before it.
@@ -235,6 +251,21 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].gap, None);
         assert_eq!(found[0].store_from, Lsn(5 * SEG + 16));
+    }
+
+    #[test]
+    fn an_end_between_two_segments_is_reached_in_the_middle_of_its_record_if_the_server_can() {
+        let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG)], 9 * SEG + 100);
+        let begins: Vec<_> = found.iter().map(|one| (one.stream_from, one.store_from)).collect();
+        assert_eq!(
+            begins,
+            [
+                (Lsn(4 * SEG), Lsn(5 * SEG)),
+                (Lsn(5 * SEG), Lsn(5 * SEG)),
+                (Lsn(9 * SEG), Lsn(9 * SEG))
+            ]
+        );
+        assert_eq!((found[0].gap, found[1].gap), (None, None));
     }
 
     #[test]
