@@ -8,11 +8,9 @@
 use ring::digest::{Algorithm, SHA256, SHA384, SHA512, digest};
 use rustls::CertificateError;
 use rustls::pki_types::{ServerName, UnixTime};
-use x509_cert::Certificate;
-use x509_cert::der::asn1::{Ia5StringRef, PrintableStringRef, Utf8StringRef};
-use x509_cert::der::{Decode, Encode};
-use x509_cert::ext::pkix::SubjectAltName;
-use x509_cert::ext::pkix::name::GeneralName;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer as _;
 
 /// The largest certificate looked at; the handshake has its own limit of 64 KiB a message.
 const CERTIFICATE_BYTES_MAX: usize = 64 << 10;
@@ -41,8 +39,13 @@ const PSS_HASHES: [(&[u8], &Algorithm); 3] = [
     (&[0x06, 9, 0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, 3], &SHA512),
 ];
 
-fn parse(der: &[u8]) -> Option<Certificate> {
-    (der.len() <= CERTIFICATE_BYTES_MAX).then(|| Certificate::from_der(der).ok()).flatten()
+/// Everything in it is a slice of `der`: a length that lies costs no memory.
+fn parse(der: &[u8]) -> Option<X509Certificate<'_>> {
+    if der.len() > CERTIFICATE_BYTES_MAX {
+        return None;
+    }
+    let (rest, certificate) = X509Certificate::from_der(der).ok()?;
+    rest.is_empty().then_some(certificate)
 }
 
 /// The `tls-server-end-point` data of a certificate; `None` when its signature algorithm has no hash
@@ -50,9 +53,9 @@ fn parse(der: &[u8]) -> Option<Certificate> {
 pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
     let certificate = parse(der)?;
     let algorithm = &certificate.signature_algorithm;
-    let name = algorithm.oid.to_string();
+    let name = algorithm.algorithm.to_id_string();
     let hash = if name == RSASSA_PSS {
-        let parameters = algorithm.parameters.as_ref()?.to_der().ok()?;
+        let parameters = algorithm.parameters.as_ref()?.data;
         // The first hash named is the signature's; the one of the mask function comes after it.
         let place = |oid: &[u8]| parameters.windows(oid.len()).position(|part| part == oid);
         PSS_HASHES
@@ -69,11 +72,12 @@ pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
 /// Whether `now` is within the certificate's validity.
 pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), CertificateError> {
     let certificate = parse(der).ok_or(CertificateError::BadEncoding)?;
-    let validity = certificate.tbs_certificate.validity;
-    if now.as_secs() < validity.not_before.to_unix_duration().as_secs() {
+    let validity = certificate.validity();
+    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    if now < validity.not_before.timestamp() {
         return Err(CertificateError::NotValidYet);
     }
-    if now.as_secs() > validity.not_after.to_unix_duration().as_secs() {
+    if now > validity.not_after.timestamp() {
         return Err(CertificateError::Expired);
     }
     Ok(())
@@ -83,30 +87,20 @@ pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), Certificat
 /// the host's type; `None` when it has one, or no common name.
 pub(super) fn common_name_matches(der: &[u8], name: &ServerName<'_>) -> Option<bool> {
     let certificate = parse(der)?;
-    let tbs = &certificate.tbs_certificate;
-    if let Some((_, alternatives)) = tbs.get::<SubjectAltName>().ok()? {
-        let same_type = |alternative: &GeneralName| match name {
-            ServerName::DnsName(_) => matches!(alternative, GeneralName::DnsName(_)),
-            _ => matches!(alternative, GeneralName::IpAddress(_) | GeneralName::DnsName(_)),
+    if let Some(alternatives) = certificate.subject_alternative_name().ok()? {
+        let same_type = |alternative: &GeneralName<'_>| match alternative {
+            // One that cannot be read may be of any type.
+            GeneralName::DNSName(_) | GeneralName::Invalid(..) => true,
+            GeneralName::IPAddress(_) => !matches!(name, ServerName::DnsName(_)),
+            _ => false,
         };
-        if alternatives.0.iter().any(same_type) {
+        if alternatives.value.general_names.iter().any(same_type) {
             return None;
         }
     }
     let common_name =
-        tbs.subject.0.iter().flat_map(|part| part.0.iter()).find_map(|attribute| {
-            if attribute.oid.to_string() != "2.5.4.3" {
-                return None;
-            }
-            let value = &attribute.value;
-            let text = Utf8StringRef::try_from(value).map(|text| text.as_str().to_owned());
-            text.or_else(|_| {
-                PrintableStringRef::try_from(value).map(|text| text.as_str().to_owned())
-            })
-            .or_else(|_| Ia5StringRef::try_from(value).map(|text| text.as_str().to_owned()))
-            .ok()
-        })?;
-    Some(names_match(&common_name, &name.to_str()))
+        certificate.subject().iter_common_name().find_map(|attribute| attribute.as_str().ok())?;
+    Some(names_match(common_name, &name.to_str()))
 }
 
 /// `pattern` is the host, or `*.` and the host's part after its first dot.

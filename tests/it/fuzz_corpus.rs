@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use tidemark::fuzz::{TARGETS, Target};
 
+use super::allocation::largest_bytes;
+
 fn folder(kind: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(kind)
 }
@@ -20,13 +22,23 @@ fn inputs(kind: &str, target: &Target) -> Vec<PathBuf> {
     inputs
 }
 
+/// Most bytes that a decoder may ask for at once, as `tools/fuzz` has it (`-malloc_limit_mb`).
+const ALLOCATION_BYTES_MAX: usize = 80 << 20;
+
 /// Runs a target on these inputs and gives those that broke it.
 fn broken(target: &Target, inputs: &[PathBuf]) -> Vec<String> {
-    let broke = |input: &&PathBuf| {
+    let breaks = |input: &PathBuf| {
         let bytes = std::fs::read(input).unwrap();
-        catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))).is_err()
+        let run = || largest_bytes(|| (target.run)(&bytes));
+        match catch_unwind(AssertUnwindSafe(run)) {
+            Err(_panic) => Some(input.display().to_string()),
+            Ok(largest) if largest > ALLOCATION_BYTES_MAX => {
+                Some(format!("{}: asks for {largest} bytes", input.display()))
+            }
+            Ok(_) => None,
+        }
     };
-    inputs.iter().filter(broke).map(|input| input.display().to_string()).collect()
+    inputs.iter().filter_map(breaks).collect()
 }
 
 #[test]

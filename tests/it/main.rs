@@ -3,6 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::disallowed_methods)]
 
+#[allow(unsafe_code, reason = "an allocator is unsafe to write; see there")]
+mod allocation;
 mod cli;
 mod damaged;
 mod expire;
