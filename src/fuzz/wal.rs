@@ -8,9 +8,9 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::input::{Input, pieces};
-use crate::capture::stream::cutter::{CutPolicy, CutReason};
+use crate::capture::stream::cutter::{Cut, CutPolicy, CutReason};
 use crate::capture::stream::intake::{Damage, Intake, Step};
-use crate::capture::stream::overlap::Overlap;
+use crate::capture::stream::overlap::{self, Overlap};
 use crate::capture::stream::resume::Attempt;
 use crate::clock::Clock;
 use crate::pg::bytes::{i64_at, u16_at, u32_at, u64_at};
@@ -491,6 +491,7 @@ pub(super) fn intake(bytes: &[u8]) {
     intake.cut(CutReason::StreamEnd, &mut steps);
 
     let (mut next, mut extent_start) = (store_from, None);
+    let mut stored = Vec::new();
     for step in steps {
         match step {
             Step::Store { start: at, piece } => {
@@ -510,6 +511,7 @@ pub(super) fn intake(bytes: &[u8]) {
                 let last = Lsn(range.end().0 - 1);
                 assert_eq!(segment_size().number_of(range.start()), segment_size().number_of(last));
                 assert!(extent.boundary <= range.end());
+                stored.push(extent.cut);
             }
             Step::Boundary(at) => assert!(at <= position),
             Step::MinimalWal(at) => assert!(at > start),
@@ -519,6 +521,21 @@ pub(super) fn intake(bytes: &[u8]) {
     let stored_all =
         if position > known_end || position <= known_start { position } else { known_start };
     assert_eq!(next, stored_all.max(store_from));
+    check_sent_again(policy, &attempt, &stored, wal);
+}
+
+/// A server that sends in one piece what was stored is not taken for one that was set back.
+fn check_sent_again(policy: CutPolicy, attempt: &Attempt, stored: &[Cut], wal: Bytes) {
+    let Some(last) = stored.last() else { return };
+    let expected = stored.iter().filter_map(|cut| {
+        let greatest_time = cut.greatest_time?;
+        Some(overlap::Expected { timeline: attempt.timeline, range: cut.range, greatest_time })
+    });
+    let overlap = Overlap::new(expected.collect());
+    let again = Attempt { store_from: last.range.end(), known: Vec::new(), ..attempt.clone() };
+    let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
+    let mut intake = Intake::new(policy, &again, overlap, Damage::StoreUnread);
+    intake.take(again.stream_from, wal, now, &mut Vec::new()).expect("this is what was stored");
 }
 
 /// Makes `wal`, pages from `start` on, right again as far as it can be: addresses, flags and lengths
