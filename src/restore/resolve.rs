@@ -32,7 +32,7 @@ use crate::wal::Landmark;
 
 use super::chain::{Chain, ChainEnd, Piece};
 use super::plan::{Moment, Request};
-use super::scan::{self, WalSource};
+use super::scan::{self, Remembering, WalSource};
 use super::settings::Stop;
 use super::target::{Edge, Target, TimelineChoice};
 
@@ -219,6 +219,7 @@ pub(crate) async fn resolve<S: WalSource>(
     let timeline = holdings.choose_timeline(request)?;
     let path = holdings.path(timeline);
     let bases = holdings.candidates(request, &path)?;
+    let source = &Remembering::new(source);
     let search = Search { holdings, source, request, path: &path, timeline };
     search.run(&bases).await
 }

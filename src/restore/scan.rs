@@ -4,7 +4,7 @@
 //! the WAL, from a given position on.
 //!
 //! # Shape
-//! At most [`EXTENTS_AHEAD`] extents of at most 16 MiB are in memory.
+//! At most [`EXTENTS_AHEAD`] extents of at most 16 MiB are in memory, besides what a [`Remembering`] keeps.
 //!
 //! # Invariants
 //! No record that ends after the given position is missed: decoding begins at the start of a page
@@ -13,6 +13,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::ops::ControlFlow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -26,6 +27,8 @@ use super::chain::{Chain, Piece};
 
 /// Extents being fetched while one is decoded.
 const EXTENTS_AHEAD: usize = 2;
+/// Plain WAL that is kept for another look: the greatest extents on both sides of a position.
+const KEPT_BYTES_MAX: usize = 32 << 20;
 /// How far before a position decoding begins at first: longer than any but absurd commit records.
 const BACK_BYTES: u64 = 256 << 10;
 /// `XLOG_BLCKSZ`: the only size of WAL page that is supported.
@@ -39,6 +42,56 @@ const REMAINING_OFFSET: usize = 16;
 pub(crate) trait WalSource: Sync {
     /// All plain bytes of an extent.
     fn extent(&self, name: &ExtentName) -> impl Future<Output = Result<Bytes>> + Send;
+}
+
+/// Reads from another source, and keeps what was read last: who looks around a position for records, then
+/// for landmarks, then for the commits on both sides reads the same extents several times.
+#[derive(Debug)]
+pub(crate) struct Remembering<'a, S> {
+    source: &'a S,
+    /// The last one used comes last.
+    kept: Mutex<VecDeque<(ExtentName, Bytes)>>,
+}
+
+impl<'a, S> Remembering<'a, S> {
+    /// With nothing kept.
+    pub(crate) fn new(source: &'a S) -> Self {
+        Self { source, kept: Mutex::default() }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, VecDeque<(ExtentName, Bytes)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recall(&self, name: &ExtentName) -> Option<Bytes> {
+        let mut kept = self.kept();
+        let place = kept.iter().position(|(known, _)| known == name)?;
+        let found = kept.remove(place)?;
+        let bytes = found.1.clone();
+        kept.push_back(found);
+        Some(bytes)
+    }
+
+    fn keep(&self, name: ExtentName, bytes: Bytes) {
+        let mut kept = self.kept();
+        kept.push_back((name, bytes));
+        let mut kept_bytes: usize = kept.iter().map(|(_, bytes)| bytes.len()).sum();
+        while kept_bytes > KEPT_BYTES_MAX {
+            let oldest = kept.pop_front();
+            kept_bytes -= oldest.map_or(kept_bytes, |(_, bytes)| bytes.len());
+        }
+    }
+}
+
+impl<S: WalSource> WalSource for Remembering<'_, S> {
+    async fn extent(&self, name: &ExtentName) -> Result<Bytes> {
+        if let Some(bytes) = self.recall(name) {
+            return Ok(bytes);
+        }
+        let bytes = self.source.extent(name).await?;
+        self.keep(*name, bytes.clone());
+        Ok(bytes)
+    }
 }
 
 /// Fetches the pieces of `pieces` in order, ahead of their use.
