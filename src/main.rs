@@ -1,9 +1,13 @@
 //! The `tidemark` binary: the runtime, the signals, and the exit status.
 
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::panic::catch_unwind;
 use std::process::ExitCode;
 
 use tidemark::cli;
 use tidemark::config::Environment;
+use tidemark::error::Kind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -52,32 +56,42 @@ fn bound_allocator() {}
 
 fn main() -> ExitCode {
     bound_allocator();
-    let arguments = std::env::args_os().collect();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let recovers = cli::is_restore_command(&arguments);
+    // A panic was told by its hook.
+    let outcome = catch_unwind(|| run(arguments)).unwrap_or(Err(Kind::Bug));
+    outcome.unwrap_or_else(|kind| cli::failed(recovers, kind))
+}
+
+/// Runs the command that `arguments` ask for; fails where it could not be begun or was not ended.
+fn run(arguments: Vec<OsString>) -> Result<ExitCode, Kind> {
     let environment = Environment::of_this_process();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .enable_all()
         .build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: unable to start the runtime: {error}");
-            return ExitCode::from(tidemark::error::Kind::Unavailable.exit_code());
-        }
-    };
+    let runtime = runtime.map_err(|error| {
+        tell(&format!("unable to start the runtime: {error}"));
+        Kind::Unavailable
+    })?;
     let stop = CancellationToken::new();
     // A task of its own: signals are answered whatever the command does with its thread.
     runtime.spawn(answer_signals(stop.clone()));
     // On a thread of the runtime: on this one, every answer of a socket would have to be handed over from
     // the thread that waits for them, two switches for each read of a backup.
     let command = runtime.spawn(cli::run(arguments, environment, stop));
-    let status = runtime.block_on(command).unwrap_or_else(|failed| {
-        eprintln!("error: the command failed: {failed}");
-        ExitCode::from(tidemark::error::Kind::Bug.exit_code())
+    let status = runtime.block_on(command).map_err(|failed| {
+        tell(&format!("the command failed: {failed}"));
+        Kind::Bug
     });
     // What still runs, such as a thread that waits for an answer at the terminal, is left behind.
     runtime.shutdown_background();
     status
+}
+
+/// Tells the person, if standard error can still be written.
+fn tell(what: &str) {
+    drop(writeln!(std::io::stderr(), "error: {what}"));
 }
 
 /// The first SIGTERM or SIGINT asks the command to end, the second ends the process: nothing is lost

@@ -50,6 +50,8 @@ fn start_log(config: &Config, terminal: &Terminal) -> Result<()> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(terminal.colour())
+        // It would tell standard error, by a panic when that is what cannot be written.
+        .log_internal_errors(false)
         .with_writer(Lines(terminal.clone()));
     let started = match config.settings.text("log.format") {
         Some("json") => builder.json().flatten_event(true).try_init(),

@@ -38,9 +38,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Environment};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::restore::{WAL_GET_FATAL_EXIT, WalGet};
-use End::{Ended, Failed};
 use invocation::Invocation;
 use terminal::{Terminal, When};
 
@@ -145,41 +144,52 @@ fn grammar() -> clap::Command {
     flags::add(Cli::command())
 }
 
+/// Whether PostgreSQL asks, by its `restore_command`.
+#[must_use]
+pub fn is_restore_command(arguments: &[OsString]) -> bool {
+    arguments.iter().any(|word| word == "wal-get")
+}
+
+/// The exit status of a failure. PostgreSQL takes a low status of its `restore_command` for the end of
+/// the WAL and would end recovery too early: whatever went wrong, before the command line was read and
+/// after a panic included, must stop it instead.
+#[must_use]
+pub fn failed(is_restore_command: bool, kind: Kind) -> ExitCode {
+    ExitCode::from(if is_restore_command { WAL_GET_FATAL_EXIT } else { kind.exit_code() })
+}
+
 /// Runs the command that `arguments` (the program's name first) ask for, and reports its error.
 pub async fn run(
     arguments: Vec<OsString>,
     environment: Environment,
     stop: CancellationToken,
 ) -> ExitCode {
-    let restores = arguments.iter().any(|word| word == "wal-get");
+    let recovers = is_restore_command(&arguments);
     match run_command(arguments, environment, stop).await {
-        // PostgreSQL takes a low status of its restore_command for the end of the WAL and would end
-        // recovery too early: whatever went wrong, the command line included, must stop it instead.
-        Failed(_) if restores => ExitCode::from(WAL_GET_FATAL_EXIT),
-        Ended(code) | Failed(code) => code,
+        Ok(code) => code,
+        Err(kind) => failed(recovers, kind),
     }
-}
-
-/// How a command ended, as far as the process's exit status goes.
-enum End {
-    Ended(ExitCode),
-    Failed(ExitCode),
 }
 
 async fn run_command(
     arguments: Vec<OsString>,
     environment: Environment,
     stop: CancellationToken,
-) -> End {
-    let matches = match grammar().try_get_matches_from(arguments) {
-        Ok(matches) => matches,
+) -> std::result::Result<ExitCode, Kind> {
+    let wants_json = arguments.iter().any(|word| word == "--json");
+    let parsed = grammar().try_get_matches_from(arguments);
+    let parsed = parsed.and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         // Asking for help is no failure.
-        Err(error) if error.use_stderr() => return Failed(render::clap_error(&error)),
-        Err(error) => return Ended(render::clap_error(&error)),
-    };
-    let cli = match Cli::from_arg_matches(&matches) {
-        Ok(cli) => cli,
-        Err(error) => return Failed(render::clap_error(&error)),
+        Err(error) if error.use_stderr() => {
+            render::misused(&error, wants_json);
+            return Err(Kind::Usage);
+        }
+        Err(help) => {
+            render::help(&help);
+            return Ok(ExitCode::SUCCESS);
+        }
     };
     let json = cli.command.json();
     let terminal = Terminal::new(cli.global.color, cli.global.quiet, json, &environment);
@@ -190,41 +200,51 @@ async fn run_command(
         dispatch(cli.command, invocation).await
     }
     .await;
-    match result {
-        Ok(code) => Ended(code),
-        Err(error) => {
-            render::error(&error, &terminal);
-            Failed(ExitCode::from(error.kind().exit_code()))
-        }
-    }
+    result.map_err(|error| {
+        render::error(&error, &terminal);
+        error.kind()
+    })
 }
 
 async fn dispatch(command: Command, invocation: Invocation) -> Result<ExitCode> {
+    let stop = invocation.stop.clone();
     let done = match command {
         Command::Demo(args) => demo::run(args, invocation).await,
-        Command::Init(args) => init::run(args, invocation).await,
+        Command::Init(args) => unless_stopped(&stop, init::run(args, invocation)).await,
         Command::Keygen(args) => keygen::run(args, invocation),
-        Command::Check(args) => check::run(args, invocation).await,
+        Command::Check(args) => unless_stopped(&stop, check::run(args, invocation)).await,
         Command::Backup(args) => backup::run(args, invocation).await,
         Command::Stream(args) => stream::run(args, invocation).await,
         Command::Run(args) => run::run(args, invocation).await,
         Command::Restore(args) => restore::run(*args, invocation).await,
-        Command::List(args) => list::run(args, invocation).await,
+        Command::List(args) => unless_stopped(&stop, list::run(args, invocation)).await,
         Command::Verify(args) => verify::run(args, invocation).await,
-        Command::Expire(args) => expire::run(args, invocation).await,
-        Command::Hold(args) => hold::run(args, invocation).await,
-        Command::Release(args) => release::run(args, invocation).await,
+        Command::Expire(args) => unless_stopped(&stop, expire::run(args, invocation)).await,
+        Command::Hold(args) => unless_stopped(&stop, hold::run(args, invocation)).await,
+        Command::Release(args) => unless_stopped(&stop, release::run(args, invocation)).await,
         Command::WalGet(args) => {
-            return wal_get::run(args, invocation).await.map(|found| match found {
+            let found = unless_stopped(&stop, wal_get::run(args, invocation)).await?;
+            return Ok(match found {
                 WalGet::Found => ExitCode::SUCCESS,
                 WalGet::NotThere => ExitCode::from(WAL_NOT_THERE_EXIT),
             });
         }
-        Command::Inspect(args) => inspect::run(args, invocation).await,
+        Command::Inspect(args) => unless_stopped(&stop, inspect::run(args, invocation)).await,
         Command::Config(args) => config::run(args, invocation),
         Command::Completions(args) => completions::run(args, invocation),
     };
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Does `work`, which may be dropped wherever it waits, until it is done or `stop`.
+async fn unless_stopped<T>(
+    stop: &CancellationToken,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::select! {
+        done = work => done,
+        () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "stopped before it was done")),
+    }
 }
 
 #[cfg(test)]

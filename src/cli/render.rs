@@ -2,7 +2,6 @@
 //! standard output too.
 
 use std::io::Write;
-use std::process::ExitCode;
 
 use serde_json::json;
 
@@ -34,20 +33,25 @@ pub(super) fn exit_code_table() -> String {
     })
 }
 
-/// Reports an error to the person, and to the program that asked for JSON.
+/// Reports an error to the person, and to the program that asked for JSON and has no answer yet: standard
+/// output is one document, and a result that tells of failures is one.
 pub(super) fn error(error: &Error, terminal: &Terminal) {
-    if terminal.json() {
-        let object = json!({ "error": {
-            "kind": error.kind().name(),
-            "message": error.message(),
-            "hint": error.hint_text(),
-            "exit_code": error.kind().exit_code(),
-        }});
+    if terminal.json() && !terminal.has_answered() {
         // The text below tells the person; nothing more can be done when standard output is gone.
-        drop(terminal.data(&format!("{object}\n")));
+        drop(terminal.data(&as_json(error.kind(), error.message(), error.hint_text())));
     }
     terminal.finish_progress();
     terminal.error_text(&text(error, terminal.colour()));
+}
+
+fn as_json(kind: Kind, message: &str, hint: Option<&str>) -> String {
+    let object = json!({ "error": {
+        "kind": kind.name(),
+        "message": message,
+        "hint": hint,
+        "exit_code": kind.exit_code(),
+    }});
+    format!("{object}\n")
 }
 
 fn text(error: &Error, colour: bool) -> String {
@@ -66,12 +70,26 @@ fn text(error: &Error, colour: bool) -> String {
     text
 }
 
-/// Prints what the parser of the command line has to say: its help, or what was wrong.
-pub(super) fn clap_error(error: &clap::Error) -> ExitCode {
+/// Prints the help that the parser of the command line was asked for.
+pub(super) fn help(help: &clap::Error) {
+    // Nobody is left to tell when it cannot be written.
+    drop(help.print());
+    drop(std::io::stdout().flush());
+}
+
+/// Prints what the parser of the command line finds wrong.
+pub(super) fn misused(error: &clap::Error, json: bool) {
+    if json {
+        let text = error.to_string();
+        let message = text.lines().next().unwrap_or_default();
+        let message = message.strip_prefix("error: ").unwrap_or(message);
+        let object = as_json(Kind::Usage, message, None);
+        // As below.
+        drop(std::io::stdout().write_all(object.as_bytes()));
+        drop(std::io::stdout().flush());
+    }
     // Nobody is left to tell when standard error itself cannot be written.
     drop(error.print());
-    drop(std::io::stdout().flush());
-    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Kind::Usage.exit_code()))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::repo::lease::Wait;
 /// and small WAL objects give way to the one they were merged into. SIGTERM flushes what was
 /// received and ends with status 0; with 10 when the lease was not taken yet, with 4 when the
 /// repository did not take all of it in wal.stop_grace. A second signal ends it at once, with 130;
-/// that, or killing it, loses nothing either.
+/// that, or killing it, loses nothing either. SIGHUP changes nothing: settings are read at the start.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// When another process streams for this cluster, wait for its end instead of refusing.

@@ -1,9 +1,12 @@
 //! `tidemark stream`: WAL into the repository until told to stop.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::invocation::Invocation;
@@ -30,7 +33,7 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(60);
 /// the repository about a second after the server wrote it. SIGTERM flushes what was received and
 /// ends with status 0; with 10 when the lease was not taken yet, with 4 when the repository did not
 /// take all of it in wal.stop_grace. A second signal ends it at once, with 130; that, or killing it,
-/// loses nothing either, it goes on where it was.
+/// loses nothing either, it goes on where it was. SIGHUP changes nothing.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// When another process streams for this cluster, wait for its end instead of refusing.
@@ -60,6 +63,7 @@ pub(super) async fn supervise(
         Some(address) => Some(Endpoint::bind(address).await?),
         None => None,
     };
+    let _hangups = AbortOnDropHandle::new(tokio::spawn(answer_hangups(stop.clone())));
     let writing = Writing::begin(config, clock, description, wait, stop).await?;
     announce_identity(terminal, writing.identity_made.as_deref());
     terminal.remark(&format!(
@@ -104,6 +108,20 @@ pub(super) async fn supervise(
         waits(&status.latency().summary())
     ));
     Ok(())
+}
+
+/// A service does not end by SIGHUP, which some send for a reload and systemd takes for an end in good
+/// order, after which nobody streams. Where a person watches, it says that they have gone.
+async fn answer_hangups(stop: CancellationToken) {
+    // Without a handler of ours the kernel's default ends the process, which is safe at any line.
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    while hangups.recv().await.is_some() {
+        if std::io::stderr().is_terminal() {
+            stop.cancel();
+        } else {
+            tracing::warn!("SIGHUP changes nothing: the configuration is read at the start only");
+        }
+    }
 }
 
 /// How long commits waited until they were durable.

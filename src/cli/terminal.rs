@@ -4,6 +4,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
@@ -32,6 +33,7 @@ struct Inner {
     quiet: bool,
     json: bool,
     live: bool,
+    answered: AtomicBool,
     bars: MultiProgress,
 }
 
@@ -49,7 +51,8 @@ impl Terminal {
         let live = on_terminal && !quiet && !dumb;
         let target = if live { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bars = MultiProgress::with_draw_target(target);
-        Self(Arc::new(Inner { colour, quiet, json, live, bars }))
+        let answered = AtomicBool::new(false);
+        Self(Arc::new(Inner { colour, quiet, json, live, answered, bars }))
     }
 
     /// Whether results are wanted as JSON.
@@ -93,7 +96,13 @@ impl Terminal {
     pub(super) fn json_line(&self, result: &impl serde::Serialize) -> Result<()> {
         let line = serde_json::to_string(result)
             .map_err(|error| Error::new(Kind::Bug, format!("unable to write JSON: {error}")))?;
+        self.0.answered.store(true, Ordering::Relaxed);
         self.data(&format!("{line}\n"))
+    }
+
+    /// Whether the result was written as JSON.
+    pub(super) fn has_answered(&self) -> bool {
+        self.0.answered.load(Ordering::Relaxed)
     }
 
     /// Tells the person something in passing.

@@ -449,6 +449,7 @@ pub fn send_signal(pid: u32, name: &str) {
         "KILL" => Signal::KILL,
         "INT" => Signal::INT,
         "QUIT" => Signal::QUIT,
+        "HUP" => Signal::HUP,
         other => panic!("signal {other}"),
     };
     // One that has ended meanwhile is no failure.

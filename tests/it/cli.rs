@@ -230,6 +230,88 @@ fn misspelt_variables_are_pointed_out() {
     );
 }
 
+/// A shell runs the program with what `setup` leaves of the machine.
+fn shell(setup: &str, args: &str, redirect: &str) -> Option<i32> {
+    let program = env!("CARGO_BIN_EXE_tidemark");
+    Command::new("/bin/sh")
+        .args(["-c", &format!("{setup}; exec {program} {args} {redirect}")])
+        .env_clear()
+        .env("TIDEMARK_CLUSTR", "a warning")
+        .env("TIDEMARK_CONFIG", "")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap()
+        .code()
+}
+
+#[test]
+fn postgres_is_never_told_that_the_wal_ends_when_something_else_is_wrong() {
+    // Not even a socket, a signal handler or a timer can be had.
+    for descriptors in 4..10 {
+        let setup = format!("ulimit -n {descriptors}");
+        let status = shell(&setup, "wal-get --repository /nonexistent a b", "");
+        assert_eq!(status, Some(200), "{descriptors} file descriptors");
+    }
+    let nowhere = "wal-get --repository /nonexistent a b";
+    assert_eq!(shell(":", nowhere, "2>/dev/full"), Some(200));
+}
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    assert_eq!(shell(":", "completions bash", "2>/dev/full"), Some(0));
+}
+
+#[test]
+fn json_is_one_document_whatever_happens() {
+    let machine = Machine::new();
+    let url = machine.path("repository");
+    std::fs::create_dir(&url).unwrap();
+    for (args, status, member) in [
+        (&["check", "--json", "--repository", &url][..], 4, "checks"),
+        (&["list", "--json", "--repository", &url], 6, "error"),
+        (&["list", "--json", "--nonsense"], 2, "error"),
+    ] {
+        let (code, stdout, stderr) = machine.outcome(args);
+        assert_eq!(code, status, "{args:?}: {stdout}{stderr}");
+        let document: serde_json::Value = serde_json::from_str(&stdout)
+            .unwrap_or_else(|error| panic!("{args:?}: {error}: {stdout}"));
+        assert!(document[member].is_object() || document[member].is_array(), "{document}");
+    }
+}
+
+#[test]
+fn whoever_waits_for_an_answer_is_ended_by_one_signal() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let server = format!("host=127.0.0.1 port={port} user=a dbname=a connect_timeout=600");
+    let endpoint = format!("http://127.0.0.1:{port}");
+    let s3 = ["--repository", "s3://bucket", "--s3-endpoint", &endpoint, "--s3-region", "here"];
+    for (words, status) in [
+        ([&["check", "--repository", "/nonexistent", "--postgres", &server][..], &[]].concat(), 10),
+        ([&["list"][..], &s3].concat(), 10),
+        ([&["restore", "--dry-run"][..], &s3].concat(), 10),
+        ([&["wal-get"][..], &s3, &["000000010000000000000001", "x"]].concat(), 200),
+    ] {
+        let child = Command::new(env!("CARGO_BIN_EXE_tidemark"))
+            .args(&words)
+            .env_clear()
+            .envs([("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")])
+            .envs([("TIDEMARK_CONFIG", ""), ("TIDEMARK_ENCRYPTION", "none")])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let _asked = silent.accept().unwrap();
+        let pid = child.id().to_string();
+        assert!(Command::new("/bin/kill").args(["-TERM", &pid]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{words:?}: {told}");
+        assert!(told.contains("stopped before it was done"), "{words:?}: {told}");
+    }
+}
+
 #[test]
 fn a_reader_that_went_away_is_no_error() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_tidemark"))

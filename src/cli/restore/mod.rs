@@ -129,10 +129,14 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     let into = into_of(&args)?;
     let request = request_of(&args, config, clock.now())?;
     let standby = args.as_standby.then(|| Standby::of(&args, config)).transpose()?;
-    let repository = opening::repository(config, clock).await?;
-    let reader = keys::reader(config, &repository)?;
-    let catalog = Catalog::load(&repository).await?;
-    let plan = restore::plan(&reader, &catalog, &request).await?;
+    let planning = async {
+        let repository = opening::repository(config, clock).await?;
+        let reader = keys::reader(config, &repository)?;
+        let catalog = Catalog::load(&repository).await?;
+        let plan = restore::plan(&reader, &catalog, &request).await?;
+        Ok((reader, plan))
+    };
+    let (reader, plan) = super::unless_stopped(stop, planning).await?;
     let zone = config.time_zone()?.unwrap_or_else(TimeZone::system);
     let text = plan.render(&zone) + &standby.as_ref().map(Standby::render).unwrap_or_default();
     if args.dry_run {
