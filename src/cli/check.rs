@@ -11,7 +11,7 @@ use super::words;
 use crate::daemon::{keys, opening, writing};
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, SystemId};
-use crate::repo::{Catalog, Repository};
+use crate::repo::{BackupSummary, Catalog, Repository};
 use crate::wire::{Connection, Session};
 use streaming::{Slot, Streaming};
 
@@ -241,12 +241,31 @@ async fn store(findings: &mut Findings, repository: &Repository) -> Option<()> {
     Some(())
 }
 
+/// What to do about damage in the repository.
+const SEE_VERIFY: &str =
+    "'tidemark verify' says what is lost. Take a base backup now, and find out why.";
+
 fn contents(findings: &mut Findings, catalog: &Catalog, streaming: &Streaming<'_>) {
     let what = "catalog";
     let lost = catalog.gaps().iter().filter(|gap| !gap.expired).count();
     let backups = words::count(catalog.backups.len(), "backup");
-    if let Some(error) = streaming.dead_end() {
+    let is_broken = |backup: &&BackupSummary| !catalog.is_restorable(backup);
+    let broken = catalog.backups.iter().filter(is_broken).count();
+    if let Some(damaged) = catalog.damaged.first() {
+        let others = match catalog.damaged.len() {
+            1 => String::new(),
+            count => format!(", and {} more", count - 1),
+        };
+        let found = format!("'{}' is damaged: {}{others}", damaged.object, damaged.problem);
+        findings.fail(what, Error::new(Kind::Corrupt, found).hint(SEE_VERIFY));
+    } else if broken > 0 && broken == catalog.backups.len() {
+        let found = format!("{backups}, and none can be restored: what they need is gone");
+        findings.fail(what, Error::new(Kind::Corrupt, found).hint(SEE_VERIFY));
+    } else if let Some(error) = streaming.dead_end() {
         findings.fail(what, error);
+    } else if broken > 0 {
+        let found = format!("{backups}, {broken} of which cannot be restored: see 'tidemark list'");
+        findings.add(what, State::Warning, found);
     } else if lost > 0 {
         let found = format!("{backups}, and {}: see 'tidemark list'", words::count(lost, "gap"));
         findings.add(what, State::Warning, found);

@@ -77,6 +77,17 @@ fn base_backups_alone_are_in_order() {
     scene.server.psql("create table t (id int); select pg_switch_wal()");
     scene.tidemark.run(&["backup", "--quiet", "--postgres", &scene.conninfo]).ok();
     scene.check(0, "2 backups");
+    // A monitor hears of backups that cannot be restored.
+    let base = Path::new(scene.tidemark.url()).join("main/base");
+    let mut backups: Vec<_> =
+        std::fs::read_dir(base).unwrap().map(|entry| entry.unwrap().path()).collect();
+    backups.sort();
+    std::fs::remove_file(backups[0].join("pack-000001")).unwrap();
+    scene.check(0, "warning catalog: 2 backups, 1 of which cannot be restored");
+    std::fs::remove_file(backups[1].join("pack-000001")).unwrap();
+    scene.check(8, "FAILED  catalog: 2 backups, and none can be restored");
+    std::fs::write(backups[0].join("manifest"), "nonsense").unwrap();
+    scene.check(8, "is damaged: ");
 }
 
 #[test]
