@@ -74,7 +74,15 @@ pub(super) fn command_words(config: &Config) -> Result<Vec<String>> {
         let (Some(values), Some(flag)) = (shown.value, shown.key.flag) else { continue };
         let wanted = matches!(shown.key.group, Group::Repository | Group::Opening);
         match shown.origin {
-            Origin::Line(path, _) => file = Some(path),
+            Origin::Line(path, _) => {
+                file = Some(path);
+                for value in values.into_iter().filter(|_| wanted) {
+                    let whole = absolute(shown.key.form, value.clone())?;
+                    if whole != value {
+                        words.extend([format!("--{flag}"), whole]);
+                    }
+                }
+            }
             Origin::Flag(_) | Origin::Variable(_) if wanted && shown.key.form != Form::Secret => {
                 for value in values {
                     words.push(format!("--{flag}"));
@@ -131,6 +139,18 @@ mod tests {
         assert_eq!(follows("--identity").as_deref(), Some("/etc/identity"));
         let here = std::env::current_dir().unwrap().join("relative/phrase");
         assert_eq!(follows("--passphrase-file"), Some(here.display().to_string()));
+
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tidemark.toml");
+        let text = "[[repository]]\nurl = \"repo\"\n[keys]\nidentity_file = \"backup.key\"\n";
+        std::fs::write(&file, text).unwrap();
+        let config = Config::load(Some(&file), Vec::new(), Environment::default()).unwrap();
+        let words = command_words(&config).unwrap();
+        let follows = |flag| words.iter().skip_while(|word| *word != flag).nth(1).cloned();
+        for (flag, path) in [("--repository", "repo"), ("--identity", "backup.key")] {
+            let here = std::env::current_dir().unwrap().join(path);
+            assert_eq!(follows(flag), Some(here.display().to_string()), "{words:?}");
+        }
 
         let variables = [("TIDEMARK_CONFIG", ""), ("TIDEMARK_KEYS_PASSPHRASE", "hunter2")];
         let config = Config::load(None, Vec::new(), Environment::of(variables)).unwrap();

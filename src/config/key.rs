@@ -5,6 +5,8 @@
 //! A name is `section.key`, or `key` alone at the top of the file. Its environment variable is
 //! `TIDEMARK_` and the name in capitals, the dot an underscore.
 
+use std::time::Duration;
+
 /// What a setting's text must look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -31,7 +33,10 @@ pub enum Form {
     /// A number of bytes: `64 MiB`, `1.5 GB`, `4096`.
     Size,
     /// A length of time: `500ms`, `1m 30s`, `7d`; a day has 24 hours.
-    Duration,
+    Duration {
+        /// The shortest.
+        min: Duration,
+    },
     /// `true` or `false`.
     Switch,
     /// One of a closed list of words.
@@ -146,7 +151,7 @@ impl Key {
             Form::Path => "FILE",
             Form::Integer { .. } => "N",
             Form::Size => "SIZE",
-            Form::Duration => "DURATION",
+            Form::Duration { .. } => "DURATION",
             Form::Switch => "BOOL",
             Form::Choice(_) => "WORD",
         }
@@ -280,14 +285,14 @@ pub const KEYS: &[Key] = &[
     .default("auto"),
     key(
         "repository.attempt_timeout",
-        Form::Duration,
+        Form::Duration { min: Duration::from_millis(100) },
         Group::Repository,
         "Longest time for one try of an S3 request, besides the time its body needs.",
     )
     .default("30s"),
     key(
         "repository.overall_timeout",
-        Form::Duration,
+        Form::Duration { min: Duration::from_millis(100) },
         Group::Repository,
         "Longest time for an S3 call with all its tries and pauses.",
     )
@@ -360,7 +365,7 @@ pub const KEYS: &[Key] = &[
     .flag("memory"),
     key(
         "wal.flush_interval",
-        Form::Duration,
+        Form::Duration { min: Duration::ZERO },
         Group::Stream,
         "Longest that a commit waits before its WAL is uploaded. Shorter loses less when the server \
          is lost, and costs more requests.",
@@ -369,7 +374,7 @@ pub const KEYS: &[Key] = &[
     .flag("flush-interval"),
     key(
         "wal.idle_flush_interval",
-        Form::Duration,
+        Form::Duration { min: Duration::ZERO },
         Group::Stream,
         "Longest that WAL without any commit waits before it is uploaded.",
     )
@@ -392,14 +397,14 @@ pub const KEYS: &[Key] = &[
     .default("4"),
     key(
         "wal.stop_grace",
-        Form::Duration,
+        Form::Duration { min: Duration::ZERO },
         Group::Stream,
         "How long a stop may take to store what was received.",
     )
     .default("20s"),
     key(
         "lease.ttl",
-        Form::Duration,
+        Form::Duration { min: Duration::ZERO },
         Group::Stream,
         "How long a writer that stopped renewing its lease keeps others out, unless it is seen to be \
          dead. It is renewed every third of this, one request each.",
@@ -463,7 +468,7 @@ pub const KEYS: &[Key] = &[
     .flag("pitr-days"),
     key(
         "run.backup_interval",
-        Form::Duration,
+        Form::Duration { min: Duration::from_secs(1) },
         Group::Run,
         "How often 'tidemark run' takes a base backup, counted from the start of the newest one.",
     )
@@ -471,7 +476,7 @@ pub const KEYS: &[Key] = &[
     .flag("backup-interval"),
     key(
         "run.upkeep_interval",
-        Form::Duration,
+        Form::Duration { min: Duration::from_secs(1) },
         Group::Run,
         "How often 'tidemark run' deletes what retention does not ask for and what aborted backups left.",
     )

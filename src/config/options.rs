@@ -444,6 +444,19 @@ mod tests {
     }
 
     #[test]
+    fn an_interval_of_nothing_is_refused() {
+        for (name, least) in
+            [("RUN_BACKUP_INTERVAL", "1000 ms"), ("REPOSITORY_ATTEMPT_TIMEOUT", "100 ms")]
+        {
+            let variable = format!("TIDEMARK_{name}");
+            let variables = [("TIDEMARK_CONFIG", ""), (variable.as_str(), "0s")];
+            let error = Config::load(None, Vec::new(), Environment::of(variables)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Config);
+            assert!(error.to_string().contains(&format!("expected at least {least}")), "{error}");
+        }
+    }
+
+    #[test]
     fn a_file_named_and_missing_is_an_error() {
         let named = Some(Path::new("/nonexistent/t.toml"));
         let error = Config::load(named, Vec::new(), Environment::default()).unwrap_err();

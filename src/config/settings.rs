@@ -146,7 +146,7 @@ impl Settings {
         match key.form {
             Form::Integer { .. } => self.integer(key.name).map(drop),
             Form::Size => self.size_bytes(key.name).map(drop),
-            Form::Duration => self.duration(key.name).map(drop),
+            Form::Duration { .. } => self.duration(key.name).map(drop),
             Form::Switch => self.switch(key.name).map(drop),
             Form::Choice(words) => self
                 .parsed(key.name, |text| {
@@ -231,7 +231,14 @@ impl Settings {
     /// # Errors
     /// `config` or `usage` when the text is something else.
     pub fn duration(&self, name: &'static str) -> Result<Option<Duration>> {
-        self.parsed(name, value::duration)
+        let least = match key::find(name).map(|key| key.form) {
+            Some(Form::Duration { min }) => min,
+            _ => Duration::ZERO,
+        };
+        self.parsed(name, |text| match value::duration(text)? {
+            length if length < least => Err(format!("expected at least {} ms", least.as_millis())),
+            length => Ok(length),
+        })
     }
 
     /// A switch.
