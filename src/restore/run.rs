@@ -462,11 +462,13 @@ impl Delivery<'_> {
         Ok(elsewhere.map(|(_, place)| place))
     }
 
-    /// PostgreSQL obeys the action only at a target: the end of the WAL becomes its last record.
+    /// The end of the WAL becomes its last record: PostgreSQL obeys the action only at a target, and only
+    /// with one a recovery that ends early (at a record it cannot read) is an error to it, and not the
+    /// end of the WAL and a server that lacks what comes after.
     fn stop(&self) -> Stop {
-        match (&self.plan.stop, self.options.action, self.plan.last_record_lsn) {
-            (Stop::EndOfWal, Action::Pause | Action::Shutdown, Some(lsn)) => Stop::After { lsn },
-            (stop, ..) => stop.clone(),
+        match (&self.plan.stop, self.plan.last_record_lsn) {
+            (Stop::EndOfWal, Some(lsn)) => Stop::After { lsn },
+            (stop, _) => stop.clone(),
         }
     }
 
