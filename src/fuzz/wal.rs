@@ -515,6 +515,7 @@ pub(super) fn intake(bytes: &[u8]) {
             }
             Step::Boundary(at) => assert!(at <= position),
             Step::MinimalWal(at) => assert!(at > start),
+            Step::DamagedWal(at) => assert!(at <= position),
         }
     }
     assert_eq!(extent_start, None, "bytes were left behind");

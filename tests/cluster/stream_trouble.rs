@@ -275,6 +275,8 @@ async fn damaged_wal_on_the_server_is_stored_as_it_is_and_does_not_stop_the_stre
     load(&server, 100);
     let now = running.durable(wal_end(&server)).await;
     assert!(now.connection_count >= 3, "it was asked for again: {now:#?}");
+    // No recovery leads past it: only a new base backup does.
+    assert!(now.base_backup_needed && now.gaps[0].start_lsn <= at, "{now:#?}");
     running.stop().await.unwrap();
     let covered = place.check_wal(&[&server]).await;
     assert_eq!(covered[&TimelineId::FIRST].len(), 1, "{covered:?}");

@@ -556,11 +556,11 @@ impl<'a> Engine<'a> {
         self.lease.report(progress);
     }
 
-    /// The server ran without logging all changes: no base backup from before leads past this. The
-    /// repository is told by the upload of the extent that holds the record (see [`super::uploads`]).
-    pub(super) fn note_minimal_wal(&self, timeline: TimelineId, position: Lsn) {
+    /// No base backup from before leads past `position`. Where changes were not logged, the repository is
+    /// told by the upload of the extent that holds the record (see [`super::uploads`]).
+    pub(super) fn note_barrier(&self, timeline: TimelineId, position: Lsn, reason: &str) {
         if let Some(point) = LsnRange::new(position, position) {
-            self.record_gap(timeline, point, "the server ran with wal_level = minimal before it");
+            self.record_gap(timeline, point, reason);
         }
     }
 

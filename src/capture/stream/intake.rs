@@ -46,6 +46,9 @@ pub enum Step {
     /// The server ran with `wal_level = minimal` before this position: its WAL does not hold all
     /// changes, and only a base backup taken later can be restored past it.
     MinimalWal(Lsn),
+    /// What follows this position in its segment cannot be decoded and is stored as it is: a recovery stops
+    /// there, and only a base backup taken later can be restored past it.
+    DamagedWal(Lsn),
 }
 
 /// A complete extent and what is known about the records in it.
@@ -258,6 +261,7 @@ impl Intake {
                      will stop there: {error}",
                     self.received_end
                 );
+                steps.push(Step::DamagedWal(scanner.last_record_end()));
                 self.scanner = None;
                 self.overlap.forget();
             }
@@ -385,7 +389,7 @@ mod tests {
                     out.push((extent, std::mem::take(&mut bytes)));
                     next = None;
                 }
-                Step::Boundary(_) | Step::MinimalWal(_) => {}
+                Step::Boundary(_) | Step::MinimalWal(_) | Step::DamagedWal(_) => {}
             }
         }
         assert!(bytes.is_empty(), "stored and not cut");
@@ -586,6 +590,15 @@ mod tests {
             intake.take(intake.received_end(), piece.clone(), now, &mut steps).unwrap();
         }
         intake.cut(CutReason::Shutdown, &mut steps);
+        let told: Vec<Lsn> = steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::DamagedWal(at) => Some(*at),
+                _ => None,
+            })
+            .collect();
+        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
+        assert_eq!(told, [last_whole.unwrap().1.end()]);
         let all = extents(steps);
         let stored: Vec<u8> = all.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
         assert!(stored == wal);

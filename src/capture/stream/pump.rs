@@ -214,6 +214,10 @@ impl<'e, 'a> Pump<'e, 'a> {
             (self.intake.received_end(), self.engine.ledger.durable_end());
         self.engine.status.update(|now| {
             now.phase = Phase::Streaming;
+            if now.timeline != Some(timeline) {
+                // A server that took over may have had less WAL than the one before.
+                now.server_end_lsn = received_end_lsn;
+            }
             now.timeline = Some(timeline);
             now.received_end_lsn = received_end_lsn;
             now.durable_end_lsn = durable;
@@ -511,7 +515,16 @@ impl<'e, 'a> Pump<'e, 'a> {
                     self.engine.sealer.finish(extent, chain, &mut sealed).await?;
                 }
                 Step::Boundary(boundary) => self.engine.ledger.note_boundary(boundary),
-                Step::MinimalWal(position) => self.engine.note_minimal_wal(self.timeline, position),
+                Step::MinimalWal(position) => self.engine.note_barrier(
+                    self.timeline,
+                    position,
+                    "the server ran with wal_level = minimal before it",
+                ),
+                Step::DamagedWal(position) => self.engine.note_barrier(
+                    self.timeline,
+                    position,
+                    "the server's WAL is damaged behind it, and a recovery stops there",
+                ),
             }
         }
         self.engine.upload(sealed);

@@ -92,11 +92,11 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
         if kept || situation.older == OlderWal::Ask {
             let segment = situation.segment_size;
             let mut begin = |from| found.push(attempt(situation, &stored, from, *end, None));
-            if segment.start_of(*end) == *end {
-                // A record may go on here; but the segment before may be gone, and this one not.
-                begin(segment.start_of(Lsn(end.0.saturating_sub(1))));
-            }
-            begin(segment.start_of(*end));
+            let segment_start = segment.start_of(*end);
+            // A record may go on here that began a segment earlier; but that one may be gone, and this
+            // one not.
+            begin(segment.start_of(Lsn(segment_start.0.saturating_sub(1))));
+            begin(segment_start);
         }
     }
     if ends.last().is_none_or(|end| *end < segment_start) {
@@ -237,20 +237,22 @@ mod tests {
     #[test]
     fn a_new_slot_ahead_of_the_repository_asks_for_the_older_wal_first() {
         let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG + 16)], 9 * SEG + 100);
-        assert_eq!(found.len(), 2);
-        assert_eq!(found[0].store_from, Lsn(5 * SEG + 16));
-        assert_eq!(found[0].stream_from, Lsn(5 * SEG));
-        assert_eq!(found[0].gap, None);
-        assert_eq!(found[1].store_from, Lsn(9 * SEG));
-        assert_eq!(found[1].gap, Some(range(5 * SEG + 16, 9 * SEG)));
+        assert_eq!(found.len(), 3);
+        for (attempt, stream_from) in found.iter().zip([4 * SEG, 5 * SEG]) {
+            assert_eq!(attempt.store_from, Lsn(5 * SEG + 16));
+            assert_eq!(attempt.stream_from, Lsn(stream_from));
+            assert_eq!(attempt.gap, None);
+        }
+        assert_eq!(found[2].store_from, Lsn(9 * SEG));
+        assert_eq!(found[2].gap, Some(range(5 * SEG + 16, 9 * SEG)));
     }
 
     #[test]
     fn a_new_slot_in_the_segment_of_the_durable_end_loses_nothing() {
         let found = decide(&first(), &[(1, 2 * SEG, 5 * SEG + 16)], 5 * SEG + 100);
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].gap, None);
-        assert_eq!(found[0].store_from, Lsn(5 * SEG + 16));
+        assert_eq!(found.len(), 2);
+        assert!(found.iter().all(|attempt| attempt.gap.is_none()));
+        assert!(found.iter().all(|attempt| attempt.store_from == Lsn(5 * SEG + 16)));
     }
 
     #[test]
@@ -329,7 +331,7 @@ mod tests {
         let found = decide(&history, &[(1, 2 * SEG, 5 * SEG + 0x9000)], 5 * SEG + 0x200);
         assert_eq!(found[0].store_from, Lsn(5 * SEG + 0x100));
         assert_eq!(found[0].timeline, timeline(1));
-        assert_eq!(found[0].stream_from, Lsn(5 * SEG));
+        assert_eq!((found[0].stream_from, found[1].stream_from), (Lsn(4 * SEG), Lsn(5 * SEG)));
         let more = [(1, 2 * SEG, 5 * SEG + 0x9000), (2, 5 * SEG + 0x100, 5 * SEG + 0x300)];
         let found = decide(&history, &more, 5 * SEG + 0x200);
         assert_eq!(found[0].store_from, Lsn(5 * SEG + 0x300));
@@ -341,7 +343,7 @@ mod tests {
         let stored = [(1, 2 * SEG, 4 * SEG), (2, 4 * SEG, 7 * SEG)];
         let found = decide(&history, &stored, 6 * SEG + 4);
         assert_eq!(found[0].store_from, Lsn(3 * SEG + 0x100));
-        assert_eq!(found[1].gap, Some(range(3 * SEG + 0x100, 6 * SEG)));
+        assert_eq!(found[2].gap, Some(range(3 * SEG + 0x100, 6 * SEG)));
     }
 
     #[test]
