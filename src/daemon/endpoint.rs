@@ -18,7 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// Longest request, its headers included.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
@@ -42,15 +42,15 @@ impl Endpoint {
     /// Listens at `address`.
     ///
     /// # Errors
-    /// `config` when that is not possible.
+    /// What the system says: `unavailable` while the address is another's, or not this machine's yet.
     pub async fn bind(address: SocketAddr) -> Result<Self> {
         match TcpListener::bind(address).await {
             Ok(listener) => Ok(Self { listener }),
             Err(error) => {
                 let message = format!("unable to listen at {address}");
-                Err(Error::io(message, &error)
-                    .with_kind(Kind::Config)
-                    .hint("Choose another address with 'metrics.listen'."))
+                Err(Error::io(message, &error).hint(
+                    "See who has that address; if it stays so, choose another with 'metrics.listen'.",
+                ))
             }
         }
     }
@@ -143,6 +143,7 @@ fn wanted(request: &[u8]) -> Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     #[test]
     fn requests_are_told_apart_by_their_first_line() {
@@ -174,7 +175,7 @@ mod tests {
         let endpoint = Endpoint::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = endpoint.address().unwrap();
         let taken = Endpoint::bind(address).await.unwrap_err();
-        assert_eq!(taken.kind(), Kind::Config);
+        assert_eq!(taken.kind(), Kind::Unavailable);
         let asked = std::sync::atomic::AtomicU64::new(0);
         let page: Page = Arc::new(move || {
             let count = asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;

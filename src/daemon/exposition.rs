@@ -17,6 +17,7 @@ use jiff::Timestamp;
 
 use crate::capture::stream::{Phase, Snapshot, Status};
 use crate::metrics::Latency;
+use crate::pg::Lsn;
 use crate::repo::Repository;
 use crate::store::{RequestCounts, Store};
 
@@ -131,8 +132,8 @@ impl Page {
         }
         self.gauge(
             "tidemark_stream_synchronous",
-            "Whether commits on the server wait for this stream.",
-            Some(u8::from(now.synchronous)),
+            "Whether commits on the server wait for this stream, while there is a connection.",
+            now.is_connected().then_some(u8::from(now.synchronous)),
         );
         self.counter(
             "tidemark_stream_connections_total",
@@ -156,26 +157,38 @@ impl Page {
         );
         self.gauge(
             "tidemark_base_backup_needed",
-            "Whether a gap was made since the last base backup, so that a new one is needed.",
+            "Whether no base backup leads to what is streamed now, so that a new one is needed.",
             Some(u8::from(now.base_backup_needed)),
+        );
+        self.gauge(
+            "tidemark_base_backup_newest_start_timestamp_seconds",
+            "When the newest base backup that can be restored was begun, as far as this process knows.",
+            now.newest_base_backup_start.map(seconds),
+        );
+        self.counter(
+            "tidemark_base_backup_failures_total",
+            "Base backups by schedule that failed.",
+            now.base_backup_failure_count,
         );
     }
 
     fn positions(&mut self, now: &Snapshot) {
         self.gauge(
             "tidemark_wal_lag_bytes",
-            "WAL that the server has and the repository does not hold.",
-            Some(now.lag_bytes()),
+            "WAL that the server has and the repository does not hold, while there is a connection.",
+            now.is_connected().then(|| now.lag_bytes()),
         );
         let name = "tidemark_wal_position_bytes";
         self.family(name, Type::Gauge, "Positions in the WAL, each the end of what is there.");
         for (place, lsn) in [
-            ("server", now.server_end_lsn),
-            ("received", now.received_end_lsn),
-            ("durable", now.durable_end_lsn),
-            ("acknowledged", now.acknowledged_end_lsn),
+            ("server", now.is_connected().then_some(now.server_end_lsn)),
+            ("received", Some(now.received_end_lsn)),
+            ("durable", Some(now.durable_end_lsn)),
+            ("acknowledged", Some(now.acknowledged_end_lsn)),
         ] {
-            self.sample(name, &[("place", place)], lsn.0);
+            if let Some(lsn) = lsn.filter(|lsn| *lsn != Lsn::INVALID) {
+                self.sample(name, &[("place", place)], lsn.0);
+            }
         }
         self.gauge(
             "tidemark_wal_newest_durable_commit_timestamp_seconds",
@@ -207,6 +220,9 @@ impl Page {
     }
 
     fn slot(&mut self, now: &Snapshot) {
+        if !now.is_connected() {
+            return;
+        }
         if let Some(state) = &now.slot.wal_status {
             let name = "tidemark_slot_wal_status";
             self.family(name, Type::Gauge, "The slot's wal_status as the server shows it.");
@@ -324,6 +340,29 @@ mod tests {
         has("tidemark_commit_durable_seconds_bucket{cluster=\"main\",le=\"+Inf\"} 3");
         has("tidemark_commit_durable_seconds_count{cluster=\"main\"} 3");
         has("tidemark_store_upload_seconds_bucket{cluster=\"main\",le=\"+Inf\"} 2");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_said_of_a_server_that_is_not_connected() {
+        let (status, repository) = (Status::new(), repository().await);
+        let of_server =
+            ["tidemark_wal_lag_bytes{", "place=\"server\"", "tidemark_slot_safe_wal_bytes{"];
+        let said = |status: &Status| {
+            let page = page(status, &repository);
+            of_server.map(|sample| page.contains(sample))
+        };
+        status.update(|now| {
+            (now.server_end_lsn, now.durable_end_lsn) = (Lsn(900), Lsn(800));
+            now.slot.safe_wal_bytes = Some(5);
+        });
+        assert_eq!(said(&status), [false; 3]);
+        status.update(|now| now.phase = Phase::Streaming);
+        assert_eq!(said(&status), [true; 3]);
+        status.update(|now| {
+            now.phase = Phase::Connecting;
+            now.server_error = Some("it is away".into());
+        });
+        assert_eq!(said(&status), [false; 3]);
     }
 
     #[test]

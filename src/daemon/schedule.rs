@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
+use crate::clock::Instant;
 use crate::error::{Kind, Retry};
 
 /// After the first failure that may pass a backup is tried again so much later; each further one in a row
@@ -11,6 +12,8 @@ use crate::error::{Kind, Retry};
 const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
 /// The longest pause, or the interval of backups when that is shorter.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// The longest pause of a question that is made with a few requests.
+const ASK_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// The pause after a failure that an operator has to mend, while nothing new can be restored without a
 /// backup: the mended thing should not have to wait for tomorrow.
 const MENDED_PAUSE: Duration = Duration::from_secs(3600);
@@ -65,14 +68,16 @@ pub fn is_backup_due(history: BackupHistory, interval: Duration, now: Timestamp)
     next_backup(history, interval, now) <= now
 }
 
-/// When the next base backup is due; `now` when it is at once.
+/// When the next base backup is due; `now` when it is at once. What happened later than `now` was noted
+/// while the clock was wrong, and counts as of now: else it would stop the schedule until then.
 fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Timestamp {
-    let due = match history.newest_start {
+    let due = match history.newest_start.filter(|start| *start <= now) {
         Some(start) if !history.needed_at_once => later(start, interval),
         _ => now,
     };
     match history.failure {
         None => due,
+        Some(Failure { time, .. }) if time > now => due,
         Some(failure) => match failure.retry {
             Retry::Later => due.max(later(failure.time, retry_pause(failure.count).min(interval))),
             // It would end the same way, having read the whole database for it. But what it is needed
@@ -86,6 +91,12 @@ fn next_backup(history: BackupHistory, interval: Duration, now: Timestamp) -> Ti
     }
 }
 
+/// When what failed `failure_count` times in a row, the last time at `time`, is tried again.
+#[must_use]
+pub fn retry_time(time: Instant, failure_count: u32) -> Instant {
+    time + retry_pause(failure_count).min(ASK_PAUSE_MAX)
+}
+
 fn retry_pause(failure_count: u32) -> Duration {
     let doublings = failure_count.saturating_sub(1).min(16);
     RETRY_PAUSE_FIRST.saturating_mul(1 << doublings).min(RETRY_PAUSE_MAX)
@@ -93,7 +104,7 @@ fn retry_pause(failure_count: u32) -> Duration {
 
 /// `length` after `time`, or the end of time.
 #[must_use]
-pub fn later(time: Timestamp, length: Duration) -> Timestamp {
+fn later(time: Timestamp, length: Duration) -> Timestamp {
     let length = SignedDuration::try_from(length).unwrap_or(SignedDuration::MAX);
     time.checked_add(length).unwrap_or(Timestamp::MAX)
 }
@@ -124,6 +135,15 @@ mod tests {
         assert_eq!(next_backup(history, DAY, at(500)), at(100 + 86_400));
         let history = BackupHistory::of([at(501)].into_iter(), at(500));
         assert!(is_backup_due(history, DAY, at(500)));
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_for_a_moment_does_not_stop_the_schedule() {
+        let taken = BackupHistory { newest_start: Some(at(1_000_000)), ..BackupHistory::default() };
+        assert_eq!(next_backup(taken, DAY, at(500)), at(500));
+        let mut refused = BackupHistory { newest_start: Some(at(100)), ..BackupHistory::default() };
+        refused.fail(at(1_000_000), Kind::Denied);
+        assert_eq!(next_backup(refused, DAY, at(500)), at(100 + 86_400));
     }
 
     #[test]

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::schedule::{self, BackupHistory};
@@ -15,15 +14,19 @@ use super::writing::Writing;
 use super::{backup, upkeep};
 use crate::capture::base::{self, Progress};
 use crate::capture::stream::{self, Phase, Status, Stream};
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::Catalog;
 use crate::repo::retention::RetentionOptions;
 
 /// How often to look whether something is due.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest that a process waits before it sweeps and expires for the first time: one that is started anew
+/// more often than it is due must do so too.
+const UPKEEP_FIRST: Duration = Duration::from_secs(300);
 
 /// What a process does besides streaming; `None` is left to somebody else.
 #[derive(Clone, Debug, Default)]
@@ -112,14 +115,33 @@ struct Chores<'a> {
     backups: Option<BackupHistory>,
     /// What was streamed when the repository was asked.
     streamed: Streamed,
-    kept_up: Timestamp,
+    /// How often in a row the repository gave no answer, when it did last, and what was told of it.
+    unanswered: Unanswered,
+    /// When sweeping and expiring is due.
+    upkeep_due: Option<Instant>,
+}
+
+/// A question that found no answer.
+#[derive(Debug, Default)]
+struct Unanswered {
+    count: u32,
+    /// When to ask again.
+    again: Option<Instant>,
+    told: Option<String>,
 }
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
-        let now = clock.now();
-        let streamed = Streamed::default();
-        Self { supervisor, config, clock, backups: None, streamed, kept_up: now }
+        let first = |interval: Duration| clock.instant() + interval.min(UPKEEP_FIRST);
+        Self {
+            supervisor,
+            config,
+            clock,
+            backups: None,
+            streamed: Streamed::default(),
+            unanswered: Unanswered::default(),
+            upkeep_due: supervisor.duties.upkeep_interval.map(first),
+        }
     }
 
     async fn run(&mut self, stop: &CancellationToken) {
@@ -131,9 +153,15 @@ impl<'a> Chores<'a> {
             if self.supervisor.status.snapshot().phase != Phase::Streaming {
                 continue;
             }
-            // The backup stops by the token, so that what it stored is discarded; the others may be
+            // The backup stops by the token, so that what it stored is discarded; all else may be
             // dropped anywhere.
-            self.back_up(stop).await;
+            let due = tokio::select! {
+                () = stop.cancelled() => return,
+                due = self.due_backup() => due,
+            };
+            if let Some(history) = due {
+                self.back_up(history, stop).await;
+            }
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.keep_up() => {}
@@ -160,23 +188,48 @@ impl<'a> Chores<'a> {
         }
     }
 
-    async fn back_up(&mut self, stop: &CancellationToken) {
-        let Some(interval) = self.supervisor.duties.backup_interval else { return };
+    /// What is known of the backups if one is due.
+    async fn due_backup(&mut self) -> Option<BackupHistory> {
+        let interval = self.supervisor.duties.backup_interval?;
         let streamed = Streamed::of(&self.supervisor.status);
         let mut history = match self.backups.filter(|_| self.streamed == streamed) {
             Some(history) => history,
+            None if self.unanswered.again.is_some_and(|again| self.clock.instant() < again) => {
+                return None;
+            }
             None => match self.history().await {
                 Ok(history) => history,
-                // The store is down: the stream tells so already.
-                Err(_) => return,
+                Err(error) => {
+                    self.note_unanswered(error);
+                    return None;
+                }
             },
         };
+        self.unanswered = Unanswered::default();
         self.streamed = streamed;
         history.needed_at_once |= self.supervisor.status.snapshot().base_backup_needed;
         self.backups = Some(history);
-        if !schedule::is_backup_due(history, interval, self.clock.now()) {
-            return;
+        self.supervisor.status.update(|now| {
+            now.base_backup_needed |= history.needed_at_once;
+            now.newest_base_backup_start = history.newest_start;
+        });
+        schedule::is_backup_due(history, interval, self.clock.now()).then_some(history)
+    }
+
+    /// The repository did not say which backups there are. That it does not answer at all, the stream
+    /// tells; anything else is told once, for nobody else notices that no backup is taken.
+    fn note_unanswered(&mut self, error: Error) {
+        let count = self.unanswered.count.saturating_add(1);
+        self.unanswered.count = count;
+        self.unanswered.again = Some(schedule::retry_time(self.clock.instant(), count));
+        let message = error.to_string();
+        if error.kind() != Kind::Unavailable && self.unanswered.told.as_ref() != Some(&message) {
+            self.unanswered.told = Some(message);
+            self.tell("planning base backups", Err::<(), _>(error), |()| None);
         }
+    }
+
+    async fn back_up(&mut self, mut history: BackupHistory, stop: &CancellationToken) {
         let outcome = self.take_backup(stop).await;
         match &outcome {
             // Whether it leads to where the server is now, the repository tells: a promotion may have
@@ -186,6 +239,7 @@ impl<'a> Chores<'a> {
             Err(error) => {
                 history.fail(self.clock.now(), error.kind());
                 self.backups = Some(history);
+                self.supervisor.status.update(|now| now.base_backup_failure_count += 1);
             }
         }
         self.tell("base backup", outcome, |report| {
@@ -225,15 +279,13 @@ impl<'a> Chores<'a> {
         let Supervisor { writing, duties, .. } = self.supervisor;
         let repository = &writing.repository;
         let held = || -> Result<(), Error> { writing.lease.guard().ensure_held() };
-        let now = self.clock.now();
-        let due = |last, interval: Option<Duration>| {
-            interval.is_some_and(|interval| now >= schedule::later(last, interval))
-                && held().is_ok()
-        };
-        if !due(self.kept_up, duties.upkeep_interval) {
+        // By the clock that never steps: an interval is none of the calendar's.
+        let now = self.clock.instant();
+        let due = self.upkeep_due.is_some_and(|due| now >= due);
+        if !due || held().is_err() {
             return;
         }
-        self.kept_up = now;
+        self.upkeep_due = duties.upkeep_interval.map(|interval| now + interval);
         if let Some(options) = &duties.retention {
             let outcome = upkeep::expire(repository, options, self.clock).await;
             self.tell("expiring", outcome, |report| {
@@ -248,5 +300,88 @@ impl<'a> Chores<'a> {
             (report.pack_count > 0)
                 .then(|| format!("swept {} packs of backups that were aborted", report.pack_count))
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::config::Environment;
+    use crate::repo::{Encryption, Lease, LeaseOptions, Repository};
+    use crate::store::Store as _;
+    use crate::store::memory::{Call, Outcome};
+
+    /// A supervisor with these duties over a repository in memory, and what it told.
+    async fn supervisor(
+        repository: &Repository,
+        duties: Duties,
+    ) -> (Supervisor, Arc<Mutex<Vec<String>>>) {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&told);
+        let supervisor = Supervisor {
+            writing: Writing {
+                repository: repository.clone(),
+                writer: repository.writer(&Encryption::None).await.unwrap(),
+                lease: Lease::acquire(repository, LeaseOptions::new("run")).await.unwrap(),
+                identity_made: None,
+            },
+            duties,
+            status: Arc::new(Status::new()),
+            backup_progress: Arc::new(Progress::new()),
+            tell: Arc::new(move |event| match event {
+                Event::Done(text) | Event::Failed(text) => heard.lock().unwrap().push(text),
+            }),
+        };
+        supervisor.status.update(|now| now.phase = Phase::Streaming);
+        (supervisor, told)
+    }
+
+    fn config() -> Config {
+        let variables = [("TIDEMARK_CONFIG", ""), ("TIDEMARK_REPOSITORY", "/nowhere")];
+        Config::load(None, Vec::new(), Environment::of(variables)).unwrap()
+    }
+
+    async fn run_for(supervisor: &Supervisor, clock: &Clock, time: Duration) {
+        let (stop, config) = (CancellationToken::new(), config());
+        let mut chores = Chores::new(supervisor, &config, clock);
+        tokio::select! {
+            () = chores.run(&stop) => {}
+            () = tokio::time::sleep(time) => {}
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_repository_that_does_not_say_what_it_holds_is_told_once_and_asked_seldom() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
+        let (store, repository) = Repository::in_memory(&clock).await;
+        let day = Some(Duration::from_secs(86_400));
+        let duties = Duties { backup_interval: day, ..Duties::default() };
+        let (supervisor, told) = supervisor(&repository, duties).await;
+        for _ in 0..1000 {
+            store.fail_next(Call::List, Outcome::Denied);
+        }
+        let before = store.requests().lists;
+        run_for(&supervisor, &clock, Duration::from_secs(600)).await;
+        let told = told.lock().unwrap().clone();
+        assert!(told.len() == 1 && told[0].starts_with("planning base backups failed"), "{told:?}");
+        let asked = store.requests().lists - before;
+        assert!(asked < 100, "{asked} listings in ten minutes");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_is_started_anew_every_hour_keeps_the_repository_up() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
+        let (store, repository) = Repository::in_memory(&clock).await;
+        let day = Some(Duration::from_secs(86_400));
+        let duties = Duties { upkeep_interval: day, ..Duties::default() };
+        let (supervisor, _) = supervisor(&repository, duties).await;
+        let before = store.requests().lists;
+        run_for(&supervisor, &clock, Duration::from_secs(3500)).await;
+        let once = store.requests().lists - before;
+        assert!(once > 0, "nothing was swept");
+        run_for(&supervisor, &clock, Duration::from_secs(UPKEEP_FIRST.as_secs() - 10)).await;
+        assert_eq!(store.requests().lists - before, once);
     }
 }

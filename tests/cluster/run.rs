@@ -110,6 +110,8 @@ fn how_long_commits_puts_and_fsyncs_take_can_be_asked_while_it_runs() {
         .with_env("TIDEMARK_METRICS_LISTEN", &format!("127.0.0.1:{port}"));
     let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
     server.wait_for_stream();
+    // What some send for a reload ends nothing.
+    stream.signal("HUP");
     server.psql("create table t (id int)");
     let began = Instant::now();
     let page = loop {
@@ -132,8 +134,9 @@ fn how_long_commits_puts_and_fsyncs_take_can_be_asked_while_it_runs() {
     let mean = metric(&page, &format!("{commits}_sum")) / count;
     assert!(mean > 0.0 && mean < 30.0, "{mean}\n{page}");
     assert!(metric(&page, "tidemark_wal_plain_bytes_total") > 0.0, "{page}");
+    assert!(stream.log().contains("SIGHUP changes nothing"), "{}", stream.log());
     // An address that is taken is told at once, and costs the other nothing.
-    let refused = tidemark.run(&["stream", "--postgres", &conninfo]).failed(3);
+    let refused = tidemark.run(&["stream", "--postgres", &conninfo]).failed(4);
     assert!(refused.stderr.contains("unable to listen at"), "{refused:?}");
     assert_eq!(stream.terminate(), Some(0));
     assert!(metrics(port).is_empty());

@@ -102,11 +102,23 @@ pub struct Snapshot {
     pub slot: SlotHealth,
     /// Gaps this process has found or made; the listing shows all.
     pub gaps: Vec<WalGap>,
-    /// A gap was made after the last base backup: a new one is needed to restore to later times.
+    /// No base backup leads to what is streamed now, after a gap for instance: a new one is needed to
+    /// restore to later times.
     pub base_backup_needed: bool,
+    /// When the newest base backup that can be restored was begun; `None` while nobody has looked.
+    pub newest_base_backup_start: Option<Timestamp>,
+    /// Base backups by schedule that failed since this process began.
+    pub base_backup_failure_count: u64,
 }
 
 impl Snapshot {
+    /// Whether there is a connection: else what is known of the server is old.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        let phases = [Phase::Streaming, Phase::WaitingForRepository, Phase::Stopping];
+        self.server_error.is_none() && phases.contains(&self.phase)
+    }
+
     /// Bytes the server has and the repository has not.
     #[must_use]
     pub fn lag_bytes(&self) -> u64 {
@@ -224,7 +236,7 @@ impl Status {
     }
 
     /// Changes the state.
-    pub(super) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
         self.snapshot.send_modify(change);
     }
 

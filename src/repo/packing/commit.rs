@@ -17,6 +17,9 @@ use crate::store::PutOutcome;
 /// manifest for leftovers after twice as long, and must never race with a commit.
 pub const COMMIT_TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Longest that deleting the packs of a backup that is given up may take.
+const ABORT_TIME: Duration = Duration::from_secs(10);
+
 /// A backup whose packs are durable and that has no manifest yet.
 pub struct PackedBackup {
     shared: Arc<Shared>,
@@ -104,9 +107,14 @@ impl PackedBackup {
         let name = |number| repository.name(&Object::Pack(PackName { backup, number })).ok();
         let names: Vec<_> =
             self.collected.packs.iter().filter_map(|pack| name(pack.number)).collect();
-        if let Err(error) = repository.store().delete(&names).await {
-            tracing::warn!("packs of the abandoned backup '{backup}' are left behind: {error}");
-        }
+        // Whoever gives up may have been asked to stop.
+        let deleted = tokio::time::timeout(ABORT_TIME, repository.store().delete(&names)).await;
+        let problem = match deleted {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_elapsed) => format!("the store took longer than {} s", ABORT_TIME.as_secs()),
+        };
+        tracing::warn!("packs of the abandoned backup '{backup}' are left behind: {problem}");
     }
 
     fn check_age(&self) -> Result<()> {

@@ -196,8 +196,10 @@ impl Failure {
             Stage::Construction => return self.construction(),
             Stage::Transport if self.is_untrusted_certificate() => {
                 let hint = "If the server's certificate comes from a private authority, name that \
-                            authority's certificate in the option ca_file.";
-                return (Kind::Config, Some(hint.to_owned()));
+                            authority's certificate in the option ca_file. Else see whether it is \
+                            valid today, by this machine's clock.";
+                // Not 'config': one that is not valid yet, by a clock that is not set yet, passes.
+                return (Kind::Denied, Some(hint.to_owned()));
             }
             Stage::Transport => {
                 let hint = "Check the endpoint and that this machine can reach it.";
