@@ -461,11 +461,7 @@ pub(super) fn intake(bytes: &[u8]) {
         mend_wal(&mut wal, start);
     }
     let wal = Bytes::from(wal);
-    let policy = CutPolicy {
-        segment_size: segment_size(),
-        flush_interval: Duration::ZERO,
-        idle_flush_interval: Duration::from_mins(1),
-    };
+    let policy = policy();
     let attempt = Attempt {
         timeline: TimelineId::FIRST,
         stream_from: start,
@@ -513,9 +509,8 @@ pub(super) fn intake(bytes: &[u8]) {
                 assert!(extent.boundary <= range.end());
                 stored.push(extent.cut);
             }
-            Step::Boundary(at) => assert!(at <= position),
+            Step::Boundary(at) | Step::DamagedWal(at) => assert!(at <= position),
             Step::MinimalWal(at) => assert!(at > start),
-            Step::DamagedWal(at) => assert!(at <= position),
         }
     }
     assert_eq!(extent_start, None, "bytes were left behind");
@@ -523,6 +518,15 @@ pub(super) fn intake(bytes: &[u8]) {
         if position > known_end || position <= known_start { position } else { known_start };
     assert_eq!(next, stored_all.max(store_from));
     check_sent_again(policy, &attempt, &stored, wal);
+}
+
+/// Each commit is due at once.
+fn policy() -> CutPolicy {
+    CutPolicy {
+        segment_size: segment_size(),
+        flush_interval: Duration::ZERO,
+        idle_flush_interval: Duration::from_mins(1),
+    }
 }
 
 /// A server that sends in one piece what was stored is not taken for one that was set back.
