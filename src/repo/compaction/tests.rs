@@ -219,6 +219,13 @@ impl Scene {
         }
     }
 
+    fn joint(&self, start: u64, end: u64) -> ObjectName {
+        let time = Some(PgTime(1_000_000 + i64::try_from(end).unwrap()));
+        let range = range(Lsn(start), Lsn(end));
+        let name = ExtentName { timeline: timeline(1), range, time };
+        self.repository.name(&Object::Extent(name)).unwrap()
+    }
+
     async fn names(&self) -> Vec<(u64, u64)> {
         let catalog = Catalog::load(&self.repository).await.unwrap();
         let names: Vec<ExtentName> = catalog.wal.extents(timeline(1)).map(|e| e.name).collect();
@@ -289,6 +296,48 @@ async fn nothing_is_deleted_when_the_joint_object_is_not_whole() {
     assert_eq!(report.deleted_count, 0);
     assert_eq!(report.damaged.len(), 1);
     assert_eq!(scene.names().await.len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_when_a_payload_bit_of_the_joint_object_is_not_as_it_was() {
+    let scene = scene().await;
+    for cut in [0, 1000, 2000, MIB].windows(2) {
+        scene.put(cut[0], cut[1]).await;
+    }
+    rest().await;
+    scene.run().await;
+    let joint = scene.joint(0, MIB);
+    // Behind all headers and lengths: only the bytes themselves tell.
+    let flip = |body: &mut Vec<u8>| body[200] ^= 1;
+    scene.memory.damage(&joint, flip).unwrap();
+    rest().await;
+    let report = scene.run().await;
+    assert_eq!(report.deleted_count, 0);
+    assert_eq!(report.damaged.len(), 1);
+    assert!(report.damaged[0].contains(joint.as_str()), "{:?}", report.damaged);
+    assert_eq!(scene.names().await.len(), 4);
+    scene.memory.damage(&joint, flip).unwrap();
+    assert_eq!(scene.run().await.deleted_count, 3);
+    scene.read(0, MIB).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_cut_elsewhere_than_the_members_of_the_joint_object_stays() {
+    let scene = scene().await;
+    for cut in [0, 1000, 2000, MIB].windows(2) {
+        scene.put(cut[0], cut[1]).await;
+    }
+    rest().await;
+    scene.run().await;
+    // Another writer's: at the ends of members, and inside one.
+    scene.put(0, 2000).await;
+    scene.put(1500, 2000).await;
+    rest().await;
+    let report = scene.run().await;
+    assert_eq!((report.deleted_count, report.kept_count), (3, 2));
+    assert_eq!(report.damaged, [""; 0]);
+    assert_eq!(scene.names().await, [(0, MIB), (0, 2000), (1500, 2000)]);
+    scene.read(0, MIB).await;
 }
 
 #[tokio::test(start_paused = true)]
