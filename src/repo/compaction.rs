@@ -13,9 +13,12 @@
 //!
 //! # Invariants
 //! - *What is deleted is held elsewhere.* An extent is deleted only after an extent that strictly
-//!   contains its range was read back whole and its headers, frames and lengths were found right.
-//!   Containment is an order without circles: whatever several compactions do at the same time, an
-//!   extent that no other contains is deleted by none of them.
+//!   contains its range was read back whole, its headers, frames and lengths were found right, and the
+//!   object to be deleted was found in it byte for byte. Names and headers are not authenticated without
+//!   a key, the same bytes are as good. One that was cut or sealed by itself is not in it so and stays;
+//!   when one with the same headers differs, none that the larger contains is deleted. Containment is an
+//!   order without circles: whatever several compactions do at the same time, an extent that no other
+//!   contains is deleted by none of them.
 //! - *A reader never looks in vain.* An extent is deleted only when the one that contains it has been
 //!   in the listing for [`CompactionOptions::settle`]: a reader that listed before still finds the
 //!   small ones for as long, and a listing in several pages sees one or the other. An object of which
@@ -276,6 +279,9 @@ pub struct CompactionReport {
     pub joined_count: u64,
     /// Extents that were deleted.
     pub deleted_count: u64,
+    /// Extents whose range a larger one contains, but which are not in it, because they were cut or sealed
+    /// by themselves: left alone.
+    pub kept_count: u64,
     /// Objects that are not what their names say, each with the reason; nothing that depends on them
     /// was touched.
     pub damaged: Vec<String>,
@@ -311,10 +317,8 @@ pub async fn apply(
     }
     drop(merges);
     for prune in &plan.prunes {
-        let outcome = delete_held(repository, prune).await;
-        if report.saw(outcome)? {
-            report.deleted_count += prune.held.len() as u64;
-        }
+        let outcome = delete_held(repository, prune, &mut report).await;
+        report.saw(outcome)?;
     }
     Ok(report)
 }
@@ -381,19 +385,35 @@ fn differs(name: &ObjectName) -> Error {
 
 /// An extent object, found to be what its name says as far as can be told without a key.
 async fn read_extent(repository: &Repository, extent: &ExtentName) -> Result<Bytes> {
+    read_members(repository, extent).await.map(|(body, _)| body)
+}
+
+/// The same, with its members.
+async fn read_members(
+    repository: &Repository,
+    extent: &ExtentName,
+) -> Result<(Bytes, Vec<ExtentMember>)> {
     let name = repository.name(&Object::Extent(*extent))?;
     let attempted = || format!("unable to use WAL extent '{name}'");
     let body = repository.store().get(&name, None).await.context(attempted)?;
-    ExtentMember::walk(extent, &body).context(attempted)?;
-    Ok(body)
+    let members = ExtentMember::walk(extent, &body).context(attempted)?;
+    Ok((body, members))
 }
 
 /// Deletes what the holder holds.
 ///
+/// # Shape
+/// One request an extent, besides the holder; the holder and one extent are in memory.
+///
 /// # Durability
-/// The holder is read back whole first, now: it is there and its members cover its range, so every
-/// byte of WAL of the deleted extents is in it.
-async fn delete_held(repository: &Repository, prune: &Prune) -> Result<()> {
+/// The holder is read back whole first, now, and then each extent: it is there, its members cover its
+/// range, and every object that is deleted is some of them byte for byte. When one differs that has the
+/// same headers, nobody can tell without a key which of the two is damaged, and nothing is deleted.
+async fn delete_held(
+    repository: &Repository,
+    prune: &Prune,
+    report: &mut CompactionReport,
+) -> Result<()> {
     let holder = prune.holder.range;
     let contained = |held: &ExtentName| {
         held.timeline == prune.holder.timeline
@@ -401,13 +421,75 @@ async fn delete_held(repository: &Repository, prune: &Prune) -> Result<()> {
             && holder.len_bytes() > held.range.len_bytes()
     };
     assert!(prune.held.iter().all(contained), "a plan deletes WAL that nothing else holds");
-    read_extent(repository, &prune.holder).await?;
-    for batch in prune.held.chunks(BATCH_OBJECTS) {
-        let names: Result<Vec<ObjectName>> =
-            batch.iter().map(|held| repository.name(&Object::Extent(*held))).collect();
-        repository.store().delete(&names?).await?;
+    let held = Held::read(repository, &prune.holder).await?;
+    let mut names = Vec::new();
+    for extent in &prune.held {
+        let name = repository.name(&Object::Extent(*extent))?;
+        match held.find(repository, extent, &name).await? {
+            Finding::Same => names.push(name),
+            Finding::Another => report.kept_count += 1,
+            Finding::Gone => {}
+        }
+    }
+    for batch in names.chunks(BATCH_OBJECTS) {
+        repository.store().delete(batch).await?;
+        report.deleted_count += batch.len() as u64;
     }
     Ok(())
+}
+
+/// A joint object and what is in it.
+struct Held {
+    name: ObjectName,
+    body: Bytes,
+    members: Vec<ExtentMember>,
+}
+
+/// What a joint object has of an extent.
+enum Finding {
+    /// The same bytes.
+    Same,
+    /// The same WAL, cut or sealed by itself.
+    Another,
+    /// The extent was deleted meanwhile.
+    Gone,
+}
+
+impl Held {
+    async fn read(repository: &Repository, holder: &ExtentName) -> Result<Self> {
+        let name = repository.name(&Object::Extent(*holder))?;
+        let (body, members) = read_members(repository, holder).await?;
+        Ok(Self { name, body, members })
+    }
+
+    /// Compares the stored `extent` with what is here.
+    async fn find(
+        &self,
+        repository: &Repository,
+        extent: &ExtentName,
+        name: &ObjectName,
+    ) -> Result<Finding> {
+        let wanted = |member: &&ExtentMember| extent.range.covers(member.name.range);
+        let own: Vec<&ExtentMember> = self.members.iter().filter(wanted).collect();
+        let (Some(first), Some(last)) = (own.first(), own.last()) else {
+            return Ok(Finding::Another);
+        };
+        let (body, members) = match read_members(repository, extent).await {
+            Err(error) if error.kind() == Kind::NotFound => return Ok(Finding::Gone),
+            read => read?,
+        };
+        if self.body.get(first.range.start..last.range.end) == Some(&body[..]) {
+            return Ok(Finding::Same);
+        }
+        if !members.iter().map(ExtentMember::header).eq(own.iter().map(|own| own.header())) {
+            return Ok(Finding::Another);
+        }
+        let holder = &self.name;
+        Err(Error::new(
+            Kind::Corrupt,
+            format!("WAL extents '{holder}' and '{name}' differ in what was joined; both are kept"),
+        ))
+    }
 }
 
 #[cfg(test)]

@@ -53,7 +53,8 @@ pub struct Interval {
     pub from_lsn: Lsn,
     /// End of the contiguous WAL.
     pub until_lsn: Lsn,
-    /// Earliest time that can be restored.
+    /// Earliest time that can be restored: the backup's end, or the greatest commit time known in its own
+    /// WAL where that is later because the server's clock is ahead of this host's.
     pub from_time: Timestamp,
     /// Greatest time up to which all commits are known to be there. Before `from_time` where nothing
     /// is known of the time after the backup yet: then only its end and the end of the WAL can be aimed
@@ -252,6 +253,10 @@ impl Lineage<'_> {
         let ends_for_good = barrier.is_some_and(|barrier| barrier <= until_lsn);
         let at_tip = self.wal.last_end(target).is_none_or(|end| end <= until_lsn);
         let newest = stretches.iter().filter_map(|stretch| self.newest_commit(target, stretch));
+        let own = stretches.iter().filter_map(|stretch| {
+            let range = intersection(stretch.range, range(backup.id.start_lsn(), backup.end_lsn));
+            self.newest_commit(target, &Stretch { range, ..*stretch })
+        });
         // Its own end is known by our clock alone: a commit of that moment may lie behind the WAL.
         let began = backup.id.start_time();
         let until_time = newest.max().map_or(began, |time| time.max(began));
@@ -260,7 +265,7 @@ impl Lineage<'_> {
             backup: backup.id,
             from_lsn: backup.end_lsn,
             until_lsn,
-            from_time: backup.end_time,
+            from_time: own.max().map_or(backup.end_time, |time| time.max(backup.end_time)),
             until_time,
             arrived,
             open: arrived && at_tip && !ends_for_good,
@@ -467,6 +472,27 @@ mod tests {
         assert_eq!(stretches(&to(3)), [(1, 20, 150), (2, 150, 300), (3, 300, 320)]);
         assert!(!to(3).open, "it ends at the hole");
         assert_eq!((to(3).from_lsn, to(3).until_lsn), (Lsn(60), Lsn(320)));
+    }
+
+    #[test]
+    fn no_time_is_promised_that_is_before_a_commit_in_the_backups_own_wal() {
+        let minute = |minute: i64| PgTime(minute * 60_000_000);
+        let at = |time: PgTime| time.to_timestamp().unwrap();
+        let wal = WalCatalog::new([
+            extent(1, 0, 10, minute(4).0),
+            extent(1, 10, 30, minute(10).0),
+            extent(1, 30, 40, minute(12).0),
+        ]);
+        let none = BTreeMap::new();
+        let from = |end, minutes| {
+            let backup = BackupSpan { end_time: at(minute(minutes)), ..span(1, 2, end) };
+            lineage(&wal, &none).interval(&backup, timeline(1)).unwrap().from_time
+        };
+        assert_eq!(from(10, 0), at(minute(4)), "the server's clock is ahead");
+        assert_eq!(from(10, 5), at(minute(5)));
+        // The commit of an extent that reaches beyond the backup may lie behind its end.
+        assert_eq!(from(29, 0), at(minute(4)));
+        assert_eq!(from(30, 0), at(minute(10)));
     }
 
     #[test]

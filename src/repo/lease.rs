@@ -60,6 +60,8 @@ pub const TTL_DEFAULT: Duration = Duration::from_secs(180);
 /// Longest pause between two tries to take a lost lease again: the longest that a store which came back
 /// waits for us.
 const RETAKE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Tries of one version whose times are told apart; a later one that wins counts from the first.
+const TRIES_MAX: usize = 64;
 /// Longest time that giving the lease back may take before we leave it to expire.
 const RELEASE_MAX: Duration = Duration::from_secs(10);
 
@@ -675,15 +677,42 @@ struct Look {
     begun: Instant,
     /// The content that is being observed, and since when it has not changed.
     observed: Option<(Bytes, Instant)>,
-    /// When our first try that may have won was sent.
-    sent: Option<Term>,
+    /// Our tries that may still win.
+    tried: Tried,
     /// Whether it was said that somebody is waited for.
     told: bool,
 }
 
+/// Tries to take the lease that all replace the same version: one of them wins, however late it arrives.
+#[derive(Default)]
+struct Tried {
+    /// The version; `None`: no object.
+    expected: Option<VersionTag>,
+    /// When they were sent, the first [`TRIES_MAX`].
+    terms: Vec<Term>,
+}
+
+impl Tried {
+    /// Notes one more. Those that named another version lost: that one is gone.
+    fn add(&mut self, expected: &Option<VersionTag>, term: Term) {
+        if self.expected != *expected {
+            *self = Self { expected: expected.clone(), terms: Vec::new() };
+        }
+        if self.terms.len() < TRIES_MAX {
+            self.terms.push(term);
+        }
+    }
+
+    /// When the one that won was sent; none was sent before the first.
+    fn term_of(&self, won: &Contents) -> Option<Term> {
+        let known = self.terms.iter().find(|term| term.sent_time == won.acquired_time);
+        known.or(self.terms.first()).copied()
+    }
+}
+
 impl Look {
     fn begin(clock: &Clock) -> Self {
-        Self { begun: clock.instant(), observed: None, sent: None, told: false }
+        Self { begun: clock.instant(), observed: None, tried: Tried::default(), told: false }
     }
 }
 
@@ -709,18 +738,18 @@ impl Candidate {
         let Some((body, tag)) = self.store.read_versioned(&self.name).await? else {
             return match self.follows {
                 Some(_) => Err(lost("its object was deleted")),
-                None => self.try_take(0, None, &mut look.sent).await,
+                None => self.try_take(0, None, &mut look.tried).await,
             };
         };
         let contents = Contents::decode(&self.name, &body)?;
-        if let (true, Some(term)) = (contents.token == self.token, look.sent) {
+        if contents.token == self.token
+            && let Some(term) = look.tried.term_of(&contents)
+        {
             return Ok(Some(Taken { contents, tag, term }));
         }
-        // Whatever we tried lost: it named a version that is gone.
-        look.sent = None;
         if let Some(before) = &self.follows {
             return match contents.token == *before && !contents.is_free() {
-                true => self.try_take(contents.epoch, Some(tag), &mut look.sent).await,
+                true => self.try_take(contents.epoch, Some(tag), &mut look.tried).await,
                 false => Err(lost(&format!("another writer took it: {}", contents.who()))),
             };
         }
@@ -737,7 +766,7 @@ impl Candidate {
             }
         };
         if self.may_take(&contents, unchanged_since) {
-            return self.try_take(contents.epoch, Some(tag), &mut look.sent).await;
+            return self.try_take(contents.epoch, Some(tag), &mut look.tried).await;
         }
         self.pause(&contents, look).await?;
         Ok(None)
@@ -827,7 +856,7 @@ impl Candidate {
         &self,
         epoch: u64,
         expected: Option<VersionTag>,
-        sent: &mut Option<Term>,
+        tried: &mut Tried,
     ) -> Result<Option<Taken>> {
         let term = Term { sent: self.clock.instant(), sent_time: self.clock.now() };
         let contents = Contents {
@@ -847,8 +876,7 @@ impl Candidate {
             progress: None,
             key_id: self.options.key_id.clone(),
         };
-        // The time counts from the first try: whichever of several won, it was not sent earlier.
-        let term = *sent.get_or_insert(term);
+        tried.add(&expected, term);
         match self.store.replace_if(&self.name, contents.encode()?, expected).await {
             Ok(Replace::Done(tag)) => Ok(Some(Taken { contents, tag, term })),
             Ok(Replace::Lost) => {
@@ -861,10 +889,9 @@ impl Candidate {
                 match self.store.read_versioned(&self.name).await? {
                     Some((body, tag)) => {
                         let found = Contents::decode(&self.name, &body)?;
-                        if found.token == self.token {
-                            Ok(Some(Taken { contents: found, tag, term }))
-                        } else {
-                            Err(error)
+                        match tried.term_of(&found).filter(|_| found.token == self.token) {
+                            Some(term) => Ok(Some(Taken { contents: found, tag, term })),
+                            None => Err(error),
                         }
                     }
                     None => Err(error),
@@ -1388,6 +1415,45 @@ mod tests {
         }
         lease.release().await;
         assert!(read(&memory, &name()).await.unwrap().unwrap().released);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_counts_from_the_first_try_even_when_that_arrives_after_the_second() {
+        for was_there in [false, true] {
+            let clock = clock(19);
+            let memory = Memory::new(&clock);
+            if was_there {
+                take(&memory, &clock, on_host("beta", Wait::Refuse)).await.unwrap().release().await;
+            }
+            let candidate = |memory: &Memory| Candidate {
+                store: Arc::new(memory.clone()),
+                name: name(),
+                clock: clock.clone(),
+                options: on_host("alpha", Wait::Refuse),
+                token: "ours".into(),
+                follows: None,
+            };
+            let before = memory.read_versioned(&name()).await.unwrap();
+            // What the first try sends, as a store that answers gets it.
+            let ahead = Memory::new(&clock);
+            if let Some((body, _)) = &before {
+                ahead.replace_if(&name(), body.clone(), None).await.unwrap();
+            }
+            let mut look = Look::begin(&clock);
+            let sent = candidate(&ahead).step(&mut look).await.unwrap().unwrap().contents;
+            let (first, mut look) = (clock.instant(), Look::begin(&clock));
+            for _ in 0..2 {
+                memory.fail_next(Call::Put, Outcome::FailsBefore);
+                let error = candidate(&memory).step(&mut look).await.err().unwrap();
+                assert!(error.is_transient());
+                tokio::time::sleep(TTL / 20).await;
+            }
+            let tag = before.map(|(_, tag)| tag);
+            memory.replace_if(&name(), sent.encode().unwrap(), tag).await.unwrap();
+            let taken = candidate(&memory).step(&mut look).await.unwrap().unwrap();
+            assert_eq!(taken.term.sent, first, "{was_there}");
+            assert_eq!(taken.contents.renewed_time, taken.term.sent_time);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -47,10 +47,15 @@ impl Catalog {
     pub async fn load(repository: &Repository) -> Result<Self> {
         let mut catalog = Self::default();
         catalog.load_backups(repository).await?;
-        catalog.load_marks(repository).await?;
+        // The lease says what is stored by now: listed after it, the WAL holds it.
+        catalog.load_keys_and_lease(repository).await?;
         let timelines = catalog.load_wal(repository).await?;
         catalog.load_histories(repository, timelines).await?;
         catalog.confirm_gaps(repository).await?;
+        // A mark is put before what it is about changes: listed last, none is missing that the WAL needs.
+        let (marks, foreign_count) = load_marks(repository).await?;
+        catalog.marks = marks;
+        catalog.foreign_count += foreign_count;
         Ok(catalog)
     }
 
@@ -135,10 +140,7 @@ impl Catalog {
         }
     }
 
-    async fn load_marks(&mut self, repository: &Repository) -> Result<()> {
-        let (marks, foreign) = load_marks(repository).await?;
-        self.marks = marks;
-        self.foreign_count += foreign;
+    async fn load_keys_and_lease(&mut self, repository: &Repository) -> Result<()> {
         for key in repository.store().list_all(&repository.cluster().keys_prefix()).await? {
             match Object::parse(repository.cluster(), &key.name) {
                 Some(Object::Key(id)) => self.keys.push(StoredKey { id, modified: key.modified }),
@@ -442,6 +444,7 @@ mod tests {
     use crate::clock::Clock;
     use crate::pg::PgTime;
     use crate::repo::KeyId;
+    use crate::repo::marks;
     use crate::repo::names::{ExtentName, PackName};
     use crate::store::memory::{Call, Memory, Outcome};
     use crate::store::{PutOutcome, Store};
@@ -551,6 +554,20 @@ mod tests {
         assert_eq!(catalog.keys.len(), 1);
         assert_eq!(catalog.foreign_count, 4);
         assert!(catalog.backups.is_empty() && catalog.damaged.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_mark_that_is_put_while_the_wal_is_listed_is_seen_with_the_wal_behind_it() {
+        let (memory, repository) = scene().await;
+        put(&memory, &repository, Object::Extent(extent(1, 0x1000, 0x2000))).await;
+        let (rival, place) = (memory.clone(), repository.clone());
+        memory.before_list(&repository.cluster().wal_prefix(), async move {
+            marks::put_minimal(&place, timeline(1), Lsn(0x2000)).await.unwrap();
+            put(&rival, &place, Object::Extent(extent(1, 0x2000, 0x3000))).await;
+        });
+        let catalog = Catalog::load(&repository).await.unwrap();
+        assert_eq!(catalog.wal.extent_count(), 2);
+        assert_eq!(catalog.marks.minimal, [(timeline(1), Lsn(0x2000))].into());
     }
 
     #[tokio::test]

@@ -17,8 +17,10 @@
 //! was one when it was made, was shown then and is in every listing, and nothing can mend it.
 //!
 //! # Invariants
-//! - Memory is bounded by [`VerifyOptions::memory_bytes`] for what is in flight, besides one footer and
-//!   the catalog; files of a backup are forgotten when they are complete.
+//! - What was deleted while it ran is told from what is lost: what holds the WAL of joined extents now is
+//!   read instead of them, and only what retention says it removed may be gone.
+//! - Memory is bounded by [`VerifyOptions::memory_bytes`] for what is in flight, besides one footer, the
+//!   catalog, and as much again where extents were joined meanwhile; files of a backup are forgotten when they are complete.
 //! - A defect never ends the run; [`DEFECTS_MAX`] of them do, and the report says so. A store that
 //!   cannot be reached does, too: nothing is called damaged that was not read.
 //!
@@ -47,8 +49,9 @@ use crate::pg::{Lsn, TimelineId};
 use crate::pipeline::{Pool, PoolOptions, budget};
 
 use super::catalog::Catalog;
+use super::coverage::{StoredExtent, WalCatalog};
 use super::interval::{Interval, WalGap};
-use super::names::{BackupId, Object};
+use super::names::{BackupId, ExtentName, Object};
 use super::{Level, Reader, Repository};
 
 /// After so many bad objects the run ends.
@@ -154,7 +157,7 @@ pub struct BackupReport {
 pub struct WalReport {
     /// The timeline.
     pub timeline: TimelineId,
-    /// Extents there are.
+    /// Extents there are, without those that were deleted while it ran.
     pub extent_count: u64,
     /// Extents read and found whole.
     pub whole_count: u64,
@@ -309,6 +312,11 @@ impl fmt::Display for VerifyReport {
                 writeln!(f, "  lost: {lost}")?;
             }
         }
+        if self.vanished_count > 0 {
+            let count = self.vanished_count;
+            let objects = if count == 1 { "object was" } else { "objects were" };
+            writeln!(f, "{count} {objects} deleted while this was read, in due course")?;
+        }
         if self.ended_early {
             writeln!(f, "ended early: {DEFECTS_MAX} bad objects were enough")?;
         }
@@ -328,7 +336,7 @@ pub async fn verify(
     progress: &Arc<VerifyProgress>,
 ) -> Result<VerifyReport> {
     let start_time = repository.clock().now();
-    let catalog = Catalog::load(repository).await?;
+    let mut catalog = Catalog::load(repository).await?;
     let run = Run::new(repository, reader, options, progress)?;
     let wanted = |id: BackupId| options.backups.as_ref().is_none_or(|ids| ids.contains(&id));
     for id in options.backups.iter().flatten() {
@@ -363,6 +371,7 @@ pub async fn verify(
     }
     if options.backups.is_none() {
         wal::check(&run, &catalog.wal, &mut found).await?;
+        found.bring_up_to_date(&mut catalog.wal);
     }
     Ok(found.report(&catalog, start_time, &run))
 }
@@ -496,7 +505,11 @@ struct Found {
     backups: Vec<BackupReport>,
     wal: Vec<WalReport>,
     defects: Vec<Defect>,
-    bad_extents: BTreeSet<super::names::ExtentName>,
+    bad_extents: BTreeSet<ExtentName>,
+    /// Extents that vanished and whose WAL others hold now.
+    replaced: BTreeSet<ExtentName>,
+    /// Those others, as far as they were not listed first.
+    fresh: Vec<StoredExtent>,
     ended_early: bool,
     vanished_count: u64,
 }
@@ -506,6 +519,15 @@ impl Found {
         run.progress.defect_count.fetch_add(1, Ordering::Relaxed);
         self.defects.push(defect);
         self.ended_early |= self.is_full();
+    }
+
+    /// Makes of the WAL that was listed the one of which this is the verdict.
+    fn bring_up_to_date(&self, wal: &mut WalCatalog) {
+        self.fresh.iter().for_each(|extent| wal.push(*extent));
+        wal.index();
+        if !self.replaced.is_empty() {
+            *wal = wal.without(|name| self.replaced.contains(name));
+        }
     }
 
     fn is_full(&self) -> bool {

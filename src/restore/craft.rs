@@ -139,6 +139,21 @@ impl Craft {
         self.record(0, 0x70, 0, &data)
     }
 
+    /// A switch, and zeros to the end of the segment.
+    pub(crate) fn switch(&mut self) -> LsnRange {
+        let record = self.record(0, 0x40, 0, &[]);
+        while self.segment_size.start_of(self.end()) != self.end() {
+            self.bytes.push(0);
+        }
+        LsnRange::new(record.start(), self.end()).unwrap()
+    }
+
+    /// Puts something else where `at` is.
+    pub(crate) fn overwrite(&mut self, at: Lsn, bytes: &[u8]) {
+        let offset = usize::try_from(at.0 - self.start.0).unwrap();
+        self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
     /// A record of `bytes` bytes that means nothing.
     pub(crate) fn filler(&mut self, bytes: usize) -> LsnRange {
         self.record(0, 0x20, 0, &vec![7; bytes])

@@ -650,7 +650,8 @@ impl MaxByLsn for Option<Moment> {
 /// What can be reached from one backup.
 #[derive(Clone, Copy, Debug)]
 struct Interval {
-    base_end_time: Timestamp,
+    /// The end of the backup, or the newest commit known in its own WAL if that is later.
+    from_time: Timestamp,
     /// Before the end of the backup where nothing is known of the time after it; `None` when not even
     /// its own WAL is there.
     until_time: Option<Timestamp>,
@@ -664,8 +665,12 @@ impl Interval {
         let newest: Option<PgTime> =
             timed.iter().filter(|piece| !is_cut(piece)).filter_map(|piece| piece.extent.time).max();
         let until_time = newest.and_then(PgTime::to_timestamp).max(search.caught_up(chain));
+        let own = timed_pieces(chain, base.start_lsn)
+            .into_iter()
+            .filter(|piece| !is_cut(piece) && piece.range.end() <= base.end_lsn);
+        let own = own.filter_map(|piece| piece.extent.time).max().and_then(PgTime::to_timestamp);
         Self {
-            base_end_time: base.end_time,
+            from_time: own.map_or(base.end_time, |time| time.max(base.end_time)),
             until_time: until_time.max(Some(base.id.start_time())),
             from_lsn: base.end_lsn,
             until_lsn: chain.end(),
@@ -683,7 +688,7 @@ impl Interval {
     }
 
     fn holds_time(&self, at: Timestamp) -> bool {
-        self.base_end_time <= at && self.until_time.is_some_and(|until| at <= until)
+        self.from_time <= at && self.until_time.is_some_and(|until| at <= until)
     }
 
     fn holds_lsn(&self, at: Lsn) -> bool {
@@ -692,11 +697,11 @@ impl Interval {
 }
 
 fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -> (String, String) {
-    let reaches_time = |interval: &&Interval| interval.until_time >= Some(interval.base_end_time);
+    let reaches_time = |interval: &&Interval| interval.until_time >= Some(interval.from_time);
     let usable = || intervals.iter().filter(reaches_time);
     let before =
         usable().filter_map(|interval| interval.until_time).filter(|until| *until < at).max();
-    let after = usable().map(|interval| interval.base_end_time).filter(|from| *from > at).min();
+    let after = usable().map(|interval| interval.from_time).filter(|from| *from > at).min();
     let why = match (before, after, beyond.map(Chain::stopped_by)) {
         (None, Some(_), _) => "it is before the end of the first backup".to_owned(),
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {

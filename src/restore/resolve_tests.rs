@@ -236,6 +236,30 @@ async fn transactions_and_restore_points_are_found_by_searching() {
 }
 
 #[tokio::test]
+async fn no_time_before_a_commit_in_the_backups_own_wal_is_called_reachable() {
+    let mut craft = Craft::new(1, START);
+    let start = craft.filler(100).start();
+    craft.commit(100, "10:00:15");
+    let end = craft.filler(40).end();
+    craft.commit(101, "10:00:20");
+    let mut extents = Extents::default();
+    extents.put(&craft, &[end]);
+    // By this host's clock it ended before the commit that is in it.
+    let bases = vec![base(&craft, start, end, "10:00:10")];
+    let holdings = Holdings { bases, wal: extents.catalog(), ..Holdings::default() };
+    for (time, reached) in [("10:00:12", false), ("10:00:15", true)] {
+        let target = Target::Time { at: ts(time), edge: Edge::Inclusive };
+        let request = Request { target, ..Request::default() };
+        let resolved = resolve(&holdings, &extents, &request).await;
+        assert_eq!(resolved.is_ok(), reached, "{time}: {resolved:?}");
+        if let Err(error) = resolved {
+            assert!(error.message().contains("before the end of the first backup"), "{error}");
+            assert!(error.hint_text().unwrap().contains("after it 2026-11-22T10:00:15Z"));
+        }
+    }
+}
+
+#[tokio::test]
 async fn latest_and_immediate_are_the_ends_of_the_wal_and_of_the_backup() {
     let world = World::new();
     let latest = world.to(Target::Latest).await.unwrap();

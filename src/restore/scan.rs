@@ -35,6 +35,8 @@ const BACK_BYTES: u64 = 256 << 10;
 pub(crate) const WAL_PAGE_BYTES: u64 = 8192;
 /// `SizeOfXLogShortPHD`
 const SHORT_HEADER_BYTES: u64 = 24;
+/// Offset of `xlp_pageaddr` in a page header.
+const ADDRESS_OFFSET: usize = 8;
 /// Offset of `xlp_rem_len` in a page header.
 const REMAINING_OFFSET: usize = 16;
 
@@ -134,7 +136,7 @@ pub(crate) async fn landmarks<S: WalSource>(
     span: LsnRange,
     each: &mut (dyn FnMut(Landmark) -> ControlFlow<()> + Send),
 ) -> Result<()> {
-    let begin = begin_before(source, chain, span.start()).await?;
+    let begin = begin_before(source, chain, segment_size, span.start()).await?;
     let mut scanner = Some(Scanner::new(segment_size, begin));
     let mut fetched =
         std::pin::pin!(pieces(source, chain.within(begin, span.end()), EXTENTS_AHEAD));
@@ -194,7 +196,7 @@ async fn neighbours_from<S: WalSource>(
     segment_size: SegmentSize,
     (from, position): (Lsn, Lsn),
 ) -> Result<Neighbours> {
-    let begin = begin_before(source, chain, from).await?;
+    let begin = begin_before(source, chain, segment_size, from).await?;
     let mut found = Neighbours::default();
     let mut reader = Some(RecordReader::new(segment_size, begin));
     let mut fetched =
@@ -227,8 +229,15 @@ async fn neighbours_from<S: WalSource>(
 }
 
 /// The start of a page at or before `from`, such that the record which spans `from`, if any, begins at
-/// or after it; the first page of the chain when that is not in the chain.
-async fn begin_before<S: WalSource>(source: &S, chain: &Chain, from: Lsn) -> Result<Lsn> {
+/// or after it; the first page of the chain when that is not in the chain. Behind an `XLOG_SWITCH` lie
+/// zeros, or pages of a recycled segment, which PostgreSQL never reads: only a page that says where it is
+/// will do, and the first of a segment always does.
+async fn begin_before<S: WalSource>(
+    source: &S,
+    chain: &Chain,
+    segment_size: SegmentSize,
+    from: Lsn,
+) -> Result<Lsn> {
     let first_page = Lsn(chain.start().0.next_multiple_of(WAL_PAGE_BYTES));
     let mut back = BACK_BYTES;
     loop {
@@ -240,20 +249,27 @@ async fn begin_before<S: WalSource>(source: &S, chain: &Chain, from: Lsn) -> Res
         else {
             return Ok(first_page);
         };
-        // A header cut in two by the end of an extent is not worth the trouble: go back a page.
         let header = piece_bytes(source, &piece).await?;
-        let field = header.get(REMAINING_OFFSET..REMAINING_OFFSET + 4);
-        let remaining = field.and_then(|field| field.try_into().ok()).map(u32::from_le_bytes);
-        if let Some(remaining) = remaining {
-            let payload = WAL_PAGE_BYTES - SHORT_HEADER_BYTES;
-            // Generous: every page's worth of the rest takes a page, and one more for what is cut.
-            let pages = u64::from(remaining).div_ceil(payload) + 1;
-            let ends_by = begin.0.saturating_add(pages.saturating_mul(WAL_PAGE_BYTES));
-            if remaining == 0 || ends_by <= from.0 {
-                return Ok(begin);
+        let address = header.get(ADDRESS_OFFSET..).and_then(<[u8]>::first_chunk);
+        let remaining = header.get(REMAINING_OFFSET..).and_then(<[u8]>::first_chunk);
+        let segment_start = segment_size.start_of(begin);
+        back = match (address, remaining) {
+            (Some(address), Some(remaining)) if u64::from_le_bytes(*address) == begin.0 => {
+                let payload = WAL_PAGE_BYTES - SHORT_HEADER_BYTES;
+                let remaining = u64::from(u32::from_le_bytes(*remaining));
+                // Generous: every page's worth of the rest takes a page, and one more for what is cut.
+                let pages = remaining.div_ceil(payload) + 1;
+                let ends_by = begin.0.saturating_add(pages.saturating_mul(WAL_PAGE_BYTES));
+                if remaining == 0 || ends_by <= from.0 {
+                    return Ok(begin);
+                }
+                back.saturating_mul(8)
             }
-        }
-        back = if remaining.is_some() { back.saturating_mul(8) } else { back + WAL_PAGE_BYTES };
+            (Some(_), Some(_)) if segment_start < begin => from.saturating_since(segment_start),
+            (Some(_), Some(_)) => back.saturating_mul(8),
+            // A header cut in two by the end of an extent is not worth the trouble: go back a page.
+            _ => back + WAL_PAGE_BYTES,
+        };
     }
 }
 
@@ -264,4 +280,50 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         Error::new(Kind::Bug, format!("unable to decode WAL: the decoder ended early: {error}"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::timeline::PathPart;
+    use crate::restore::craft::{Craft, Extents};
+
+    #[tokio::test]
+    async fn nothing_is_read_from_the_middle_of_what_a_switch_left_behind() {
+        let start = Lsn(0x300_0000);
+        for stale in [true, false] {
+            let mut craft = Craft::new(1, start);
+            let first = craft.commit(1, "10:00:01");
+            let switch = craft.switch();
+            // A segment that is used again keeps the pages of its earlier life.
+            let mut page = craft.bytes()[..8192].to_vec();
+            page[8..16].copy_from_slice(&0x100_0000_u64.to_le_bytes());
+            let mut at = Lsn(start.0 + (64 << 10));
+            while stale && at < switch.end() {
+                craft.overwrite(at, &page);
+                at = Lsn(at.0 + 8192);
+            }
+            let second = craft.commit(2, "10:00:02");
+            craft.filler(100);
+            let cut = Lsn(start.0 + (700 << 10));
+            let mut extents = Extents::default();
+            extents.put(&craft, &[cut]);
+            let path = [PathPart { timeline: craft.timeline, start: Lsn(0), end: None }];
+            let chain = Chain::follow(&extents.catalog(), &path, start);
+            assert_eq!(chain.end(), craft.end());
+            let mut found = Vec::new();
+            let span = LsnRange::new(cut, chain.end()).unwrap();
+            landmarks(&extents, &chain, craft.segment_size, span, &mut |landmark| {
+                found.extend(landmark.transaction_time().map(|_| landmark.range()));
+                ControlFlow::Continue(())
+            })
+            .await
+            .unwrap();
+            assert_eq!(found, [second], "stale: {stale}");
+            let near = neighbours(&extents, &chain, craft.segment_size, second.start()).await;
+            let near = near.unwrap();
+            assert_eq!(near.before, Some(switch), "stale: {stale}");
+            assert!(near.after.unwrap().end() == second.end() && first.end() <= switch.start());
+        }
+    }
 }

@@ -8,7 +8,10 @@ use super::*;
 use crate::clock::Clock;
 use crate::pg::{Lsn, PgTime};
 use crate::repo::coverage::tests::timeline;
-use crate::repo::{Catalog, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, Writer};
+use crate::repo::{
+    Catalog, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, SealedExtent, Writer,
+};
+use crate::store::Store as _;
 use crate::store::memory::{Call, Memory, Outcome};
 
 const MIB: u64 = 1 << 20;
@@ -194,13 +197,15 @@ fn wal_bytes(range: crate::pg::LsnRange) -> Bytes {
 }
 
 impl Scene {
-    async fn put(&self, start: u64, end: u64) -> ExtentName {
-        let lsns = range(Lsn(start), Lsn(end));
+    fn sealed(&self, start: u64, end: u64, wal: Bytes) -> SealedExtent {
         let level = Level::default();
-        let mut builder =
-            ExtentBuilder::new(&self.writer, timeline(1), lsns.start(), level).unwrap();
-        builder.push(wal_bytes(lsns)).unwrap();
-        let sealed = builder.finish(Some(PgTime(1_000_000 + i64::try_from(end).unwrap()))).unwrap();
+        let mut builder = ExtentBuilder::new(&self.writer, timeline(1), Lsn(start), level).unwrap();
+        builder.push(wal).unwrap();
+        builder.finish(Some(PgTime(1_000_000 + i64::try_from(end).unwrap()))).unwrap()
+    }
+
+    async fn put(&self, start: u64, end: u64) -> ExtentName {
+        let sealed = self.sealed(start, end, wal_bytes(range(Lsn(start), Lsn(end))));
         self.writer.put_extent(&sealed).await.unwrap();
         sealed.name
     }
@@ -217,6 +222,13 @@ impl Scene {
         for name in catalog.wal.cover(timeline(1), wanted).unwrap() {
             assert_eq!(self.reader.extent(&name).await.unwrap(), wal_bytes(name.range));
         }
+    }
+
+    fn joint(&self, start: u64, end: u64) -> ObjectName {
+        let time = Some(PgTime(1_000_000 + i64::try_from(end).unwrap()));
+        let range = range(Lsn(start), Lsn(end));
+        let name = ExtentName { timeline: timeline(1), range, time };
+        self.repository.name(&Object::Extent(name)).unwrap()
     }
 
     async fn names(&self) -> Vec<(u64, u64)> {
@@ -289,6 +301,65 @@ async fn nothing_is_deleted_when_the_joint_object_is_not_whole() {
     assert_eq!(report.deleted_count, 0);
     assert_eq!(report.damaged.len(), 1);
     assert_eq!(scene.names().await.len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_when_a_payload_bit_of_the_joint_object_is_not_as_it_was() {
+    let scene = scene().await;
+    for cut in [0, 1000, 2000, MIB].windows(2) {
+        scene.put(cut[0], cut[1]).await;
+    }
+    rest().await;
+    scene.run().await;
+    let joint = scene.joint(0, MIB);
+    // Behind all headers and lengths: only the bytes themselves tell.
+    let flip = |body: &mut Vec<u8>| body[200] ^= 1;
+    scene.memory.damage(&joint, flip).unwrap();
+    rest().await;
+    let report = scene.run().await;
+    assert_eq!(report.deleted_count, 0);
+    assert_eq!(report.damaged.len(), 1);
+    assert!(report.damaged[0].contains(joint.as_str()), "{:?}", report.damaged);
+    assert_eq!(scene.names().await.len(), 4);
+    scene.memory.damage(&joint, flip).unwrap();
+    assert_eq!(scene.run().await.deleted_count, 3);
+    scene.read(0, MIB).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_for_a_joint_object_that_somebody_made_up() {
+    let scene = scene().await;
+    let cuts = [0, 1000, 2000, MIB];
+    let mut forged = BytesMut::new();
+    for cut in cuts.windows(2) {
+        scene.put(cut[0], cut[1]).await;
+        let garbage = Bytes::from(vec![0; usize::try_from(cut[1] - cut[0]).unwrap()]);
+        forged.extend_from_slice(&scene.sealed(cut[0], cut[1], garbage).body);
+    }
+    scene.memory.put_if_absent(&scene.joint(0, MIB), forged.freeze()).await.unwrap();
+    rest().await;
+    let report = scene.run().await;
+    assert_eq!((report.deleted_count, report.kept_count), (0, 3));
+    assert_eq!(scene.names().await.len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_cut_elsewhere_than_the_members_of_the_joint_object_stays() {
+    let scene = scene().await;
+    for cut in [0, 1000, 2000, MIB].windows(2) {
+        scene.put(cut[0], cut[1]).await;
+    }
+    rest().await;
+    scene.run().await;
+    // Another writer's: at the ends of members, and inside one.
+    scene.put(0, 2000).await;
+    scene.put(1500, 2000).await;
+    rest().await;
+    let report = scene.run().await;
+    assert_eq!((report.deleted_count, report.kept_count), (3, 2));
+    assert_eq!(report.damaged, [""; 0]);
+    assert_eq!(scene.names().await, [(0, MIB), (0, 2000), (1500, 2000)]);
+    scene.read(0, MIB).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -242,8 +242,10 @@ async fn read_batch(
 struct Findings {
     problem: Option<String>,
     bad_frame_count: u64,
+    /// Paths of the first of them.
     files: BTreeSet<String>,
-    file_count: u64,
+    /// Files with a bad frame, by index in the footer's list of entries.
+    entries: BTreeSet<u32>,
 }
 
 impl Findings {
@@ -260,13 +262,8 @@ impl Findings {
             let spans = footer.frames.get(index).map(|frame| frame.spans.as_slice());
             for span in spans.unwrap_or_default() {
                 let Some(entry) = footer.entries.get(span.entry as usize) else { continue };
-                let path = entry.path.to_string();
-                if self.files.contains(&path) {
-                    continue;
-                }
-                self.file_count += 1;
-                if self.files.len() < FILES_NAMED_MAX {
-                    self.files.insert(path);
+                if self.entries.insert(span.entry) && self.files.len() < FILES_NAMED_MAX {
+                    self.files.insert(entry.path.to_string());
                 }
             }
         }
@@ -277,8 +274,51 @@ impl Findings {
         Some(Defect {
             bad_frame_count: self.bad_frame_count,
             files: self.files.into_iter().collect(),
-            file_count: self.file_count,
+            file_count: self.entries.len() as u64,
             ..defect
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repo::pack::{Entry, EntryKind, FilePath, FrameRecord, Span};
+
+    #[test]
+    fn files_are_counted_once_however_many_of_their_frames_are_bad() {
+        let entries = (0..15).map(|number| Entry {
+            path: FilePath::new(format!("base/1/{number}")).unwrap(),
+            mode: 0o600,
+            mtime: 0,
+            kind: EntryKind::File { size_bytes: 30, crc32c: None },
+        });
+        let frames = (0..45).map(|index| FrameRecord {
+            source: 0,
+            offset: 64,
+            frame_bytes: 42,
+            plain_bytes: 10,
+            index,
+            hash: [0; 16],
+            spans: vec![Span {
+                entry: index % 15,
+                file_offset: u64::from(index / 15 * 10),
+                bytes: 10,
+            }],
+        });
+        let footer = PackFooter {
+            entries: entries.collect(),
+            frames: frames.collect(),
+            ..PackFooter::default()
+        };
+        let mut findings = Findings::default();
+        let bad = (0..45).map(|index| (index, "bad".to_owned())).collect();
+        findings.take(BatchOutcome { bad, ..BatchOutcome::default() }, &footer);
+        let time = "2026-11-22T10:00:00Z".parse().unwrap();
+        let id = BackupId::new(time, crate::pg::TimelineId::FIRST, crate::pg::Lsn(0x28));
+        let object = ObjectName::new("main/pack").unwrap();
+        let defect = findings.defect(&object, id).unwrap();
+        let found = (defect.bad_frame_count, defect.file_count, defect.files.len());
+        assert_eq!(found, (45, 15, FILES_NAMED_MAX));
     }
 }
