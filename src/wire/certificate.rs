@@ -7,10 +7,12 @@
 
 use ring::digest::{Algorithm, SHA256, SHA384, SHA512, digest};
 use rustls::CertificateError;
-use rustls::pki_types::{ServerName, UnixTime};
+use rustls::pki_types::{ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use x509_parser::asn1_rs::Any;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Version;
 
 /// The largest certificate looked at; the handshake has its own limit of 64 KiB a message.
 const CERTIFICATE_BYTES_MAX: usize = 64 << 10;
@@ -46,6 +48,22 @@ fn parse(der: &[u8]) -> Option<X509Certificate<'_>> {
     }
     let (rest, certificate) = X509Certificate::from_der(der).ok()?;
     rest.is_empty().then_some(certificate)
+}
+
+/// The key of a certificate of X.509 version 1, which WebPKI does not read; `None` for a later version.
+pub(super) fn version_1_key(der: &[u8]) -> Option<SubjectPublicKeyInfoDer<'static>> {
+    let certificate = parse(der).filter(|certificate| certificate.version() == X509Version::V1)?;
+    Some(SubjectPublicKeyInfoDer::from(certificate.public_key().raw.to_vec()))
+}
+
+/// The algorithm and the key proper in a `SubjectPublicKeyInfo`, as signature algorithms take them: the
+/// first without its outermost tag and length, the second without its count of unused bits.
+pub(super) fn key_parts<'a>(key: &'a SubjectPublicKeyInfoDer<'_>) -> Option<(&'a [u8], &'a [u8])> {
+    let (_, outer) = Any::from_der(key.as_ref()).ok()?;
+    let (rest, algorithm) = Any::from_der(outer.data).ok()?;
+    let (_, bits) = Any::from_der(rest).ok()?;
+    let (unused, proper) = bits.data.split_first()?;
+    (*unused == 0).then_some((algorithm.data, proper))
 }
 
 /// The `tls-server-end-point` data of a certificate; `None` when its signature algorithm has no hash
@@ -116,8 +134,41 @@ fn names_match(pattern: &str, host: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// The certificate as one of X.509 version 1, signed anew: without version and extensions.
+    pub(in crate::wire) fn version_1(der: &[u8], issuer: &rcgen::KeyPair) -> Vec<u8> {
+        let parts = |der| {
+            let (_, outer) = Any::from_der(der).unwrap();
+            let mut rest = outer.data;
+            std::iter::from_fn(move || {
+                let (after, _) = Any::from_der(rest).ok()?;
+                let (part, _) = rest.split_at(rest.len() - after.len());
+                rest = after;
+                Some(part)
+            })
+        };
+        let sequence = |parts: &[&[u8]]| {
+            let body = parts.concat();
+            let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+            let head = match length {
+                [0, short @ 0..128] => vec![0x30, short],
+                [0, long] => vec![0x30, 0x81, long],
+                [high, low] => vec![0x30, 0x82, high, low],
+            };
+            [head, body].concat()
+        };
+        let outer: Vec<&[u8]> = parts(der).collect();
+        let fields: Vec<&[u8]> =
+            parts(outer[0]).filter(|part| !matches!(part[0], 0xa0 | 0xa3)).collect();
+        let signed = sequence(&fields);
+        let signature = rcgen::SigningKey::sign(issuer, &signed).unwrap();
+        let length = u8::try_from(signature.len() + 1).unwrap();
+        assert!(length < 128);
+        let bits = [&[3, length, 0], signature.as_slice()].concat();
+        sequence(&[&signed, outer[1], &bits])
+    }
 
     fn self_signed(algorithm: &'static rcgen::SignatureAlgorithm, names: &[&str]) -> Vec<u8> {
         let key = rcgen::KeyPair::generate_for(algorithm).unwrap();

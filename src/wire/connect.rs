@@ -163,7 +163,12 @@ impl Search<'_> {
                 Err(Attempt::Unreachable(error)) => return Err(Failure::Address(error)),
                 Err(Attempt::NotNow(error)) => return Err(Failure::Host(error)),
                 Err(Attempt::Hopeless(error)) => return Err(Failure::Final(error)),
-                Err(Attempt::Refused(error)) => {
+                Err(Attempt::Unsecured(error)) if self.options.tls.mode == SslMode::Prefer => {
+                    warn!("going on without encryption, as sslmode=prefer has it: {error}");
+                    refused = Some(error);
+                    continue;
+                }
+                Err(Attempt::Refused(error) | Attempt::Unsecured(error)) => {
                     debug!(?method, %error, "connection attempt refused");
                     refused = Some(match refused {
                         None => error,
@@ -231,7 +236,7 @@ impl Search<'_> {
             Place::Name(name) | Place::Address(_, Some(name)) => name.clone(),
             _ => host.name(),
         };
-        let secured = tls::secure(socket, options, &name).await.map_err(Attempt::Refused)?;
+        let secured = tls::secure(socket, options, &name).await.map_err(Attempt::Unsecured)?;
         Ok(Secured { transport: secured.transport, encrypted: true, end_point: secured.end_point })
     }
 
@@ -402,8 +407,10 @@ enum Attempt {
     Unreachable(Error),
     /// The server does not accept connections now.
     NotNow(Error),
-    /// The server's answer, or the handshake, which the other way of `sslmode` may change.
+    /// The server's answer, which the other way of `sslmode` may change.
     Refused(Error),
+    /// The TLS handshake, which the other way of `sslmode` goes without.
+    Unsecured(Error),
     /// Nothing would change it: a wrong or missing password, a refusal of our own.
     Hopeless(Error),
 }

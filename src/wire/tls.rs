@@ -15,12 +15,16 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, InconsistentKeys, OtherError, RootCertStore,
+    SupportedProtocolVersion,
+};
 use tokio_rustls::TlsConnector;
 
 use super::certificate;
 use super::transport::Transport;
-use super::verifier::{Certainty, Verifier};
+use super::verifier::{Certainty, OfVersion1, Verifier};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 
@@ -158,6 +162,18 @@ fn handshake_failed(error: &std::io::Error, host: &str) -> Error {
         return refused;
     }
     match tls_error(error) {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why))))
+            if why.is::<OfVersion1>() =>
+        {
+            Error::new(
+                Kind::Denied,
+                format!("the server's certificate is not trusted for '{host}': {why}"),
+            )
+            .hint(
+                "Reissue it with extensions ('openssl x509 -req -extfile ...', with \
+                 subjectAltName=DNS:HOST), or name the certificate itself with sslrootcert.",
+            )
+        }
         Some(rustls::Error::InvalidCertificate(why)) => Error::new(
             Kind::Denied,
             format!("the server's certificate is not trusted for '{host}': {why}"),
@@ -308,7 +324,7 @@ fn config(message: String) -> Error {
 fn client_identity(
     options: &TlsOptions,
     provider: &rustls::crypto::CryptoProvider,
-) -> Result<Option<Arc<rustls::sign::CertifiedKey>>> {
+) -> Result<Option<Arc<CertifiedKey>>> {
     let Some(path) = options
         .certificate
         .as_ref()
@@ -337,11 +353,25 @@ fn client_identity(
              decrypts it.",
         )
     })?;
-    rustls::sign::CertifiedKey::from_der(chain, private, provider)
-        .map(|identity| Some(Arc::new(identity)))
-        .map_err(|error| {
-            config(format!("client certificate '{}' and its key: {error}", path.display()))
-        })
+    certified_key(chain, private, provider).map(|identity| Some(Arc::new(identity))).map_err(
+        |error| config(format!("client certificate '{}' and its key: {error}", path.display())),
+    )
+}
+
+/// As [`CertifiedKey::from_der`], for certificates of X.509 version 1 as well.
+fn certified_key(
+    chain: Vec<CertificateDer<'static>>,
+    private: PrivateKeyDer<'static>,
+    provider: &rustls::crypto::CryptoProvider,
+) -> Result<CertifiedKey, rustls::Error> {
+    let Some(public) = chain.first().and_then(|leaf| certificate::version_1_key(leaf)) else {
+        return CertifiedKey::from_der(chain, private, provider);
+    };
+    let private = provider.key_provider.load_private_key(private)?;
+    if private.public_key().is_some_and(|known| known != public) {
+        return Err(InconsistentKeys::KeyMismatch.into());
+    }
+    Ok(CertifiedKey::new(chain, private))
 }
 
 /// A key that others may read is refused, as libpq does: 0600, or 0640 when root owns it.
@@ -370,7 +400,7 @@ impl CertificateRequest {
 /// Hands our certificate to whatever server asks, as libpq does.
 #[derive(Debug)]
 struct ClientIdentity {
-    identity: Option<Arc<rustls::sign::CertifiedKey>>,
+    identity: Option<Arc<CertifiedKey>>,
     requested: Arc<CertificateRequest>,
 }
 
@@ -379,7 +409,7 @@ impl rustls::client::ResolvesClientCert for ClientIdentity {
         &self,
         _root_hint_subjects: &[&[u8]],
         _schemes: &[rustls::SignatureScheme],
-    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+    ) -> Option<Arc<CertifiedKey>> {
         let identity = self.identity.clone()?;
         self.requested.0.store(true, std::sync::atomic::Ordering::Relaxed);
         Some(identity)
@@ -387,5 +417,137 @@ impl rustls::client::ResolvesClientCert for ClientIdentity {
 
     fn has_certs(&self) -> bool {
         self.identity.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::certificate::tests::version_1;
+    use crate::wire::options::ConnectOptions;
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+
+    const NAME: &str = "db.example.org";
+
+    /// What a connection string says, in the home directory `/nowhere`.
+    fn options(text: &str) -> TlsOptions {
+        let env = |name: &str| (name == "HOME").then(|| "/nowhere".to_owned());
+        ConnectOptions::parse(&format!("user=u {text}"), &env).unwrap().tls
+    }
+
+    fn named() -> CertificateParams {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, NAME);
+        params
+    }
+
+    struct Authority {
+        der: CertificateDer<'static>,
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    fn authority() -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let der = params.self_signed(&key).unwrap().der().clone();
+        Authority { der, issuer: Issuer::new(params, key) }
+    }
+
+    fn write_pem(folder: &Path, label: &str, der: &[u8]) -> PathBuf {
+        use base64::Engine as _;
+        use std::os::unix::fs::PermissionsExt as _;
+        let body = base64::engine::general_purpose::STANDARD.encode(der);
+        let lines: Vec<_> = body.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        let path = folder.join(label.replace(' ', "-"));
+        let text =
+            format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"));
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    }
+
+    /// Our side of a handshake with a server that shows `chain` and signs with `key`.
+    async fn shake_hands(
+        options: &TlsOptions,
+        host: &str,
+        chain: &[CertificateDer<'static>],
+        key: &KeyPair,
+    ) -> Result<Secured> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let private = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        let private = provider.key_provider.load_private_key(private).unwrap();
+        let shown =
+            rustls::sign::SingleCertAndKey::from(CertifiedKey::new(chain.to_vec(), private));
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(shown));
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let accepting = tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(theirs);
+        let (secured, _) = tokio::join!(secure(Box::new(ours), options, host), accepting);
+        secured
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_version_1_encrypts_but_proves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let root = format!("sslrootcert={}", root.display());
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384] {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            let issued = named().signed_by(&key, &authority.issuer).unwrap();
+            let der = version_1(issued.der(), authority.issuer.key());
+            let chain = [CertificateDer::from(der)];
+            for version in ["TLSv1.2", "TLSv1.3"] {
+                let text = format!("ssl_max_protocol_version={version} sslmode");
+                for mode in ["prefer", "require"] {
+                    let options = options(&format!("{text}={mode}"));
+                    let secured = shake_hands(&options, NAME, &chain, &key).await.unwrap();
+                    assert_eq!(secured.end_point, certificate::end_point_hash(&chain[0]));
+                    // Its key is another's.
+                    let other = KeyPair::generate_for(algorithm).unwrap();
+                    assert!(shake_hands(&options, NAME, &chain, &other).await.is_err());
+                }
+                for mode in ["require", "verify-ca", "verify-full"] {
+                    let options = options(&format!("{text}={mode} {root}"));
+                    let refused = shake_hands(&options, NAME, &chain, &key).await.err().unwrap();
+                    assert_eq!(refused.kind(), Kind::Denied);
+                    assert!(refused.message().contains("X.509 version 1"), "{refused:?}");
+                    assert!(refused.hint_text().unwrap().contains("Reissue it with extensions"));
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_version_1_that_is_itself_a_root_is_trusted() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let der = version_1(named().self_signed(&key).unwrap().der(), &key);
+        let chain = [CertificateDer::from(der)];
+        let root = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let options = options(&format!("sslmode=verify-full sslrootcert={}", root.display()));
+        shake_hands(&options, NAME, &chain, &key).await.unwrap();
+        assert!(shake_hands(&options, "other.example.org", &chain, &key).await.is_err());
+    }
+
+    #[test]
+    fn a_client_certificate_of_version_1_is_used_when_its_key_fits() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let der = version_1(named().self_signed(&key).unwrap().der(), &key);
+        let path = write_pem(folder.path(), "CERTIFICATE", &der);
+        let provider = rustls::crypto::ring::default_provider();
+        let identity = |key: &KeyPair| {
+            let key = write_pem(folder.path(), "PRIVATE KEY", &key.serialize_der());
+            let text = format!("sslcert={} sslkey={}", path.display(), key.display());
+            client_identity(&options(&text), &provider)
+        };
+        assert!(identity(&key).unwrap().is_some());
+        let refused = identity(&KeyPair::generate().unwrap()).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Config);
     }
 }

@@ -3,17 +3,23 @@
 //! WebPKI's rules apply, with two allowances that OpenSSL and so libpq make and that real PostgreSQL
 //! servers need: a certificate that is itself in the root file is trusted (the self-signed server
 //! certificate of PostgreSQL's own manual), and a certificate without a subject alternative name of
-//! the right type is matched by its common name.
+//! the right type is matched by its common name. WebPKI does not read certificates of X.509 version 1,
+//! which `openssl x509 -req` makes when it is given no extensions; they encrypt like any other, but only
+//! one that is itself in the root file is trusted.
 
+use std::fmt;
 use std::sync::Arc;
 
-use rustls::CertificateError::{self, NotValidForName, NotValidForNameContext};
+use rustls::CertificateError::{self, NotValidForName, NotValidForNameContext, Other};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::crypto::{
+    WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
+    verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+use rustls::{DigitallySignedStruct, Error, OtherError, SignatureScheme};
 
 use super::certificate;
 
@@ -27,6 +33,18 @@ pub(super) enum Certainty {
     /// It leads to a trusted root and is for the host we asked for.
     ChainAndName { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
 }
+
+/// A chain cannot be verified because of a certificate of X.509 version 1 in it.
+#[derive(Debug)]
+pub(super) struct OfVersion1;
+
+impl fmt::Display for OfVersion1 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a certificate of X.509 version 1 cannot be verified")
+    }
+}
+
+impl std::error::Error for OfVersion1 {}
 
 /// Verifies certificates and handshake signatures.
 #[derive(Debug)]
@@ -70,6 +88,13 @@ impl ServerCertVerifier for Verifier {
                 Ok(_) => return Ok(ServerCertVerified::assertion()),
                 Err(Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
                 }
+                Err(Error::InvalidCertificate(Other(_)))
+                    if std::iter::once(end_entity)
+                        .chain(intermediates)
+                        .any(|one| certificate::version_1_key(one).is_some()) =>
+                {
+                    return Err(Other(OtherError(Arc::new(OfVersion1))).into());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -85,7 +110,10 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
+        match certificate::version_1_key(cert) {
+            Some(key) => verify_tls12_signature_with_raw_key(message, &key, dss, &self.algorithms),
+            None => verify_tls12_signature(message, cert, dss, &self.algorithms),
+        }
     }
 
     fn verify_tls13_signature(
@@ -94,7 +122,10 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        match certificate::version_1_key(cert) {
+            Some(key) => verify_tls13_signature_with_raw_key(message, &key, dss, &self.algorithms),
+            None => verify_tls13_signature(message, cert, dss, &self.algorithms),
+        }
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -102,13 +133,39 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
+/// As [`verify_tls12_signature`], for a key without its certificate: TLS 1.2 leaves open which of a
+/// scheme's algorithms is meant, so the one for the key's kind is.
+fn verify_tls12_signature_with_raw_key(
+    message: &[u8],
+    key: &SubjectPublicKeyInfoDer<'_>,
+    dss: &DigitallySignedStruct,
+    algorithms: &WebPkiSupportedAlgorithms,
+) -> Result<HandshakeSignatureValid, Error> {
+    let (kind, key) = certificate::key_parts(key).ok_or(CertificateError::BadEncoding)?;
+    let candidates = algorithms.mapping.iter().filter(|(scheme, _)| *scheme == dss.scheme);
+    let algorithm = candidates
+        .flat_map(|(_, candidates)| *candidates)
+        .find(|candidate| candidate.public_key_alg_id().as_ref() == kind)
+        .ok_or(rustls::PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme)?;
+    algorithm
+        .verify_signature(key, message, dss.signature())
+        .map_err(|_invalid| CertificateError::BadSignature)?;
+    Ok(HandshakeSignatureValid::assertion())
+}
+
 /// The certificate names the host: by a subject alternative name, or without one of its type by its
 /// common name.
 fn verify_name(end_entity: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
-    let parsed = ParsedCertificate::try_from(end_entity)?;
-    let refused = match rustls::client::verify_server_name(&parsed, name) {
-        Ok(()) => return Ok(()),
-        Err(error) => error,
+    let refused = match certificate::version_1_key(end_entity) {
+        // It has no alternative names.
+        Some(_) => CertificateError::NotValidForName.into(),
+        None => {
+            let parsed = ParsedCertificate::try_from(end_entity)?;
+            match rustls::client::verify_server_name(&parsed, name) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            }
+        }
     };
     match certificate::common_name_matches(end_entity, name) {
         Some(true) => Ok(()),
