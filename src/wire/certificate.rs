@@ -101,6 +101,11 @@ pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), Certificat
     Ok(())
 }
 
+/// Whether the certificate limits the names of those it leads to. One that cannot be read may.
+pub(super) fn constrains_names(der: &[u8]) -> bool {
+    parse(der).is_none_or(|certificate| !matches!(certificate.name_constraints(), Ok(None)))
+}
+
 /// Whether the common name is the host's, for a certificate without a subject alternative name of
 /// the host's type; `None` when it has one, or no common name.
 pub(super) fn common_name_matches(der: &[u8], name: &ServerName<'_>) -> Option<bool> {

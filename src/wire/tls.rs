@@ -425,7 +425,10 @@ mod tests {
     use super::*;
     use crate::wire::certificate::tests::version_1;
     use crate::wire::options::ConnectOptions;
-    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    use rcgen::{
+        BasicConstraints, CertificateParams, DnType, GeneralSubtree, IsCa, Issuer, KeyPair,
+        NameConstraints,
+    };
 
     const NAME: &str = "db.example.org";
 
@@ -447,8 +450,18 @@ mod tests {
     }
 
     fn authority() -> Authority {
+        authority_for(&[])
+    }
+
+    /// An authority for hosts under `domains` only; for any without a domain.
+    fn authority_for(domains: &[&str]) -> Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        let subtree = |domain: &&str| GeneralSubtree::DnsName((*domain).to_owned());
+        params.name_constraints = (!domains.is_empty()).then(|| NameConstraints {
+            permitted_subtrees: domains.iter().map(subtree).collect(),
+            excluded_subtrees: Vec::new(),
+        });
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let der = params.self_signed(&key).unwrap().der().clone();
         Authority { der, issuer: Issuer::new(params, key) }
@@ -549,5 +562,20 @@ mod tests {
         assert!(identity(&key).unwrap().is_some());
         let refused = identity(&KeyPair::generate().unwrap()).unwrap_err();
         assert_eq!(refused.kind(), Kind::Config);
+    }
+    #[tokio::test]
+    async fn a_common_name_does_not_get_around_an_authoritys_name_constraints() {
+        let folder = tempfile::tempdir().unwrap();
+        for (domains, by_common_name) in [(&[][..], true), (&["example.net"], false)] {
+            let authority = authority_for(domains);
+            let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+            let key = KeyPair::generate().unwrap();
+            let chain = [named().signed_by(&key, &authority.issuer).unwrap().der().clone()];
+            for (mode, accepted) in [("verify-full", by_common_name), ("verify-ca", true)] {
+                let options = options(&format!("sslmode={mode} sslrootcert={}", root.display()));
+                let secured = shake_hands(&options, NAME, &chain, &key).await;
+                assert_eq!(secured.is_ok(), accepted, "{mode} {domains:?}");
+            }
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! WebPKI's rules apply, with two allowances that OpenSSL and so libpq make and that real PostgreSQL
 //! servers need: a certificate that is itself in the root file is trusted (the self-signed server
 //! certificate of PostgreSQL's own manual), and a certificate without a subject alternative name of
-//! the right type is matched by its common name. WebPKI does not read certificates of X.509 version 1,
+//! the right type is matched by its common name, unless an authority limits the names it
+//! may vouch for. WebPKI does not read certificates of X.509 version 1,
 //! which `openssl x509 -req` makes when it is given no extensions; they encrypt like any other, but only
 //! one that is itself in the root file is trusted.
 
@@ -99,7 +100,17 @@ impl ServerCertVerifier for Verifier {
             }
         }
         if name_matters {
-            verify_name(end_entity, server_name)?
+            // WebPKI holds only alternative names against an authority's constraints.
+            let by_common_name = if trusted
+                .iter()
+                .chain(intermediates)
+                .any(|authority| certificate::constrains_names(authority))
+            {
+                ByCommonName::Refused
+            } else {
+                ByCommonName::Accepted
+            };
+            verify_name(end_entity, server_name, by_common_name)?
         }
         Ok(ServerCertVerified::assertion())
     }
@@ -153,9 +164,20 @@ fn verify_tls12_signature_with_raw_key(
     Ok(HandshakeSignatureValid::assertion())
 }
 
+/// Whether a common name may stand in for a missing alternative name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ByCommonName {
+    Accepted,
+    Refused,
+}
+
 /// The certificate names the host: by a subject alternative name, or without one of its type by its
 /// common name.
-fn verify_name(end_entity: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
+fn verify_name(
+    end_entity: &CertificateDer<'_>,
+    name: &ServerName<'_>,
+    by_common_name: ByCommonName,
+) -> Result<(), Error> {
     let refused = match certificate::version_1_key(end_entity) {
         // It has no alternative names.
         Some(_) => CertificateError::NotValidForName.into(),
@@ -168,8 +190,8 @@ fn verify_name(end_entity: &CertificateDer<'_>, name: &ServerName<'_>) -> Result
         }
     };
     match certificate::common_name_matches(end_entity, name) {
-        Some(true) => Ok(()),
-        Some(false) => Err(CertificateError::NotValidForName.into()),
+        Some(true) if by_common_name == ByCommonName::Accepted => Ok(()),
+        Some(_) => Err(CertificateError::NotValidForName.into()),
         None => Err(refused),
     }
 }
