@@ -10,7 +10,6 @@
 //! # Source
 //! `PQconnectPoll` in `src/interfaces/libpq/fe-connect.c`.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use postgres_protocol::message::frontend;
@@ -19,7 +18,7 @@ use tracing::{debug, warn};
 
 use super::auth::{Credentials, Exchange, Outcome};
 use super::channel::Channel;
-use super::connection::{Connection, Session};
+use super::connection::{Connection, Parameters, Session};
 use super::message::Message;
 use super::options::{ConnectOptions, Host, HostOrder, Place, Target};
 use super::server_error::Asked;
@@ -34,9 +33,6 @@ const REPLICATION_DATABASE: &str = "replication";
 /// What is asked of a database is about the whole cluster, so any will do; libpq would take one named
 /// like the role, which backup roles seldom have.
 const DEFAULT_DATABASE: &str = "postgres";
-
-/// A server reports about twenty parameters.
-const PARAMETER_COUNT_MAX: usize = 1000;
 
 /// Where to go on after a failure.
 enum Failure {
@@ -318,15 +314,11 @@ impl Search<'_> {
     }
 
     async fn await_ready(&self, host: &Host, mut channel: Channel) -> Result<Connection, Attempt> {
-        let mut parameters = BTreeMap::new();
+        let mut parameters = Parameters::default();
         let mut process_id = 0;
         loop {
             match channel.receive().await.map_err(Attempt::broken)? {
-                Message::ParameterStatus { name, value } => {
-                    if parameters.len() < PARAMETER_COUNT_MAX {
-                        parameters.insert(name, value);
-                    }
-                }
+                Message::ParameterStatus { name, value } => parameters.report(name, value),
                 Message::BackendKeyData { process_id: id } => process_id = id,
                 Message::NoticeResponse(notice) => warn!(%notice, "the server says"),
                 Message::ReadyForQuery => break,
