@@ -101,6 +101,11 @@ pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), Certificat
     Ok(())
 }
 
+/// Whether a certificate names itself as its issuer.
+pub(super) fn is_self_issued(der: &[u8]) -> bool {
+    parse(der).is_some_and(|one| one.issuer().as_raw() == one.subject().as_raw())
+}
+
 /// Whether the certificate limits the names of those it leads to. One that cannot be read may.
 pub(super) fn constrains_names(der: &[u8]) -> bool {
     parse(der).is_none_or(|certificate| !matches!(certificate.name_constraints(), Ok(None)))

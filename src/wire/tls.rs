@@ -24,7 +24,7 @@ use tokio_rustls::TlsConnector;
 
 use super::certificate;
 use super::transport::Transport;
-use super::verifier::{Certainty, OfVersion1, Verifier};
+use super::verifier::{Certainty, OfVersion1, Revocations, Roots, Verifier};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 
@@ -237,14 +237,19 @@ fn verifier(
         return Err(config("unable to use any of the trusted root certificates".to_owned())
             .hint("sslrootcert must be a file of certificates in PEM form, or 'system'."));
     }
+    let lists = revocations(options)?;
+    let revocations = if lists.is_empty() { Revocations::None } else { Revocations::Listed };
     let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-        .with_crls(revocations(options)?)
+        .with_crls(lists)
+        // A list that is out of date does not know who was revoked since.
+        .enforce_revocation_expiration()
         .build()
         .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))?;
+    let roots = Roots { chain, trusted, revocations };
     let certainty = if options.mode == SslMode::VerifyFull {
-        Certainty::ChainAndName { chain, trusted }
+        Certainty::ChainAndName(roots)
     } else {
-        Certainty::Chain { chain, trusted }
+        Certainty::Chain(roots)
     };
     Ok(Verifier::new(certainty, algorithms))
 }
@@ -426,8 +431,9 @@ mod tests {
     use crate::wire::certificate::tests::version_1;
     use crate::wire::options::ConnectOptions;
     use rcgen::{
-        BasicConstraints, CertificateParams, DnType, GeneralSubtree, IsCa, Issuer, KeyPair,
-        NameConstraints,
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+        GeneralSubtree, IsCa, Issuer, KeyIdMethod, KeyPair, NameConstraints, RevokedCertParams,
+        SerialNumber, date_time_ymd,
     };
 
     const NAME: &str = "db.example.org";
@@ -577,5 +583,65 @@ mod tests {
                 assert_eq!(secured.is_ok(), accepted, "{mode} {domains:?}");
             }
         }
+    }
+    /// The authority's list of the certificates it revoked.
+    fn revoked(
+        authority: &Authority,
+        serial_numbers: &[u64],
+        next_update_year: i32,
+    ) -> CertificateRevocationListDer<'static> {
+        let revoke = |number: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*number),
+            revocation_time: date_time_ymd(2020, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2020, 1, 1),
+            next_update: date_time_ymd(next_update_year, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: serial_numbers.iter().map(revoke).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&authority.issuer).unwrap().der().clone()
+    }
+
+    #[tokio::test]
+    async fn a_revoked_certificate_and_a_list_out_of_date_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let key = KeyPair::generate().unwrap();
+        let mut params = named();
+        params.serial_number = Some(SerialNumber::from(7));
+        let chain = [params.signed_by(&key, &authority.issuer).unwrap().der().clone()];
+        // The server's own certificate is in the root file as well.
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let pem = std::fs::read_to_string(&root).unwrap();
+        let own = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let both = pem + &std::fs::read_to_string(own).unwrap();
+        std::fs::write(&root, both).unwrap();
+        for (serial_numbers, next_update_year, accepted) in
+            [(&[8][..], 2900, true), (&[7], 2900, false), (&[8], 2021, false)]
+        {
+            let list = revoked(&authority, serial_numbers, next_update_year);
+            let list = write_pem(folder.path(), "X509 CRL", &list);
+            let (root, list) = (root.display(), list.display());
+            let options = options(&format!("sslmode=verify-full sslrootcert={root} sslcrl={list}"));
+            let secured = shake_hands(&options, NAME, &chain, &key).await;
+            assert_eq!(secured.is_ok(), accepted, "{serial_numbers:?} {next_update_year}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_self_signed_certificate_is_on_nobodys_list_of_revocations() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let chain = [named().self_signed(&key).unwrap().der().clone()];
+        let root = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let list = write_pem(folder.path(), "X509 CRL", &revoked(&authority(), &[8], 2900));
+        let (root, list) = (root.display(), list.display());
+        let options = options(&format!("sslmode=verify-full sslrootcert={root} sslcrl={list}"));
+        shake_hands(&options, NAME, &chain, &key).await.unwrap();
     }
 }

@@ -30,9 +30,33 @@ pub(super) enum Certainty {
     /// Nothing but that the server holds its key.
     Encryption,
     /// It leads to a trusted root.
-    Chain { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+    Chain(Roots),
     /// It leads to a trusted root and is for the host we asked for.
-    ChainAndName { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+    ChainAndName(Roots),
+}
+
+/// Whether there are lists of revoked certificates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Revocations {
+    None,
+    Listed,
+}
+
+/// Where a chain must lead.
+#[derive(Debug)]
+pub(super) struct Roots {
+    pub(super) chain: Arc<WebPkiServerVerifier>,
+    pub(super) trusted: Vec<CertificateDer<'static>>,
+    pub(super) revocations: Revocations,
+}
+
+impl Roots {
+    /// Whether a certificate is trusted without a chain, being a root itself. One that an authority
+    /// issued may have been revoked by it since.
+    fn hold(&self, end_entity: &CertificateDer<'_>) -> bool {
+        self.trusted.iter().any(|root| root.as_ref() == end_entity.as_ref())
+            && (self.revocations == Revocations::None || certificate::is_self_issued(end_entity))
+    }
 }
 
 /// A chain cannot be verified because of a certificate of X.509 version 1 in it.
@@ -69,16 +93,16 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let (chain, trusted, name_matters) = match &self.certainty {
+        let (roots, name_matters) = match &self.certainty {
             Certainty::Encryption => return Ok(ServerCertVerified::assertion()),
-            Certainty::Chain { chain, trusted } => (chain, trusted, false),
-            Certainty::ChainAndName { chain, trusted } => (chain, trusted, true),
+            Certainty::Chain(roots) => (roots, false),
+            Certainty::ChainAndName(roots) => (roots, true),
         };
-        if trusted.iter().any(|root| root.as_ref() == end_entity.as_ref()) {
+        if roots.hold(end_entity) {
             certificate::check_validity(end_entity, now)?;
         } else {
             // WebPKI looks at the name last: with a name error everything else was in order.
-            let verified = chain.verify_server_cert(
+            let verified = roots.chain.verify_server_cert(
                 end_entity,
                 intermediates,
                 server_name,
@@ -101,7 +125,8 @@ impl ServerCertVerifier for Verifier {
         }
         if name_matters {
             // WebPKI holds only alternative names against an authority's constraints.
-            let by_common_name = if trusted
+            let by_common_name = if roots
+                .trusted
                 .iter()
                 .chain(intermediates)
                 .any(|authority| certificate::constrains_names(authority))
