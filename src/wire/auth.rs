@@ -135,12 +135,12 @@ impl<'a> Exchange<'a> {
             AuthRequest::CleartextPassword => {
                 self.begin("password")?;
                 let password = self.password()?.secret.expose_secret();
-                frontend::password_message(password.as_bytes(), out).map_err(|e| broken(&e))?;
+                frontend::password_message(password, out).map_err(|e| broken(&e))?;
                 self.progress = Progress::Answered;
             }
             AuthRequest::Md5Password { salt } => {
                 self.begin("md5")?;
-                let password = self.password()?.secret.expose_secret().as_bytes();
+                let password = self.password()?.secret.expose_secret();
                 let hash = md5_hash(self.credentials.user.as_bytes(), password, salt);
                 frontend::password_message(hash.as_bytes(), out).map_err(|e| broken(&e))?;
                 self.progress = Progress::Answered;
@@ -222,7 +222,7 @@ impl<'a> Exchange<'a> {
             return Err(unbound("the server accepts nothing without channel binding")
                 .hint("Use channel_binding=prefer."));
         }
-        let password = self.password()?.secret.expose_secret().as_bytes();
+        let password = self.password()?.secret.expose_secret();
         let exchange = Box::new(ScramSha256::new(password, binding));
         frontend::sasl_initial_response(mechanism, exchange.message(), out)
             .map_err(|error| broken(&error))?;
@@ -306,10 +306,9 @@ fn scram_failed(error: &std::io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secrecy::SecretString;
 
     fn password() -> Password {
-        Password { secret: SecretString::from("pencil"), source: "a test".to_owned() }
+        Password { secret: b"pencil".to_vec().into(), source: "a test".to_owned() }
     }
 
     fn exchange<'a>(
