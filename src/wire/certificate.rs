@@ -112,17 +112,25 @@ pub(super) fn constrains_names(der: &[u8]) -> bool {
 }
 
 /// Whether the common name is the host's, for a certificate without a subject alternative name of
-/// the host's type; `None` when it has one, or no common name.
+/// the host's type; `None` when it has one, or no common name. An address may also be written as the
+/// alternative name of a host.
 pub(super) fn common_name_matches(der: &[u8], name: &ServerName<'_>) -> Option<bool> {
     let certificate = parse(der)?;
     if let Some(alternatives) = certificate.subject_alternative_name().ok()? {
+        let alternatives = &alternatives.value.general_names;
+        let is_address = !matches!(name, ServerName::DnsName(_));
+        let as_host = |alternative: &GeneralName<'_>| matches!(alternative, GeneralName::DNSName(text) if *text == name.to_str());
+        if is_address && alternatives.iter().any(as_host) {
+            return Some(true);
+        }
         let same_type = |alternative: &GeneralName<'_>| match alternative {
             // One that cannot be read may be of any type.
-            GeneralName::DNSName(_) | GeneralName::Invalid(..) => true,
-            GeneralName::IPAddress(_) => !matches!(name, ServerName::DnsName(_)),
+            GeneralName::Invalid(..) => true,
+            GeneralName::DNSName(_) => !is_address,
+            GeneralName::IPAddress(_) => is_address,
             _ => false,
         };
-        if alternatives.value.general_names.iter().any(same_type) {
+        if alternatives.iter().any(same_type) {
             return None;
         }
     }
@@ -206,6 +214,26 @@ pub(super) mod tests {
         assert_eq!(common_name_matches(&bare, &host("other.example.org")), Some(false));
         let named = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &["x.example.org"]);
         assert_eq!(common_name_matches(&named, &host("db.example.org")), None);
+    }
+
+    #[test]
+    fn an_address_may_be_a_common_name_or_written_as_a_host() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let matches = |alternatives: &[rcgen::SanType], name: &str| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name.push(rcgen::DnType::CommonName, "10.0.0.1");
+            params.subject_alt_names = alternatives.to_vec();
+            let der = params.self_signed(&key).unwrap().der().to_vec();
+            common_name_matches(&der, &ServerName::try_from(name.to_owned()).unwrap())
+        };
+        let host = |text: &str| rcgen::SanType::DnsName(text.try_into().unwrap());
+        let address = rcgen::SanType::IpAddress([10, 0, 0, 2].into());
+        assert_eq!(matches(&[host("db.example.org")], "10.0.0.1"), Some(true));
+        assert_eq!(matches(&[host("10.0.0.3")], "10.0.0.3"), Some(true));
+        assert_eq!(matches(&[host("10.0.0.3")], "10.0.0.4"), Some(false));
+        assert_eq!(matches(&[host("10.0.0.3"), address.clone()], "10.0.0.3"), Some(true));
+        assert_eq!(matches(&[address], "10.0.0.1"), None);
+        assert_eq!(matches(&[host("db.example.org")], "other.example.org"), None);
     }
 
     #[test]

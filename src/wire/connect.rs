@@ -2,7 +2,7 @@
 //!
 //! # Shape
 //! Hosts are tried in order, and the addresses of each. A host that cannot be reached, does not
-//! accept connections yet, or is not what `target_session_attrs` asks for gives way to the next; one
+//! accept connections yet, does not answer what it is, or is not what `target_session_attrs` asks for gives way to the next; one
 //! that refuses us (password, rights) ends the search, as with libpq. With `sslmode` prefer or allow
 //! the weaker or stronger method is tried when the first fails; unlike libpq a wrong password is not
 //! sent again without encryption.
@@ -354,12 +354,12 @@ impl Search<'_> {
             connection
                 .query("SELECT pg_catalog.set_config('search_path', '', false)")
                 .await
-                .map_err(Failure::Final)?;
+                .map_err(Failure::Host)?;
         }
         if target == Target::Any {
             return Ok(connection);
         }
-        let state = connection.server_state().await.map_err(Failure::Final)?;
+        let state = connection.server_state().await.map_err(Failure::Host)?;
         let (accepted, wanted) = match target {
             Target::Any | Target::PreferStandby => (true, ""),
             Target::ReadWrite => (!state.read_only && !state.standby, "read-write"),
@@ -477,4 +477,56 @@ fn timed_out(limit: Duration) -> Error {
 
 fn unexpected(message: &Message) -> Error {
     Error::new(Kind::Corrupt, format!("the server sent {} while connecting", message.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+        [&[kind][..], &length, body].concat()
+    }
+
+    /// A server of PostgreSQL 15 that lets everybody in and gives one answer to all queries; its port.
+    async fn serve(parameters: &[&str], answer: Vec<u8>) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let ready = message(b'Z', b"I");
+        let mut greeting = message(b'R', &[0; 4]);
+        for parameter in [&["server_version\x0015.1\0"], parameters].concat() {
+            greeting.extend(message(b'S', parameter.as_bytes()));
+        }
+        greeting.extend(&ready);
+        let answer = [answer, ready].concat();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut asked = vec![0; 1024];
+                let mut says = &greeting;
+                while socket.read(&mut asked).await.is_ok_and(|count| count > 0) {
+                    socket.write_all(says).await.unwrap();
+                    says = &answer;
+                }
+            }
+        });
+        port
+    }
+
+    #[tokio::test]
+    async fn a_host_that_does_not_say_what_it_is_gives_way_to_the_next() {
+        let refusal = message(b'E', b"SERROR\0VERROR\0C42501\0Mno\0\0");
+        let mute = serve(&[], refusal).await;
+        let known = ["in_hot_standby\0off\0", "default_transaction_read_only\0off\0"];
+        let primary = serve(&known, message(b'C', b"SELECT 0\0")).await;
+        for session in [Session::Physical, Session::Database] {
+            let text = format!(
+                "user=u sslmode=disable host=127.0.0.1,127.0.0.1 port={mute},{primary} \
+                 target_session_attrs=read-write"
+            );
+            let options = ConnectOptions::parse(&text, &|_| None).unwrap();
+            let found = connect(&options, session, &Clock::system()).await.unwrap();
+            assert_eq!(found.parameter("in_hot_standby"), Some("off"), "{session:?}");
+        }
+    }
 }
