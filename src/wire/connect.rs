@@ -484,12 +484,16 @@ mod tests {
     use super::*;
     use tokio::net::TcpListener;
 
+    /// Its length and `NEGOTIATE_SSL_CODE`.
+    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
     fn message(kind: u8, body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
         [&[kind][..], &length, body].concat()
     }
 
-    /// A server of PostgreSQL 15 that lets everybody in and gives one answer to all queries; its port.
+    /// A server of PostgreSQL 15 that lets everybody in and gives one answer to all queries, and breaks off
+    /// every TLS handshake; its port.
     async fn serve(parameters: &[&str], answer: Vec<u8>) -> u16 {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -504,7 +508,11 @@ mod tests {
             while let Ok((mut socket, _)) = listener.accept().await {
                 let mut asked = vec![0; 1024];
                 let mut says = &greeting;
-                while socket.read(&mut asked).await.is_ok_and(|count| count > 0) {
+                while let Ok(count @ 1..) = socket.read(&mut asked).await {
+                    if asked[..count] == SSL_REQUEST {
+                        socket.write_all(b"S").await.unwrap();
+                        break;
+                    }
                     socket.write_all(says).await.unwrap();
                     says = &answer;
                 }
@@ -528,5 +536,31 @@ mod tests {
             let found = connect(&options, session, &Clock::system()).await.unwrap();
             assert_eq!(found.parameter("in_hot_standby"), Some("off"), "{session:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn going_on_in_plain_text_after_a_broken_handshake_is_a_warning() {
+        use std::io::{Read as _, Seek as _};
+        let port = serve(&[], message(b'C', b"SELECT 0\0")).await;
+        let log = std::sync::Arc::new(tempfile::tempfile().unwrap());
+        let writer = std::sync::Arc::clone(&log);
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let text = |mode: &str| format!("user=u host=127.0.0.1 port={port} sslmode={mode}");
+        let connect = async |mode: &str| {
+            let env = |name: &str| (name == "HOME").then(|| "/nowhere".to_owned());
+            let options = ConnectOptions::parse(&text(mode), &env).unwrap();
+            connect(&options, Session::Physical, &Clock::system()).await
+        };
+        assert!(connect("require").await.is_err());
+        assert!(connect("disable").await.is_ok());
+        let mut said = String::new();
+        (&*log).rewind().unwrap();
+        (&*log).read_to_string(&mut said).unwrap();
+        assert_eq!(said, "");
+        assert!(connect("prefer").await.is_ok());
+        (&*log).rewind().unwrap();
+        (&*log).read_to_string(&mut said).unwrap();
+        assert!(said.contains(" WARN ") && said.contains("going on without encryption"), "{said}");
     }
 }
