@@ -431,6 +431,44 @@ async fn refusals_say_what_to_do() {
 }
 
 #[tokio::test]
+async fn refusals_name_the_file_the_limit_and_the_timeline() {
+    let settings = Settings::default()
+        .hba("local all postgres trust")
+        .hba("host all postgres,limited 127.0.0.1/32 trust")
+        .hba("host replication postgres 127.0.0.1/32 trust");
+    let server = Postgres::start(&Binaries::of_this_run(), &settings);
+    server.psql("create role limited login connection limit 0");
+    let text = format!("host=127.0.0.1 port={} user=limited", server.port());
+    let (kind, text) = refusal(&text, Session::Database).await;
+    assert_eq!(kind, Kind::Unavailable);
+    assert!(text.contains("ALTER ROLE \"limited\" CONNECTION LIMIT"), "{text}");
+
+    let mut connection = replicate(&server).await;
+    let identity = connection.identify_system().await.unwrap();
+    let elsewhere = TimelineId::try_from(99).unwrap();
+    let started = connection.start_replication(None, identity.flushed_end_lsn, elsewhere).await;
+    let error = match started {
+        Ok(mut stream) => stream.next().await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+
+    let hidden = server.data().join("hidden");
+    std::fs::write(&hidden, "x").unwrap();
+    std::process::Command::new("chmod").args(["0000"]).arg(&hidden).status().unwrap();
+    let options =
+        BaseBackupOptions { checkpoint: CheckpointMode::Fast, ..BaseBackupOptions::default() };
+    let mut backup = replicate(&server).await.base_backup(&options).await.unwrap();
+    let error = loop {
+        if let Err(error) = backup.next().await {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), Kind::Denied, "{error:?}");
+    assert!(error.hint_text().unwrap().contains("may not read that file"), "{error:?}");
+}
+
+#[tokio::test]
 async fn passwords_by_md5_and_from_a_file_are_accepted() {
     if Binaries::of_this_run().major() >= 19 {
         return;
