@@ -135,12 +135,12 @@ impl<'a> Exchange<'a> {
             AuthRequest::CleartextPassword => {
                 self.begin("password")?;
                 let password = self.password()?.secret.expose_secret();
-                frontend::password_message(password.as_bytes(), out).map_err(|e| broken(&e))?;
+                frontend::password_message(password, out).map_err(|e| broken(&e))?;
                 self.progress = Progress::Answered;
             }
             AuthRequest::Md5Password { salt } => {
                 self.begin("md5")?;
-                let password = self.password()?.secret.expose_secret().as_bytes();
+                let password = self.password()?.secret.expose_secret();
                 let hash = md5_hash(self.credentials.user.as_bytes(), password, salt);
                 frontend::password_message(hash.as_bytes(), out).map_err(|e| broken(&e))?;
                 self.progress = Progress::Answered;
@@ -205,14 +205,14 @@ impl<'a> Exchange<'a> {
             ));
         }
         let mode = self.credentials.channel_binding;
-        let end_point = self.credentials.end_point.filter(|_| mode != ChannelBindingMode::Disable);
-        let (mechanism, binding) = match end_point {
-            Some(data) if offers(SCRAM_SHA_256_PLUS) => {
-                (SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(data.to_vec()))
-            }
+        let wanted = self.credentials.encrypted && mode != ChannelBindingMode::Disable;
+        let (mechanism, binding) = match self.credentials.end_point {
+            _ if !wanted => (SCRAM_SHA_256, ChannelBinding::unsupported()),
             // We could and the server says it cannot: it will notice if it never said that.
-            Some(_) => (SCRAM_SHA_256, ChannelBinding::unrequested()),
-            None => (SCRAM_SHA_256, ChannelBinding::unsupported()),
+            _ if !offers(SCRAM_SHA_256_PLUS) => (SCRAM_SHA_256, ChannelBinding::unrequested()),
+            Some(data) => (SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(data.to_vec())),
+            // To go on unbound is what somebody in between would want, with a certificate of their own.
+            None => return Err(unbindable()),
         };
         let bound = mechanism == SCRAM_SHA_256_PLUS;
         if mode == ChannelBindingMode::Require && !bound {
@@ -222,7 +222,7 @@ impl<'a> Exchange<'a> {
             return Err(unbound("the server accepts nothing without channel binding")
                 .hint("Use channel_binding=prefer."));
         }
-        let password = self.password()?.secret.expose_secret().as_bytes();
+        let password = self.password()?.secret.expose_secret();
         let exchange = Box::new(ScramSha256::new(password, binding));
         frontend::sasl_initial_response(mechanism, exchange.message(), out)
             .map_err(|error| broken(&error))?;
@@ -273,6 +273,15 @@ fn unbound(why: &str) -> Error {
         .hint("Use TLS and scram-sha-256 on the server, or channel_binding=prefer.")
 }
 
+fn unbindable() -> Error {
+    Error::new(
+        Kind::Denied,
+        "the server offers channel binding, but nothing can be bound to its certificate, whose \
+         signature has no hash of its own",
+    )
+    .hint("Use a certificate signed with RSA or ECDSA on the server, or channel_binding=disable.")
+}
+
 fn out_of_order() -> Error {
     Error::new(Kind::Corrupt, "the server's authentication messages come in an impossible order")
 }
@@ -297,10 +306,9 @@ fn scram_failed(error: &std::io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secrecy::SecretString;
 
     fn password() -> Password {
-        Password { secret: SecretString::from("pencil"), source: "a test".to_owned() }
+        Password { secret: b"pencil".to_vec().into(), source: "a test".to_owned() }
     }
 
     fn exchange<'a>(
@@ -313,6 +321,17 @@ mod tests {
         let credentials =
             Credentials { user: "u", password, channel_binding, required, encrypted, end_point };
         Exchange::new(credentials)
+    }
+
+    /// As [`exchange`], over TLS with a certificate that nothing can be bound to.
+    fn unbindable_exchange<'a>(
+        password: &'a Password,
+        required: &'a RequiredAuth,
+        channel_binding: ChannelBindingMode,
+    ) -> Exchange<'a> {
+        let mut exchange = exchange(Some(password), required, channel_binding, None);
+        exchange.credentials.encrypted = true;
+        exchange
     }
 
     fn sasl(names: &[&str]) -> AuthRequest {
@@ -339,6 +358,30 @@ mod tests {
             let sent = String::from_utf8_lossy(&out).into_owned();
             assert!(sent.contains(begins), "{sent:?}");
             assert_eq!(kind(exchange.answer(AuthRequest::Ok, &mut out)), Kind::Denied);
+        }
+    }
+
+    #[test]
+    fn a_certificate_without_a_hash_does_not_take_channel_binding_away() {
+        let (password, any) = (password(), RequiredAuth::parse(None).unwrap());
+        let both = [SCRAM_SHA_256_PLUS, SCRAM_SHA_256];
+        for (mode, offered, begins) in [
+            (ChannelBindingMode::Prefer, &both[1..], "y,,"),
+            (ChannelBindingMode::Disable, &both[..], "n,,"),
+            (ChannelBindingMode::Disable, &both[1..], "n,,"),
+        ] {
+            let mut out = BytesMut::new();
+            let mut exchange = unbindable_exchange(&password, &any, mode);
+            assert_eq!(exchange.answer(sasl(offered), &mut out).unwrap(), Outcome::More);
+            let sent = String::from_utf8_lossy(&out).into_owned();
+            assert!(sent.contains(begins), "{sent:?}");
+        }
+        for mode in [ChannelBindingMode::Prefer, ChannelBindingMode::Require] {
+            let mut out = BytesMut::new();
+            let mut exchange = unbindable_exchange(&password, &any, mode);
+            let refused = exchange.answer(sasl(&both), &mut out).unwrap_err();
+            assert_eq!((refused.kind(), out.len()), (Kind::Denied, 0));
+            assert!(refused.hint_text().unwrap().contains("RSA or ECDSA"), "{refused:?}");
         }
     }
 

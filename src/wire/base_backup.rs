@@ -24,6 +24,12 @@ const LABEL_BYTES_MAX: usize = 1024;
 /// A cluster with more tablespaces than this has other problems.
 const TABLESPACE_COUNT_MAX: usize = 10_000;
 
+/// The server's limit for a path (`MAXPGPATH`).
+const LOCATION_BYTES_MAX: usize = 1024;
+
+/// No cluster has 8 EiB; up to here sums of sizes fit, in KiB and in bytes.
+const CLUSTER_KIB_MAX: u64 = 1 << 53;
+
 /// The server's limits for `MAX_RATE`, in KiB a second (`MAX_RATE_LOWER`, `MAX_RATE_UPPER`).
 const RATE_KIB: std::ops::RangeInclusive<u32> = 32..=1_048_576;
 
@@ -345,6 +351,10 @@ fn read_tablespaces(
             Ok((State::Tablespaces { start, tablespaces }, Step::Continue))
         }
         Message::CommandComplete => {
+            let sizes = tablespaces.iter().filter_map(|one| one.size_kib);
+            if sizes.fold(0, u64::saturating_add) > CLUSTER_KIB_MAX {
+                return Err(broken(format_args!("more than {CLUSTER_KIB_MAX} KiB of tablespaces")));
+            }
             if tablespaces.iter().filter(|one| one.oid.is_none()).count() != 1 {
                 return Err(broken("it does not hold the main data directory exactly once"));
             }
@@ -406,6 +416,11 @@ fn tablespace(row: &Row) -> Result<Tablespace> {
     let location = row.get(1)?.filter(|path| !path.is_empty()).map(str::to_owned);
     if oid.is_some() != location.is_some() {
         return Err(broken("a tablespace in it has no location"));
+    }
+    if location.as_ref().is_some_and(|path| path.len() > LOCATION_BYTES_MAX) {
+        return Err(broken(format_args!(
+            "a tablespace's location in it is longer than {LOCATION_BYTES_MAX} bytes"
+        )));
     }
     // -1 when the server did not count.
     let size_kib = row.get(2)?.and_then(|size| size.parse().ok());
@@ -532,6 +547,27 @@ mod tests {
             let mut messages = begin();
             messages.extend([Message::CopyOutResponse, data(content)]);
             assert_eq!(read(true, messages).unwrap_err().kind(), Kind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn locations_and_sizes_that_no_server_has_are_refused() {
+        let longest = format!("/{}", "t".repeat(LOCATION_BYTES_MAX - 1));
+        let too_long = format!("{longest}t");
+        let (most, half) = (CLUSTER_KIB_MAX.to_string(), (CLUSTER_KIB_MAX / 2).to_string());
+        let endless = u64::MAX.to_string();
+        for (location, sizes, accepted) in [
+            (&longest, [&half, &half], true),
+            (&too_long, [&half, &half], false),
+            (&longest, [&most, &half], false),
+            (&longest, [&endless, &endless], false),
+        ] {
+            let mut messages = begin();
+            messages[4] = row(&[Some("16385"), Some(location), Some(sizes[0])]);
+            messages[5] = row(&[None, None, Some(sizes[1])]);
+            let mut reader = Reader::new(true);
+            let result = messages.into_iter().try_for_each(|one| reader.read(one).map(|_| ()));
+            assert_eq!(result.is_ok(), accepted, "{} {sizes:?}: {result:?}", location.len());
         }
     }
 

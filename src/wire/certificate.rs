@@ -7,10 +7,12 @@
 
 use ring::digest::{Algorithm, SHA256, SHA384, SHA512, digest};
 use rustls::CertificateError;
-use rustls::pki_types::{ServerName, UnixTime};
+use rustls::pki_types::{ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use x509_parser::asn1_rs::Any;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Version;
 
 /// The largest certificate looked at; the handshake has its own limit of 64 KiB a message.
 const CERTIFICATE_BYTES_MAX: usize = 64 << 10;
@@ -48,6 +50,22 @@ fn parse(der: &[u8]) -> Option<X509Certificate<'_>> {
     rest.is_empty().then_some(certificate)
 }
 
+/// The key of a certificate of X.509 version 1, which WebPKI does not read; `None` for a later version.
+pub(super) fn version_1_key(der: &[u8]) -> Option<SubjectPublicKeyInfoDer<'static>> {
+    let certificate = parse(der).filter(|certificate| certificate.version() == X509Version::V1)?;
+    Some(SubjectPublicKeyInfoDer::from(certificate.public_key().raw.to_vec()))
+}
+
+/// The algorithm and the key proper in a `SubjectPublicKeyInfo`, as signature algorithms take them: the
+/// first without its outermost tag and length, the second without its count of unused bits.
+pub(super) fn key_parts<'a>(key: &'a SubjectPublicKeyInfoDer<'_>) -> Option<(&'a [u8], &'a [u8])> {
+    let (_, outer) = Any::from_der(key.as_ref()).ok()?;
+    let (rest, algorithm) = Any::from_der(outer.data).ok()?;
+    let (_, bits) = Any::from_der(rest).ok()?;
+    let (unused, proper) = bits.data.split_first()?;
+    (*unused == 0).then_some((algorithm.data, proper))
+}
+
 /// The `tls-server-end-point` data of a certificate; `None` when its signature algorithm has no hash
 /// of its own (Ed25519), for which no binding is defined.
 pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
@@ -83,18 +101,36 @@ pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), Certificat
     Ok(())
 }
 
+/// Whether a certificate names itself as its issuer.
+pub(super) fn is_self_issued(der: &[u8]) -> bool {
+    parse(der).is_some_and(|one| one.issuer().as_raw() == one.subject().as_raw())
+}
+
+/// Whether the certificate limits the names of those it leads to. One that cannot be read may.
+pub(super) fn constrains_names(der: &[u8]) -> bool {
+    parse(der).is_none_or(|certificate| !matches!(certificate.name_constraints(), Ok(None)))
+}
+
 /// Whether the common name is the host's, for a certificate without a subject alternative name of
-/// the host's type; `None` when it has one, or no common name.
+/// the host's type; `None` when it has one, or no common name. An address may also be written as the
+/// alternative name of a host.
 pub(super) fn common_name_matches(der: &[u8], name: &ServerName<'_>) -> Option<bool> {
     let certificate = parse(der)?;
     if let Some(alternatives) = certificate.subject_alternative_name().ok()? {
+        let alternatives = &alternatives.value.general_names;
+        let is_address = !matches!(name, ServerName::DnsName(_));
+        let as_host = |alternative: &GeneralName<'_>| matches!(alternative, GeneralName::DNSName(text) if *text == name.to_str());
+        if is_address && alternatives.iter().any(as_host) {
+            return Some(true);
+        }
         let same_type = |alternative: &GeneralName<'_>| match alternative {
             // One that cannot be read may be of any type.
-            GeneralName::DNSName(_) | GeneralName::Invalid(..) => true,
-            GeneralName::IPAddress(_) => !matches!(name, ServerName::DnsName(_)),
+            GeneralName::Invalid(..) => true,
+            GeneralName::DNSName(_) => !is_address,
+            GeneralName::IPAddress(_) => is_address,
             _ => false,
         };
-        if alternatives.value.general_names.iter().any(same_type) {
+        if alternatives.iter().any(same_type) {
             return None;
         }
     }
@@ -116,8 +152,41 @@ fn names_match(pattern: &str, host: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// The certificate as one of X.509 version 1, signed anew: without version and extensions.
+    pub(in crate::wire) fn version_1(der: &[u8], issuer: &rcgen::KeyPair) -> Vec<u8> {
+        let parts = |der| {
+            let (_, outer) = Any::from_der(der).unwrap();
+            let mut rest = outer.data;
+            std::iter::from_fn(move || {
+                let (after, _) = Any::from_der(rest).ok()?;
+                let (part, _) = rest.split_at(rest.len() - after.len());
+                rest = after;
+                Some(part)
+            })
+        };
+        let sequence = |parts: &[&[u8]]| {
+            let body = parts.concat();
+            let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+            let head = match length {
+                [0, short @ 0..128] => vec![0x30, short],
+                [0, long] => vec![0x30, 0x81, long],
+                [high, low] => vec![0x30, 0x82, high, low],
+            };
+            [head, body].concat()
+        };
+        let outer: Vec<&[u8]> = parts(der).collect();
+        let fields: Vec<&[u8]> =
+            parts(outer[0]).filter(|part| !matches!(part[0], 0xa0 | 0xa3)).collect();
+        let signed = sequence(&fields);
+        let signature = rcgen::SigningKey::sign(issuer, &signed).unwrap();
+        let length = u8::try_from(signature.len() + 1).unwrap();
+        assert!(length < 128);
+        let bits = [&[3, length, 0], signature.as_slice()].concat();
+        sequence(&[&signed, outer[1], &bits])
+    }
 
     fn self_signed(algorithm: &'static rcgen::SignatureAlgorithm, names: &[&str]) -> Vec<u8> {
         let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
@@ -145,6 +214,26 @@ mod tests {
         assert_eq!(common_name_matches(&bare, &host("other.example.org")), Some(false));
         let named = self_signed(&rcgen::PKCS_ECDSA_P256_SHA256, &["x.example.org"]);
         assert_eq!(common_name_matches(&named, &host("db.example.org")), None);
+    }
+
+    #[test]
+    fn an_address_may_be_a_common_name_or_written_as_a_host() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let matches = |alternatives: &[rcgen::SanType], name: &str| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name.push(rcgen::DnType::CommonName, "10.0.0.1");
+            params.subject_alt_names = alternatives.to_vec();
+            let der = params.self_signed(&key).unwrap().der().to_vec();
+            common_name_matches(&der, &ServerName::try_from(name.to_owned()).unwrap())
+        };
+        let host = |text: &str| rcgen::SanType::DnsName(text.try_into().unwrap());
+        let address = rcgen::SanType::IpAddress([10, 0, 0, 2].into());
+        assert_eq!(matches(&[host("db.example.org")], "10.0.0.1"), Some(true));
+        assert_eq!(matches(&[host("10.0.0.3")], "10.0.0.3"), Some(true));
+        assert_eq!(matches(&[host("10.0.0.3")], "10.0.0.4"), Some(false));
+        assert_eq!(matches(&[host("10.0.0.3"), address.clone()], "10.0.0.3"), Some(true));
+        assert_eq!(matches(&[address], "10.0.0.1"), None);
+        assert_eq!(matches(&[host("db.example.org")], "other.example.org"), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! # Shape
 //! Hosts are tried in order, and the addresses of each. A host that cannot be reached, does not
-//! accept connections yet, or is not what `target_session_attrs` asks for gives way to the next; one
+//! accept connections yet, does not answer what it is, or is not what `target_session_attrs` asks for gives way to the next; one
 //! that refuses us (password, rights) ends the search, as with libpq. With `sslmode` prefer or allow
 //! the weaker or stronger method is tried when the first fails; unlike libpq a wrong password is not
 //! sent again without encryption.
@@ -10,7 +10,6 @@
 //! # Source
 //! `PQconnectPoll` in `src/interfaces/libpq/fe-connect.c`.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use postgres_protocol::message::frontend;
@@ -19,7 +18,7 @@ use tracing::{debug, warn};
 
 use super::auth::{Credentials, Exchange, Outcome};
 use super::channel::Channel;
-use super::connection::{Connection, Session};
+use super::connection::{Connection, Parameters, Session};
 use super::message::Message;
 use super::options::{ConnectOptions, Host, HostOrder, Place, Target};
 use super::server_error::Asked;
@@ -34,9 +33,6 @@ const REPLICATION_DATABASE: &str = "replication";
 /// What is asked of a database is about the whole cluster, so any will do; libpq would take one named
 /// like the role, which backup roles seldom have.
 const DEFAULT_DATABASE: &str = "postgres";
-
-/// A server reports about twenty parameters.
-const PARAMETER_COUNT_MAX: usize = 1000;
 
 /// Where to go on after a failure.
 enum Failure {
@@ -163,7 +159,12 @@ impl Search<'_> {
                 Err(Attempt::Unreachable(error)) => return Err(Failure::Address(error)),
                 Err(Attempt::NotNow(error)) => return Err(Failure::Host(error)),
                 Err(Attempt::Hopeless(error)) => return Err(Failure::Final(error)),
-                Err(Attempt::Refused(error)) => {
+                Err(Attempt::Unsecured(error)) if self.options.tls.mode == SslMode::Prefer => {
+                    warn!("going on without encryption, as sslmode=prefer has it: {error}");
+                    refused = Some(error);
+                    continue;
+                }
+                Err(Attempt::Refused(error) | Attempt::Unsecured(error)) => {
                     debug!(?method, %error, "connection attempt refused");
                     refused = Some(match refused {
                         None => error,
@@ -231,7 +232,7 @@ impl Search<'_> {
             Place::Name(name) | Place::Address(_, Some(name)) => name.clone(),
             _ => host.name(),
         };
-        let secured = tls::secure(socket, options, &name).await.map_err(Attempt::Refused)?;
+        let secured = tls::secure(socket, options, &name).await.map_err(Attempt::Unsecured)?;
         Ok(Secured { transport: secured.transport, encrypted: true, end_point: secured.end_point })
     }
 
@@ -313,15 +314,11 @@ impl Search<'_> {
     }
 
     async fn await_ready(&self, host: &Host, mut channel: Channel) -> Result<Connection, Attempt> {
-        let mut parameters = BTreeMap::new();
+        let mut parameters = Parameters::default();
         let mut process_id = 0;
         loop {
             match channel.receive().await.map_err(Attempt::broken)? {
-                Message::ParameterStatus { name, value } => {
-                    if parameters.len() < PARAMETER_COUNT_MAX {
-                        parameters.insert(name, value);
-                    }
-                }
+                Message::ParameterStatus { name, value } => parameters.report(name, value),
                 Message::BackendKeyData { process_id: id } => process_id = id,
                 Message::NoticeResponse(notice) => warn!(%notice, "the server says"),
                 Message::ReadyForQuery => break,
@@ -357,12 +354,12 @@ impl Search<'_> {
             connection
                 .query("SELECT pg_catalog.set_config('search_path', '', false)")
                 .await
-                .map_err(Failure::Final)?;
+                .map_err(Failure::Host)?;
         }
         if target == Target::Any {
             return Ok(connection);
         }
-        let state = connection.server_state().await.map_err(Failure::Final)?;
+        let state = connection.server_state().await.map_err(Failure::Host)?;
         let (accepted, wanted) = match target {
             Target::Any | Target::PreferStandby => (true, ""),
             Target::ReadWrite => (!state.read_only && !state.standby, "read-write"),
@@ -402,8 +399,10 @@ enum Attempt {
     Unreachable(Error),
     /// The server does not accept connections now.
     NotNow(Error),
-    /// The server's answer, or the handshake, which the other way of `sslmode` may change.
+    /// The server's answer, which the other way of `sslmode` may change.
     Refused(Error),
+    /// The TLS handshake, which the other way of `sslmode` goes without.
+    Unsecured(Error),
     /// Nothing would change it: a wrong or missing password, a refusal of our own.
     Hopeless(Error),
 }
@@ -478,4 +477,90 @@ fn timed_out(limit: Duration) -> Error {
 
 fn unexpected(message: &Message) -> Error {
     Error::new(Kind::Corrupt, format!("the server sent {} while connecting", message.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    /// Its length and `NEGOTIATE_SSL_CODE`.
+    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
+    fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+        [&[kind][..], &length, body].concat()
+    }
+
+    /// A server of PostgreSQL 15 that lets everybody in and gives one answer to all queries, and breaks off
+    /// every TLS handshake; its port.
+    async fn serve(parameters: &[&str], answer: Vec<u8>) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let ready = message(b'Z', b"I");
+        let mut greeting = message(b'R', &[0; 4]);
+        for parameter in [&["server_version\x0015.1\0"], parameters].concat() {
+            greeting.extend(message(b'S', parameter.as_bytes()));
+        }
+        greeting.extend(&ready);
+        let answer = [answer, ready].concat();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut asked = vec![0; 1024];
+                let mut says = &greeting;
+                while let Ok(count @ 1..) = socket.read(&mut asked).await {
+                    if asked[..count] == SSL_REQUEST {
+                        socket.write_all(b"S").await.unwrap();
+                        break;
+                    }
+                    socket.write_all(says).await.unwrap();
+                    says = &answer;
+                }
+            }
+        });
+        port
+    }
+
+    #[tokio::test]
+    async fn a_host_that_does_not_say_what_it_is_gives_way_to_the_next() {
+        let refusal = message(b'E', b"SERROR\0VERROR\0C42501\0Mno\0\0");
+        let mute = serve(&[], refusal).await;
+        let known = ["in_hot_standby\0off\0", "default_transaction_read_only\0off\0"];
+        let primary = serve(&known, message(b'C', b"SELECT 0\0")).await;
+        for session in [Session::Physical, Session::Database] {
+            let text = format!(
+                "user=u sslmode=disable host=127.0.0.1,127.0.0.1 port={mute},{primary} \
+                 target_session_attrs=read-write"
+            );
+            let options = ConnectOptions::parse(&text, &|_| None).unwrap();
+            let found = connect(&options, session, &Clock::system()).await.unwrap();
+            assert_eq!(found.parameter("in_hot_standby"), Some("off"), "{session:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn going_on_in_plain_text_after_a_broken_handshake_is_a_warning() {
+        use std::io::{Read as _, Seek as _};
+        let port = serve(&[], message(b'C', b"SELECT 0\0")).await;
+        let log = std::sync::Arc::new(tempfile::tempfile().unwrap());
+        let writer = std::sync::Arc::clone(&log);
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let text = |mode: &str| format!("user=u host=127.0.0.1 port={port} sslmode={mode}");
+        let connect = async |mode: &str| {
+            let env = |name: &str| (name == "HOME").then(|| "/nowhere".to_owned());
+            let options = ConnectOptions::parse(&text(mode), &env).unwrap();
+            connect(&options, Session::Physical, &Clock::system()).await
+        };
+        assert!(connect("require").await.is_err());
+        assert!(connect("disable").await.is_ok());
+        let mut said = String::new();
+        (&*log).rewind().unwrap();
+        (&*log).read_to_string(&mut said).unwrap();
+        assert_eq!(said, "");
+        assert!(connect("prefer").await.is_ok());
+        (&*log).rewind().unwrap();
+        (&*log).read_to_string(&mut said).unwrap();
+        assert!(said.contains(" WARN ") && said.contains("going on without encryption"), "{said}");
+    }
 }

@@ -20,6 +20,9 @@ use crate::pg::Version;
 /// A result larger than this is not one of ours.
 const RESULT_BYTES_MAX: usize = 64 << 20;
 
+/// Parameters beyond this are not kept; a server reports about twenty, of some hundred bytes together.
+const PARAMETER_BYTES_MAX: usize = 64 << 10;
+
 /// How long closing may take; the server notices a closed socket anyway.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -36,7 +39,7 @@ pub enum Session {
 /// An open session that waits for the next command.
 pub struct Connection {
     channel: Channel,
-    parameters: BTreeMap<String, String>,
+    parameters: Parameters,
     version: Version,
     session: Session,
     options: ConnectOptions,
@@ -49,6 +52,36 @@ pub struct Connection {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     columns: Vec<Option<Bytes>>,
+}
+
+/// What the server reports about itself, bounded: names and values together by
+/// [`PARAMETER_BYTES_MAX`].
+#[derive(Debug, Default)]
+pub(super) struct Parameters {
+    values: BTreeMap<String, String>,
+    size_bytes: usize,
+}
+
+impl Parameters {
+    /// Takes a report in. What does not fit is not known from then on.
+    pub(super) fn report(&mut self, name: String, value: String) {
+        if let Some(old) = self.values.remove(&name) {
+            self.size_bytes -= Self::size_of(&name, &old);
+        }
+        let size_bytes = self.size_bytes + Self::size_of(&name, &value);
+        if size_bytes <= PARAMETER_BYTES_MAX {
+            self.size_bytes = size_bytes;
+            self.values.insert(name, value);
+        }
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.values.get(name).map(String::as_str)
+    }
+
+    fn size_of(name: &str, value: &str) -> usize {
+        2 * size_of::<String>() + name.len() + value.len()
+    }
 }
 
 /// What `target_session_attrs` looks at.
@@ -106,6 +139,12 @@ impl Row {
         Ok(column.as_ref())
     }
 
+    /// Memory the row takes: a column without a value and a row without columns take some as well.
+    fn size_bytes(&self) -> usize {
+        let values = self.columns.iter().flatten().map(Bytes::len).sum::<usize>();
+        size_of::<Self>() + self.columns.len() * size_of::<Option<Bytes>>() + values
+    }
+
     /// Columns in the row.
     #[must_use]
     pub fn column_count(&self) -> usize {
@@ -130,12 +169,12 @@ impl Connection {
 
     pub(super) fn new(
         channel: Channel,
-        parameters: BTreeMap<String, String>,
+        parameters: Parameters,
         options: &ConnectOptions,
         session: Session,
         clock: &Clock,
     ) -> Result<Self> {
-        let text = parameters.get("server_version").map_or("", String::as_str);
+        let text = parameters.get("server_version").unwrap_or_default();
         let number = version_number(text).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("unable to read the server's version '{text}'"))
                 .hint("Is the server PostgreSQL, and not something that speaks its protocol?")
@@ -149,7 +188,7 @@ impl Connection {
     /// its last report.
     #[must_use]
     pub fn parameter(&self, name: &str) -> Option<&str> {
-        self.parameters.get(name).map(String::as_str)
+        self.parameters.get(name)
     }
 
     /// The server's version.
@@ -192,14 +231,15 @@ impl Connection {
         loop {
             match self.receive(Some(self.options.read_timeout)).await? {
                 Message::DataRow(columns) => {
-                    result_bytes += columns.iter().flatten().map(Bytes::len).sum::<usize>();
+                    let row = Row::new(columns);
+                    result_bytes += row.size_bytes();
                     if result_bytes > RESULT_BYTES_MAX {
                         return Err(Error::new(
                             Kind::Corrupt,
                             format!("the server's answer is longer than {RESULT_BYTES_MAX} bytes"),
                         ));
                     }
-                    rows.push(Row::new(columns));
+                    rows.push(row);
                 }
                 Message::RowDescription
                 | Message::CommandComplete
@@ -285,10 +325,7 @@ impl Connection {
                     warn!("the server warns: {notice}");
                 }
                 Message::NoticeResponse(notice) => debug!("the server says: {notice}"),
-                Message::ParameterStatus { name, value } => {
-                    // Only parameters reported at the start: a server cannot make this grow.
-                    self.parameters.entry(name).and_modify(|old| *old = value);
-                }
+                Message::ParameterStatus { name, value } => self.parameters.report(name, value),
                 Message::Notification => {}
                 message => return Ok(message),
             }
@@ -375,6 +412,33 @@ mod tests {
         ] {
             assert_eq!(version_number(text), number, "{text}");
         }
+    }
+
+    #[test]
+    fn a_row_counts_even_without_a_value() {
+        let nothing = Row::new(Vec::new()).size_bytes();
+        assert!(nothing > 0);
+        assert!(Row::new(vec![None; 1000]).size_bytes() >= nothing + 1000 * 8);
+    }
+
+    #[test]
+    fn parameters_are_bounded_and_a_stale_value_is_not_kept() {
+        let mut parameters = Parameters::default();
+        for number in 0..100_000 {
+            parameters.report(format!("p{number}"), "v".to_owned());
+        }
+        let held = parameters.values.iter().map(|(name, value)| name.len() + value.len());
+        assert!(held.sum::<usize>() <= PARAMETER_BYTES_MAX);
+        assert_eq!((parameters.get("p0"), parameters.get("p99999")), (Some("v"), None));
+        parameters.report("p0".to_owned(), "x".repeat(1 << 20));
+        assert_eq!((parameters.get("p0"), parameters.get("p1")), (None, Some("v")));
+        parameters.report("p0".to_owned(), "w".to_owned());
+        assert_eq!(parameters.get("p0"), Some("w"));
+        // Reported over and over it takes no more room.
+        for _ in 0..100_000 {
+            parameters.report("p0".to_owned(), "w".to_owned());
+        }
+        assert_eq!(parameters.get("p0"), Some("w"));
     }
 
     #[test]

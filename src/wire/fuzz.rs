@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use rustls::pki_types::{ServerName, UnixTime};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
 use super::auth::{ChannelBindingMode, Credentials, Exchange, Outcome, RequiredAuth};
 use super::base_backup::{BaseBackupEvent, Reader, Step};
@@ -108,7 +108,7 @@ pub(crate) fn authentication(setup: u8, bytes: &[u8]) {
     let required = RequiredAuth::parse(scram_only.then_some("scram-sha-256"));
     let required = required.expect("a list of methods");
     let password =
-        Password { secret: SecretString::from(PASSWORD), source: "the fuzzer".to_owned() };
+        Password { secret: PASSWORD.as_bytes().to_vec().into(), source: "the fuzzer".to_owned() };
     let encrypted = flag(4);
     let credentials = Credentials {
         user: "u",
@@ -299,7 +299,7 @@ fn as_uri(pairs: &Pairs) -> String {
 /// A line made for somebody is found by them, whatever stands behind it, and by nobody else.
 pub(crate) fn password_file(text: &str) {
     let wanted = Wanted { host: "db", port: 5432, database: "replication", user: "u" };
-    let _ = passfile::find(text, wanted);
+    let _ = passfile::find(text.as_bytes(), wanted);
     let mut parts = text.splitn(5, '\n');
     let mut part = || parts.next().unwrap_or_default().trim_end_matches('\r');
     let (host, database, user, password) = (part(), part(), part(), part());
@@ -310,10 +310,10 @@ pub(crate) fn password_file(text: &str) {
     let line = [host, "5432", database, user, password].map(field).join(":");
     let file = format!("{line}\n{text}");
     let wanted = Wanted { host, port: 5432, database, user };
-    let found = passfile::find(&file, wanted).expect("the first line is for it");
-    assert_eq!(found.expose_secret(), password);
+    let found = passfile::find(file.as_bytes(), wanted).expect("the first line is for it");
+    assert_eq!(found.expose_secret(), password.as_bytes());
     let other = Wanted { port: 5433, ..wanted };
-    assert!(passfile::find(&line, other).is_none());
+    assert!(passfile::find(line.as_bytes(), other).is_none());
 }
 
 /// What was read of a service can be written and read again.

@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use secrecy::SecretString;
+use secrecy::SecretSlice;
 
 use super::auth::{ChannelBindingMode, RequiredAuth};
 use super::conninfo::{self, KEYS, Pairs};
@@ -54,7 +54,8 @@ const SECRET_KEYS: [&str; 5] =
 pub(super) enum Place {
     /// A name to resolve.
     Name(String),
-    /// An address, and the name its certificate and password are looked up by, if one was given.
+    /// An address, and the name its certificate and password are looked up by, if one was given: an
+    /// address can be written in more than one way.
     Address(IpAddr, Option<String>),
     /// Folder of a Unix socket; a leading `@` means the abstract name space.
     Socket(String),
@@ -86,9 +87,11 @@ impl fmt::Display for Host {
         let port = self.port;
         match &self.place {
             Place::Name(name) => write!(f, "{name}:{port}"),
-            Place::Address(address, Some(name)) => write!(f, "{name}:{port} ({address})"),
-            Place::Address(IpAddr::V6(address), None) => write!(f, "[{address}]:{port}"),
-            Place::Address(address, None) => write!(f, "{address}:{port}"),
+            Place::Address(address, Some(name)) if name.parse() != Ok(*address) => {
+                write!(f, "{name}:{port} ({address})")
+            }
+            Place::Address(IpAddr::V6(address), _) => write!(f, "[{address}]:{port}"),
+            Place::Address(address, _) => write!(f, "{address}:{port}"),
             Place::Socket(folder) => write!(f, "{folder}/.s.PGSQL.{port}"),
             Place::DefaultSocket => write!(f, "local socket .s.PGSQL.{port}"),
         }
@@ -119,7 +122,7 @@ pub struct ConnectOptions {
     pub(super) hosts: Vec<Host>,
     pub(super) user: String,
     pub(super) dbname: Option<String>,
-    password: Option<SecretString>,
+    password: Option<SecretSlice<u8>>,
     passfile: Option<PathBuf>,
     /// `options`: command-line options for the backend.
     pub(super) backend_options: Option<String>,
@@ -137,7 +140,7 @@ pub struct ConnectOptions {
 
 /// A password and where it came from, for the hint that goes with a refusal.
 pub(super) struct Password {
-    pub(super) secret: SecretString,
+    pub(super) secret: SecretSlice<u8>,
     pub(super) source: String,
 }
 
@@ -165,7 +168,7 @@ impl ConnectOptions {
             hosts: hosts(&pairs)?,
             user,
             dbname: pairs.get("dbname").cloned(),
-            password: pairs.get("password").cloned().map(SecretString::from),
+            password: pairs.get("password").cloned().map(|text| text.into_bytes().into()),
             passfile: path(&pairs, "passfile").or(home.map(|home| home.join(".pgpass"))),
             backend_options: pairs.get("options").cloned(),
             application_name: pairs
@@ -425,7 +428,7 @@ fn place(name: &str, address: &str) -> Result<Place> {
         None => Place::DefaultSocket,
         Some('/' | '@') => Place::Socket(name.to_owned()),
         Some(_) => match name.parse() {
-            Ok(address) => Place::Address(address, None),
+            Ok(address) => Place::Address(address, Some(name.to_owned())),
             Err(_) => Place::Name(name.to_owned()),
         },
     })
@@ -624,7 +627,11 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(".pgpass");
-        std::fs::write(&file, "h:5432:replication:u:from-file\nlocalhost:*:*:u:local\n").unwrap();
+        std::fs::write(
+            &file,
+            "h:5432:replication:u:from-file\nlocalhost:*:*:u:local\n2001\\:DB8\\:\\:1:*:*:u:v6\n",
+        )
+        .unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
         let home = folder.path().to_str().unwrap();
         let password = |text: &str, variables: &[(&str, &str)]| {
@@ -633,11 +640,13 @@ mod tests {
             assert!(!format!("{options} {options:?}").contains("secret"));
             options
                 .password(&options.hosts[0], &["replication"])
-                .map(|password| password.secret.expose_secret().to_owned())
+                .map(|found| String::from_utf8(found.secret.expose_secret().to_vec()).unwrap())
         };
         assert_eq!(password("host=h user=u", &[]).as_deref(), Some("from-file"));
         assert_eq!(password("host=/tmp user=u", &[]).as_deref(), Some("local"));
         assert_eq!(password("host=/other user=u", &[]), None);
+        assert_eq!(password("host=2001:DB8::1 user=u", &[]).as_deref(), Some("v6"));
+        assert_eq!(parse("host=2001:DB8::1 user=u").unwrap().to_string(), "u@[2001:db8::1]:5432");
         let variables = [("PGPASSWORD", "secret1")];
         assert_eq!(password("host=h user=u", &variables).as_deref(), Some("secret1"));
         let text = "postgres://u:secret2@h";

@@ -1,4 +1,4 @@
-//! The password file, `~/.pgpass`.
+//! The password file, `~/.pgpass`. It is bytes: a password need not be UTF-8, and is sent as it is.
 //!
 //! # Source
 //! `passwordFromFile` and `pwdfMatchesString` in `src/interfaces/libpq/fe-connect.c`.
@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::{ExposeSecret, SecretSlice};
 use tracing::warn;
 
 use crate::file;
@@ -26,12 +26,12 @@ pub(super) struct Wanted<'a> {
 
 /// The password for what is wanted, or `None` when the file is missing, has no line for it, or is not
 /// used, which is logged: it may be read by others, or is too large.
-pub(super) fn lookup(path: &Path, wanted: Wanted<'_>) -> Option<SecretString> {
+pub(super) fn lookup(path: &Path, wanted: Wanted<'_>) -> Option<SecretSlice<u8>> {
     find(read(path)?.expose_secret(), wanted)
 }
 
-/// The file's text, if it is one that libpq would use.
-fn read(path: &Path) -> Option<SecretString> {
+/// The file's bytes, if it is one that libpq would use.
+fn read(path: &Path) -> Option<SecretSlice<u8>> {
     let open = File::open(path).ok()?;
     let metadata = open.metadata().ok()?;
     if !metadata.is_file() {
@@ -50,41 +50,48 @@ fn read(path: &Path) -> Option<SecretString> {
         warn!("password file '{}' cannot be read, and is not used: {error}", path.display());
         return None;
     }
-    Some(SecretString::from(String::from_utf8_lossy(&bytes).into_owned()))
+    Some(SecretSlice::from(bytes))
 }
 
-pub(super) fn find(text: &str, wanted: Wanted<'_>) -> Option<SecretString> {
+pub(super) fn find(file: &[u8], wanted: Wanted<'_>) -> Option<SecretSlice<u8>> {
     let port = wanted.port.to_string();
-    let lines = text.split('\n').map(|line| line.trim_end_matches('\r'));
-    for line in lines.filter(|line| !line.is_empty() && !line.starts_with('#')) {
+    let lines = file.split(|byte| *byte == b'\n').map(without_return);
+    for line in lines.filter(|line| !line.is_empty() && !line.starts_with(b"#")) {
         let rest = strip_field(line, wanted.host)
             .and_then(|rest| strip_field(rest, &port))
             .and_then(|rest| strip_field(rest, wanted.database))
             .and_then(|rest| strip_field(rest, wanted.user));
         if let Some(rest) = rest {
-            return Some(SecretString::from(unescape(rest)));
+            return Some(SecretSlice::from(unescape(rest)));
         }
     }
     None
 }
 
+fn without_return(mut line: &[u8]) -> &[u8] {
+    while let Some(shorter) = line.strip_suffix(b"\r") {
+        line = shorter;
+    }
+    line
+}
+
 /// What follows the field and its colon, when the field is `*` or, unescaped, `wanted`.
-fn strip_field<'a>(line: &'a str, wanted: &str) -> Option<&'a str> {
-    if let Some(rest) = line.strip_prefix("*:") {
+fn strip_field<'a>(line: &'a [u8], wanted: &str) -> Option<&'a [u8]> {
+    if let Some(rest) = line.strip_prefix(b"*:") {
         return Some(rest);
     }
-    let mut wanted = wanted.chars();
-    let mut chars = line.chars();
+    let mut wanted = wanted.bytes();
+    let mut bytes = line.iter();
     loop {
-        match chars.next()? {
-            ':' => return wanted.next().is_none().then_some(chars.as_str()),
-            '\\' => {
-                if chars.next()? != wanted.next()? {
+        match bytes.next()? {
+            b':' => return wanted.next().is_none().then_some(bytes.as_slice()),
+            b'\\' => {
+                if *bytes.next()? != wanted.next()? {
                     return None;
                 }
             }
-            c => {
-                if c != wanted.next()? {
+            byte => {
+                if *byte != wanted.next()? {
                     return None;
                 }
             }
@@ -93,14 +100,14 @@ fn strip_field<'a>(line: &'a str, wanted: &str) -> Option<&'a str> {
 }
 
 /// The password: up to an unescaped colon, backslashes removed.
-fn unescape(field: &str) -> String {
-    let mut password = String::with_capacity(field.len());
-    let mut chars = field.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            ':' => break,
-            '\\' => password.push(chars.next().unwrap_or('\\')),
-            c => password.push(c),
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut password = Vec::with_capacity(field.len());
+    let mut bytes = field.iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b':' => break,
+            b'\\' => password.push(*bytes.next().unwrap_or(&b'\\')),
+            byte => password.push(*byte),
         }
     }
     password
@@ -113,7 +120,8 @@ mod tests {
 
     fn password(text: &str, host: &str, database: &str) -> Option<String> {
         let wanted = Wanted { host, port: 5432, database, user: "u" };
-        find(text, wanted).map(|secret| secret.expose_secret().to_owned())
+        let found = find(text.as_bytes(), wanted)?;
+        Some(String::from_utf8(found.expose_secret().to_vec()).unwrap())
     }
 
     #[test]
@@ -132,6 +140,13 @@ mod tests {
     }
 
     #[test]
+    fn a_password_need_not_be_utf_8() {
+        let wanted = Wanted { host: "h", port: 5432, database: "d", user: "u" };
+        let found = find(b"\xfc:5432:d:u:no\nh:5432:d:u:gr\xfc\xdfe\\:\r\n", wanted).unwrap();
+        assert_eq!(found.expose_secret(), b"gr\xfc\xdfe:");
+    }
+
+    #[test]
     fn a_file_that_others_may_read_is_not_used() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pass");
@@ -140,7 +155,7 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
         assert!(lookup(&path, wanted).is_none());
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(lookup(&path, wanted).unwrap().expose_secret(), "p");
+        assert_eq!(lookup(&path, wanted).unwrap().expose_secret(), b"p");
         assert!(lookup(directory.path(), wanted).is_none());
     }
 

@@ -67,6 +67,12 @@ impl ServerError {
         self.sqlstate == sqlstate
     }
 
+    /// Whether the message or the hint names a setting: names are in every translation.
+    fn names(&self, setting: &str) -> bool {
+        let hint = self.hint.as_deref().unwrap_or_default();
+        self.message.contains(setting) || hint.contains(setting)
+    }
+
     /// As our error, with what a DBA can do about it.
     pub(super) fn into_error(self, asked: Asked<'_>) -> Error {
         let (kind, hint) = judge(&self, asked);
@@ -236,6 +242,16 @@ fn judge_identity(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, String
             Kind::Denied,
             format!("Run on the server, as a superuser: ALTER ROLE \"{user}\" REPLICATION;"),
         ),
+        // `errcode_for_file_access`: it was the operating system that denied something to the server.
+        (
+            "42501",
+            "sendFile" | "sendDir" | "ReadDirExtended" | "AllocateDir" | "WalSndSegmentOpen",
+        ) => (
+            Kind::Denied,
+            "The user that the server runs as may not read that file: give the file back to this \
+             user (chown, chmod), or move it out of the data directory."
+                .to_owned(),
+        ),
         ("42501", _) => (
             Kind::Denied,
             format!("Grant role '{user}' what it lacks; REPLICATION and pg_monitor are enough."),
@@ -254,11 +270,24 @@ fn judge_replication(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, Str
              and restart the server, or stop a standby or backup that holds one."
                 .to_owned(),
         ),
+        ("53300", "InitializeSessionUserId") => (
+            Kind::Unavailable,
+            format!(
+                "Role '{user}' has all the connections it may have: close some, or run on the \
+                 server, as a superuser: ALTER ROLE \"{user}\" CONNECTION LIMIT -1;",
+                user = asked.user
+            ),
+        ),
         ("53300", _) => (
             Kind::Unavailable,
             "All connection slots are in use: raise max_connections or superuser-reserved slots, \
              or close connections nobody uses."
                 .to_owned(),
+        ),
+        // A backup of a standby is refused as well when its primary ran without full_page_writes.
+        ("55000", "do_pg_backup_start" | "do_pg_start_backup") if !error.names("wal_level") => (
+            Kind::Config,
+            error.hint.clone().unwrap_or_else(|| "Change what the server complains of.".to_owned()),
         ),
         ("55000", "CheckSlotRequirements" | "do_pg_backup_start" | "do_pg_start_backup") => (
             Kind::Config,
@@ -285,7 +314,7 @@ fn judge_replication(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, Str
                     .to_owned(),
             )
         }
-        ("XX000", "StartReplication") => (
+        ("XX000", "StartReplication" | "tliSwitchPoint") => (
             Kind::Conflict,
             "The server's history and ours have parted: it was promoted elsewhere, rewound or \
              restored, or it is a standby that is behind; connect to the right server."
@@ -327,10 +356,37 @@ mod tests {
             ("42710", "ReplicationSlotCreate", Kind::Conflict),
             ("55006", "ReplicationSlotAcquire", Kind::Conflict),
             ("XX000", "StartReplication", Kind::Conflict),
+            ("XX000", "tliSwitchPoint", Kind::Conflict),
+            ("42501", "sendFile", Kind::Denied),
+            ("53300", "InitializeSessionUserId", Kind::Unavailable),
+            ("55000", "do_pg_backup_start", Kind::Config),
             ("XX000", "elsewhere", Kind::Unavailable),
         ] {
             assert_eq!(judged(sqlstate, routine).kind(), kind, "{sqlstate} {routine}");
         }
+    }
+
+    #[test]
+    fn hints_say_what_is_wrong_and_not_what_might_be() {
+        let hint = |sqlstate: &str, routine: &str| {
+            judged(sqlstate, routine).hint_text().unwrap_or_default().to_owned()
+        };
+        for routine in
+            ["sendFile", "sendDir", "ReadDirExtended", "AllocateDir", "WalSndSegmentOpen"]
+        {
+            assert!(hint("42501", routine).contains("may not read that file"), "{routine}");
+        }
+        assert!(hint("42501", "aclcheck_error").contains("Grant"));
+        assert!(hint("53300", "InitializeSessionUserId").contains("CONNECTION LIMIT"));
+        assert_eq!(hint("55000", "do_pg_backup_start"), "Theirs.");
+        let level = ServerError {
+            sqlstate: "55000".to_owned(),
+            routine: "do_pg_backup_start".to_owned(),
+            hint: Some("\"wal_level\" must be set to \"replica\" or \"logical\"".to_owned()),
+            ..ServerError::default()
+        };
+        let level = level.into_error(Asked { session: Session::Physical, user: "u" });
+        assert!(level.hint_text().unwrap().contains("Set wal_level = replica"));
     }
 
     #[test]

@@ -15,12 +15,16 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, InconsistentKeys, OtherError, RootCertStore,
+    SupportedProtocolVersion,
+};
 use tokio_rustls::TlsConnector;
 
 use super::certificate;
 use super::transport::Transport;
-use super::verifier::{Certainty, Verifier};
+use super::verifier::{Certainty, OfVersion1, Revocations, Roots, Verifier};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 
@@ -158,6 +162,18 @@ fn handshake_failed(error: &std::io::Error, host: &str) -> Error {
         return refused;
     }
     match tls_error(error) {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why))))
+            if why.is::<OfVersion1>() =>
+        {
+            Error::new(
+                Kind::Denied,
+                format!("the server's certificate is not trusted for '{host}': {why}"),
+            )
+            .hint(
+                "Reissue it with extensions ('openssl x509 -req -extfile ...', with \
+                 subjectAltName=DNS:HOST), or name the certificate itself with sslrootcert.",
+            )
+        }
         Some(rustls::Error::InvalidCertificate(why)) => Error::new(
             Kind::Denied,
             format!("the server's certificate is not trusted for '{host}': {why}"),
@@ -221,14 +237,19 @@ fn verifier(
         return Err(config("unable to use any of the trusted root certificates".to_owned())
             .hint("sslrootcert must be a file of certificates in PEM form, or 'system'."));
     }
+    let lists = revocations(options)?;
+    let revocations = if lists.is_empty() { Revocations::None } else { Revocations::Listed };
     let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-        .with_crls(revocations(options)?)
+        .with_crls(lists)
+        // A list that is out of date does not know who was revoked since.
+        .enforce_revocation_expiration()
         .build()
         .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))?;
+    let roots = Roots { chain, trusted, revocations };
     let certainty = if options.mode == SslMode::VerifyFull {
-        Certainty::ChainAndName { chain, trusted }
+        Certainty::ChainAndName(roots)
     } else {
-        Certainty::Chain { chain, trusted }
+        Certainty::Chain(roots)
     };
     Ok(Verifier::new(certainty, algorithms))
 }
@@ -308,7 +329,7 @@ fn config(message: String) -> Error {
 fn client_identity(
     options: &TlsOptions,
     provider: &rustls::crypto::CryptoProvider,
-) -> Result<Option<Arc<rustls::sign::CertifiedKey>>> {
+) -> Result<Option<Arc<CertifiedKey>>> {
     let Some(path) = options
         .certificate
         .as_ref()
@@ -337,11 +358,25 @@ fn client_identity(
              decrypts it.",
         )
     })?;
-    rustls::sign::CertifiedKey::from_der(chain, private, provider)
-        .map(|identity| Some(Arc::new(identity)))
-        .map_err(|error| {
-            config(format!("client certificate '{}' and its key: {error}", path.display()))
-        })
+    certified_key(chain, private, provider).map(|identity| Some(Arc::new(identity))).map_err(
+        |error| config(format!("client certificate '{}' and its key: {error}", path.display())),
+    )
+}
+
+/// As [`CertifiedKey::from_der`], for certificates of X.509 version 1 as well.
+fn certified_key(
+    chain: Vec<CertificateDer<'static>>,
+    private: PrivateKeyDer<'static>,
+    provider: &rustls::crypto::CryptoProvider,
+) -> Result<CertifiedKey, rustls::Error> {
+    let Some(public) = chain.first().and_then(|leaf| certificate::version_1_key(leaf)) else {
+        return CertifiedKey::from_der(chain, private, provider);
+    };
+    let private = provider.key_provider.load_private_key(private)?;
+    if private.public_key().is_some_and(|known| known != public) {
+        return Err(InconsistentKeys::KeyMismatch.into());
+    }
+    Ok(CertifiedKey::new(chain, private))
 }
 
 /// A key that others may read is refused, as libpq does: 0600, or 0640 when root owns it.
@@ -370,7 +405,7 @@ impl CertificateRequest {
 /// Hands our certificate to whatever server asks, as libpq does.
 #[derive(Debug)]
 struct ClientIdentity {
-    identity: Option<Arc<rustls::sign::CertifiedKey>>,
+    identity: Option<Arc<CertifiedKey>>,
     requested: Arc<CertificateRequest>,
 }
 
@@ -379,7 +414,7 @@ impl rustls::client::ResolvesClientCert for ClientIdentity {
         &self,
         _root_hint_subjects: &[&[u8]],
         _schemes: &[rustls::SignatureScheme],
-    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+    ) -> Option<Arc<CertifiedKey>> {
         let identity = self.identity.clone()?;
         self.requested.0.store(true, std::sync::atomic::Ordering::Relaxed);
         Some(identity)
@@ -387,5 +422,226 @@ impl rustls::client::ResolvesClientCert for ClientIdentity {
 
     fn has_certs(&self) -> bool {
         self.identity.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::certificate::tests::version_1;
+    use crate::wire::options::ConnectOptions;
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+        GeneralSubtree, IsCa, Issuer, KeyIdMethod, KeyPair, NameConstraints, RevokedCertParams,
+        SerialNumber, date_time_ymd,
+    };
+
+    const NAME: &str = "db.example.org";
+
+    /// What a connection string says, in the home directory `/nowhere`.
+    fn options(text: &str) -> TlsOptions {
+        let env = |name: &str| (name == "HOME").then(|| "/nowhere".to_owned());
+        ConnectOptions::parse(&format!("user=u {text}"), &env).unwrap().tls
+    }
+
+    fn named() -> CertificateParams {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, NAME);
+        params
+    }
+
+    struct Authority {
+        der: CertificateDer<'static>,
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    fn authority() -> Authority {
+        authority_for(&[])
+    }
+
+    /// An authority for hosts under `domains` only; for any without a domain.
+    fn authority_for(domains: &[&str]) -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        let subtree = |domain: &&str| GeneralSubtree::DnsName((*domain).to_owned());
+        params.name_constraints = (!domains.is_empty()).then(|| NameConstraints {
+            permitted_subtrees: domains.iter().map(subtree).collect(),
+            excluded_subtrees: Vec::new(),
+        });
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let der = params.self_signed(&key).unwrap().der().clone();
+        Authority { der, issuer: Issuer::new(params, key) }
+    }
+
+    fn write_pem(folder: &Path, label: &str, der: &[u8]) -> PathBuf {
+        use base64::Engine as _;
+        use std::os::unix::fs::PermissionsExt as _;
+        let body = base64::engine::general_purpose::STANDARD.encode(der);
+        let lines: Vec<_> = body.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        let path = folder.join(label.replace(' ', "-"));
+        let text =
+            format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"));
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    }
+
+    /// Our side of a handshake with a server that shows `chain` and signs with `key`.
+    async fn shake_hands(
+        options: &TlsOptions,
+        host: &str,
+        chain: &[CertificateDer<'static>],
+        key: &KeyPair,
+    ) -> Result<Secured> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let private = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        let private = provider.key_provider.load_private_key(private).unwrap();
+        let shown =
+            rustls::sign::SingleCertAndKey::from(CertifiedKey::new(chain.to_vec(), private));
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(shown));
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let accepting = tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(theirs);
+        let (secured, _) = tokio::join!(secure(Box::new(ours), options, host), accepting);
+        secured
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_version_1_encrypts_but_proves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let root = format!("sslrootcert={}", root.display());
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384] {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            let issued = named().signed_by(&key, &authority.issuer).unwrap();
+            let der = version_1(issued.der(), authority.issuer.key());
+            let chain = [CertificateDer::from(der)];
+            for version in ["TLSv1.2", "TLSv1.3"] {
+                let text = format!("ssl_max_protocol_version={version} sslmode");
+                for mode in ["prefer", "require"] {
+                    let options = options(&format!("{text}={mode}"));
+                    let secured = shake_hands(&options, NAME, &chain, &key).await.unwrap();
+                    assert_eq!(secured.end_point, certificate::end_point_hash(&chain[0]));
+                    // Its key is another's.
+                    let other = KeyPair::generate_for(algorithm).unwrap();
+                    assert!(shake_hands(&options, NAME, &chain, &other).await.is_err());
+                }
+                for mode in ["require", "verify-ca", "verify-full"] {
+                    let options = options(&format!("{text}={mode} {root}"));
+                    let refused = shake_hands(&options, NAME, &chain, &key).await.err().unwrap();
+                    assert_eq!(refused.kind(), Kind::Denied);
+                    assert!(refused.message().contains("X.509 version 1"), "{refused:?}");
+                    assert!(refused.hint_text().unwrap().contains("Reissue it with extensions"));
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_version_1_that_is_itself_a_root_is_trusted() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let der = version_1(named().self_signed(&key).unwrap().der(), &key);
+        let chain = [CertificateDer::from(der)];
+        let root = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let options = options(&format!("sslmode=verify-full sslrootcert={}", root.display()));
+        shake_hands(&options, NAME, &chain, &key).await.unwrap();
+        assert!(shake_hands(&options, "other.example.org", &chain, &key).await.is_err());
+    }
+
+    #[test]
+    fn a_client_certificate_of_version_1_is_used_when_its_key_fits() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let der = version_1(named().self_signed(&key).unwrap().der(), &key);
+        let path = write_pem(folder.path(), "CERTIFICATE", &der);
+        let provider = rustls::crypto::ring::default_provider();
+        let identity = |key: &KeyPair| {
+            let key = write_pem(folder.path(), "PRIVATE KEY", &key.serialize_der());
+            let text = format!("sslcert={} sslkey={}", path.display(), key.display());
+            client_identity(&options(&text), &provider)
+        };
+        assert!(identity(&key).unwrap().is_some());
+        let refused = identity(&KeyPair::generate().unwrap()).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Config);
+    }
+    #[tokio::test]
+    async fn a_common_name_does_not_get_around_an_authoritys_name_constraints() {
+        let folder = tempfile::tempdir().unwrap();
+        for (domains, by_common_name) in [(&[][..], true), (&["example.net"], false)] {
+            let authority = authority_for(domains);
+            let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+            let key = KeyPair::generate().unwrap();
+            let chain = [named().signed_by(&key, &authority.issuer).unwrap().der().clone()];
+            for (mode, accepted) in [("verify-full", by_common_name), ("verify-ca", true)] {
+                let options = options(&format!("sslmode={mode} sslrootcert={}", root.display()));
+                let secured = shake_hands(&options, NAME, &chain, &key).await;
+                assert_eq!(secured.is_ok(), accepted, "{mode} {domains:?}");
+            }
+        }
+    }
+    /// The authority's list of the certificates it revoked.
+    fn revoked(
+        authority: &Authority,
+        serial_numbers: &[u64],
+        next_update_year: i32,
+    ) -> CertificateRevocationListDer<'static> {
+        let revoke = |number: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*number),
+            revocation_time: date_time_ymd(2020, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2020, 1, 1),
+            next_update: date_time_ymd(next_update_year, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: serial_numbers.iter().map(revoke).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&authority.issuer).unwrap().der().clone()
+    }
+
+    #[tokio::test]
+    async fn a_revoked_certificate_and_a_list_out_of_date_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let key = KeyPair::generate().unwrap();
+        let mut params = named();
+        params.serial_number = Some(SerialNumber::from(7));
+        let chain = [params.signed_by(&key, &authority.issuer).unwrap().der().clone()];
+        // The server's own certificate is in the root file as well.
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let pem = std::fs::read_to_string(&root).unwrap();
+        let own = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let both = pem + &std::fs::read_to_string(own).unwrap();
+        std::fs::write(&root, both).unwrap();
+        for (serial_numbers, next_update_year, accepted) in
+            [(&[8][..], 2900, true), (&[7], 2900, false), (&[8], 2021, false)]
+        {
+            let list = revoked(&authority, serial_numbers, next_update_year);
+            let list = write_pem(folder.path(), "X509 CRL", &list);
+            let (root, list) = (root.display(), list.display());
+            let options = options(&format!("sslmode=verify-full sslrootcert={root} sslcrl={list}"));
+            let secured = shake_hands(&options, NAME, &chain, &key).await;
+            assert_eq!(secured.is_ok(), accepted, "{serial_numbers:?} {next_update_year}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_self_signed_certificate_is_on_nobodys_list_of_revocations() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let chain = [named().self_signed(&key).unwrap().der().clone()];
+        let root = write_pem(folder.path(), "CERTIFICATE", &chain[0]);
+        let list = write_pem(folder.path(), "X509 CRL", &revoked(&authority(), &[8], 2900));
+        let (root, list) = (root.display(), list.display());
+        let options = options(&format!("sslmode=verify-full sslrootcert={root} sslcrl={list}"));
+        shake_hands(&options, NAME, &chain, &key).await.unwrap();
     }
 }

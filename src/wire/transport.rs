@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::linux::net::SocketAddrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -141,12 +140,11 @@ fn refused(error: &io::Error, hint: &str) -> Error {
 }
 
 async fn connect_unix(path: &str) -> io::Result<UnixStream> {
-    let Some(name) = path.strip_prefix('@') else { return UnixStream::connect(path).await };
-    // The abstract name space answers at once, so a blocking connect does not block.
-    let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
-    let stream = std::os::unix::net::UnixStream::connect_addr(&address)?;
-    stream.set_nonblocking(true)?;
-    UnixStream::from_std(stream)
+    match path.strip_prefix('@') {
+        None => UnixStream::connect(path).await,
+        // The form in which the operating system takes a name of the abstract name space.
+        Some(name) => UnixStream::connect(format!("\0{name}")).await,
+    }
 }
 
 fn set_options(stream: &TcpStream, options: TcpOptions) -> io::Result<()> {
@@ -171,4 +169,33 @@ fn set_options(stream: &TcpStream, options: TcpOptions) -> io::Result<()> {
         socket.set_tcp_user_timeout(Some(timeout))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, SockAddr, Type};
+
+    #[test]
+    fn an_abstract_socket_that_nobody_accepts_on_does_not_block() {
+        let name = format!("tidemark-test-{}", std::process::id());
+        let listening = socket2::Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listening.bind(&SockAddr::unix(format!("\0{name}")).unwrap()).unwrap();
+        listening.listen(0).unwrap();
+        let (done, outcome) = std::sync::mpsc::sync_channel(1);
+        // A thread of its own: one that blocks is left behind.
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let address = Address::Unix(format!("@{name}"));
+                let tcp = TcpOptions { keepalive: None, user_timeout_ms: 0 };
+                let first = Socket::connect(&address, tcp).await;
+                assert!(first.is_ok(), "{first:?}");
+                let second = Socket::connect(&address, tcp).await;
+                done.send(second.map(|_| ()).map_err(|error| error.kind())).unwrap();
+            });
+        });
+        let second = outcome.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert_eq!(second, Err(Kind::Unavailable));
+    }
 }

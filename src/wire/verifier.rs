@@ -3,17 +3,24 @@
 //! WebPKI's rules apply, with two allowances that OpenSSL and so libpq make and that real PostgreSQL
 //! servers need: a certificate that is itself in the root file is trusted (the self-signed server
 //! certificate of PostgreSQL's own manual), and a certificate without a subject alternative name of
-//! the right type is matched by its common name.
+//! the right type is matched by its common name, unless an authority limits the names it
+//! may vouch for. WebPKI does not read certificates of X.509 version 1,
+//! which `openssl x509 -req` makes when it is given no extensions; they encrypt like any other, but only
+//! one that is itself in the root file is trusted.
 
+use std::fmt;
 use std::sync::Arc;
 
-use rustls::CertificateError::{self, NotValidForName, NotValidForNameContext};
+use rustls::CertificateError::{self, NotValidForName, NotValidForNameContext, Other};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::crypto::{
+    WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
+    verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+use rustls::{DigitallySignedStruct, Error, OtherError, SignatureScheme};
 
 use super::certificate;
 
@@ -23,10 +30,46 @@ pub(super) enum Certainty {
     /// Nothing but that the server holds its key.
     Encryption,
     /// It leads to a trusted root.
-    Chain { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+    Chain(Roots),
     /// It leads to a trusted root and is for the host we asked for.
-    ChainAndName { chain: Arc<WebPkiServerVerifier>, trusted: Vec<CertificateDer<'static>> },
+    ChainAndName(Roots),
 }
+
+/// Whether there are lists of revoked certificates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Revocations {
+    None,
+    Listed,
+}
+
+/// Where a chain must lead.
+#[derive(Debug)]
+pub(super) struct Roots {
+    pub(super) chain: Arc<WebPkiServerVerifier>,
+    pub(super) trusted: Vec<CertificateDer<'static>>,
+    pub(super) revocations: Revocations,
+}
+
+impl Roots {
+    /// Whether a certificate is trusted without a chain, being a root itself. One that an authority
+    /// issued may have been revoked by it since.
+    fn hold(&self, end_entity: &CertificateDer<'_>) -> bool {
+        self.trusted.iter().any(|root| root.as_ref() == end_entity.as_ref())
+            && (self.revocations == Revocations::None || certificate::is_self_issued(end_entity))
+    }
+}
+
+/// A chain cannot be verified because of a certificate of X.509 version 1 in it.
+#[derive(Debug)]
+pub(super) struct OfVersion1;
+
+impl fmt::Display for OfVersion1 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a certificate of X.509 version 1 cannot be verified")
+    }
+}
+
+impl std::error::Error for OfVersion1 {}
 
 /// Verifies certificates and handshake signatures.
 #[derive(Debug)]
@@ -50,16 +93,16 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let (chain, trusted, name_matters) = match &self.certainty {
+        let (roots, name_matters) = match &self.certainty {
             Certainty::Encryption => return Ok(ServerCertVerified::assertion()),
-            Certainty::Chain { chain, trusted } => (chain, trusted, false),
-            Certainty::ChainAndName { chain, trusted } => (chain, trusted, true),
+            Certainty::Chain(roots) => (roots, false),
+            Certainty::ChainAndName(roots) => (roots, true),
         };
-        if trusted.iter().any(|root| root.as_ref() == end_entity.as_ref()) {
+        if roots.hold(end_entity) {
             certificate::check_validity(end_entity, now)?;
         } else {
             // WebPKI looks at the name last: with a name error everything else was in order.
-            let verified = chain.verify_server_cert(
+            let verified = roots.chain.verify_server_cert(
                 end_entity,
                 intermediates,
                 server_name,
@@ -70,11 +113,29 @@ impl ServerCertVerifier for Verifier {
                 Ok(_) => return Ok(ServerCertVerified::assertion()),
                 Err(Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
                 }
+                Err(Error::InvalidCertificate(Other(_)))
+                    if std::iter::once(end_entity)
+                        .chain(intermediates)
+                        .any(|one| certificate::version_1_key(one).is_some()) =>
+                {
+                    return Err(Other(OtherError(Arc::new(OfVersion1))).into());
+                }
                 Err(error) => return Err(error),
             }
         }
         if name_matters {
-            verify_name(end_entity, server_name)?
+            // WebPKI holds only alternative names against an authority's constraints.
+            let by_common_name = if roots
+                .trusted
+                .iter()
+                .chain(intermediates)
+                .any(|authority| certificate::constrains_names(authority))
+            {
+                ByCommonName::Refused
+            } else {
+                ByCommonName::Accepted
+            };
+            verify_name(end_entity, server_name, by_common_name)?
         }
         Ok(ServerCertVerified::assertion())
     }
@@ -85,7 +146,10 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
+        match certificate::version_1_key(cert) {
+            Some(key) => verify_tls12_signature_with_raw_key(message, &key, dss, &self.algorithms),
+            None => verify_tls12_signature(message, cert, dss, &self.algorithms),
+        }
     }
 
     fn verify_tls13_signature(
@@ -94,7 +158,10 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        match certificate::version_1_key(cert) {
+            Some(key) => verify_tls13_signature_with_raw_key(message, &key, dss, &self.algorithms),
+            None => verify_tls13_signature(message, cert, dss, &self.algorithms),
+        }
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -102,17 +169,54 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
+/// As [`verify_tls12_signature`], for a key without its certificate: TLS 1.2 leaves open which of a
+/// scheme's algorithms is meant, so the one for the key's kind is.
+fn verify_tls12_signature_with_raw_key(
+    message: &[u8],
+    key: &SubjectPublicKeyInfoDer<'_>,
+    dss: &DigitallySignedStruct,
+    algorithms: &WebPkiSupportedAlgorithms,
+) -> Result<HandshakeSignatureValid, Error> {
+    let (kind, key) = certificate::key_parts(key).ok_or(CertificateError::BadEncoding)?;
+    let candidates = algorithms.mapping.iter().filter(|(scheme, _)| *scheme == dss.scheme);
+    let algorithm = candidates
+        .flat_map(|(_, candidates)| *candidates)
+        .find(|candidate| candidate.public_key_alg_id().as_ref() == kind)
+        .ok_or(rustls::PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme)?;
+    algorithm
+        .verify_signature(key, message, dss.signature())
+        .map_err(|_invalid| CertificateError::BadSignature)?;
+    Ok(HandshakeSignatureValid::assertion())
+}
+
+/// Whether a common name may stand in for a missing alternative name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ByCommonName {
+    Accepted,
+    Refused,
+}
+
 /// The certificate names the host: by a subject alternative name, or without one of its type by its
 /// common name.
-fn verify_name(end_entity: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Error> {
-    let parsed = ParsedCertificate::try_from(end_entity)?;
-    let refused = match rustls::client::verify_server_name(&parsed, name) {
-        Ok(()) => return Ok(()),
-        Err(error) => error,
+fn verify_name(
+    end_entity: &CertificateDer<'_>,
+    name: &ServerName<'_>,
+    by_common_name: ByCommonName,
+) -> Result<(), Error> {
+    let refused = match certificate::version_1_key(end_entity) {
+        // It has no alternative names.
+        Some(_) => CertificateError::NotValidForName.into(),
+        None => {
+            let parsed = ParsedCertificate::try_from(end_entity)?;
+            match rustls::client::verify_server_name(&parsed, name) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            }
+        }
     };
     match certificate::common_name_matches(end_entity, name) {
-        Some(true) => Ok(()),
-        Some(false) => Err(CertificateError::NotValidForName.into()),
+        Some(true) if by_common_name == ByCommonName::Accepted => Ok(()),
+        Some(_) => Err(CertificateError::NotValidForName.into()),
         None => Err(refused),
     }
 }

@@ -431,6 +431,44 @@ async fn refusals_say_what_to_do() {
 }
 
 #[tokio::test]
+async fn refusals_name_the_file_the_limit_and_the_timeline() {
+    let settings = Settings::default()
+        .hba("local all postgres trust")
+        .hba("host all postgres,limited 127.0.0.1/32 trust")
+        .hba("host replication postgres 127.0.0.1/32 trust");
+    let server = Postgres::start(&Binaries::of_this_run(), &settings);
+    server.psql("create role limited login connection limit 0");
+    let text = format!("host=127.0.0.1 port={} user=limited", server.port());
+    let (kind, text) = refusal(&text, Session::Database).await;
+    assert_eq!(kind, Kind::Unavailable);
+    assert!(text.contains("ALTER ROLE \"limited\" CONNECTION LIMIT"), "{text}");
+
+    let mut connection = replicate(&server).await;
+    let identity = connection.identify_system().await.unwrap();
+    let elsewhere = TimelineId::try_from(99).unwrap();
+    let started = connection.start_replication(None, identity.flushed_end_lsn, elsewhere).await;
+    let error = match started {
+        Ok(mut stream) => stream.next().await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+
+    let hidden = server.data().join("hidden");
+    std::fs::write(&hidden, "x").unwrap();
+    std::process::Command::new("chmod").args(["0000"]).arg(&hidden).status().unwrap();
+    let options =
+        BaseBackupOptions { checkpoint: CheckpointMode::Fast, ..BaseBackupOptions::default() };
+    let mut backup = replicate(&server).await.base_backup(&options).await.unwrap();
+    let error = loop {
+        if let Err(error) = backup.next().await {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), Kind::Denied, "{error:?}");
+    assert!(error.hint_text().unwrap().contains("may not read that file"), "{error:?}");
+}
+
+#[tokio::test]
 async fn passwords_by_md5_and_from_a_file_are_accepted() {
     if Binaries::of_this_run().major() >= 19 {
         return;
@@ -729,6 +767,56 @@ async fn certificates_as_postgresqls_manual_makes_them_are_trusted() {
     );
     connect(&format!("{at} host=db.example.org channel_binding=require")).await.unwrap();
     assert!(connect(&format!("{at} host=other.example.org")).await.is_err());
+}
+
+/// Runs the system's openssl in `folder`.
+fn openssl(folder: &Path, arguments: &str) {
+    let mut command = std::process::Command::new("openssl");
+    let done = command.current_dir(folder).args(arguments.split(' ')).output().unwrap();
+    assert!(done.status.success(), "{arguments}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[tokio::test]
+async fn certificates_without_extensions_encrypt_and_say_who_we_are() {
+    // openssl x509 -req, as PostgreSQL's manual has it: of X.509 version 1.
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    openssl(folder.path(), "req -new -x509 -nodes -subj /CN=root -out root.crt -keyout root.key");
+    for (name, subject) in [("server", "/CN=db.example.org"), ("client", "/CN=cert")] {
+        let key = format!("{name}.key");
+        openssl(
+            folder.path(),
+            &format!("req -new -nodes -subj {subject} -out {name}.csr -keyout {key}"),
+        );
+        openssl(
+            folder.path(),
+            &format!(
+                "x509 -req -in {name}.csr -CA root.crt -CAkey root.key -CAcreateserial -out {name}.crt"
+            ),
+        );
+    }
+    let read = |name: &str| std::fs::read_to_string(at(name)).unwrap();
+    write_private(&at("client.key"), &read("client.key"));
+    let authority = Authority { pem: read("root.crt"), ..Authority::new("unused") };
+    let server = tls_server(&authority, &(read("server.crt"), read("server.key")));
+    let text = format!("hostaddr=127.0.0.1 port={} user", server.port());
+    for version in ["TLSv1.2", "TLSv1.3"] {
+        let version = format!("ssl_max_protocol_version={version}");
+        let scram = format!("{text}=scram password=s3cret-scram {version}");
+        for more in ["sslmode=prefer", "sslmode=require channel_binding=require"] {
+            connect(&format!("{scram} {more}")).await.unwrap();
+        }
+        let root = at("root.crt").display().to_string();
+        let verify = format!("{scram} host=db.example.org sslmode=verify-full sslrootcert={root}");
+        let (kind, found) = refusal(&verify, Session::Physical).await;
+        assert_eq!(kind, Kind::Denied);
+        assert!(found.contains("X.509 version 1") && found.contains("Reissue it"), "{found}");
+        let (cert, key) = (at("client.crt"), at("client.key"));
+        let (cert, key) = (cert.display(), key.display());
+        connect(&format!("{text}=cert sslmode=require sslcert={cert} sslkey={key} {version}"))
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test]
