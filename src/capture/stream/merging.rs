@@ -81,10 +81,11 @@ async fn merge(
     }
     let report = compaction::apply(repository, &plan, &options).await?;
     tracing::debug!(
-        "merged {} WAL extents into {}, deleted {}",
+        "merged {} WAL extents into {}, deleted {}, left {} that others made",
         report.joined_count,
         report.joint_count,
-        report.deleted_count
+        report.deleted_count,
+        report.kept_count
     );
     for damaged in &report.damaged {
         tracing::error!("a WAL extent in the repository is damaged: {damaged}");
