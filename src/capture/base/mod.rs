@@ -13,6 +13,7 @@
 //! the store answers; one that is killed leaves packs without a manifest, which no listing shows as a
 //! backup and the sweep removes.
 
+mod agreement;
 mod files;
 pub mod pages;
 pub mod progress;
@@ -26,11 +27,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::capture::stream::{self, Status, Stream, StreamOptions};
+use crate::capture::stream::{Status, Stream, StreamOptions};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::backup_label::BackupFrom;
-use crate::pg::{BackupLabel, ControlFile, Lsn, TimelineId};
+use crate::pg::{BackupLabel, Lsn, TimelineId};
 use crate::repo::{
     BackupId, BackupWriter, ChecksumFailure, LeaseOptions, Manifest, ManifestFacts, PackOptions,
     PackedBackup, Repository, Tablespace, Writer,
@@ -39,6 +40,7 @@ use crate::wire::{
     BaseBackup, BaseBackupEvent, BaseBackupOptions, CheckpointMode, ConnectOptions, Connection,
 };
 
+use agreement::Ends;
 use files::Files;
 use pages::{Check, Pages};
 use settings::ServerFacts;
@@ -356,7 +358,20 @@ impl<'a> Copy<'a> {
                 BaseBackupEvent::End { end_lsn, timeline } => end = Some((end_lsn, timeline)),
             }
         }
-        self.end(end.ok_or_else(out_of_order)?)
+        // A server may have no more connections than this one to give.
+        drop(source);
+        let mut ended = self.end(end.ok_or_else(out_of_order)?)?;
+        let ends = Ends {
+            start_timeline: ended.id.timeline(),
+            start_lsn: ended.id.start_lsn(),
+            end_timeline: ended.end_timeline,
+            end_lsn: ended.end_lsn,
+        };
+        let clock = self.base.writer.repository().clock();
+        let facts = &mut ended.facts;
+        facts.history =
+            ends.history(&facts.history, facts.system_id, &self.base.postgres, clock).await?;
+        Ok(ended)
     }
 
     fn begin(
@@ -397,7 +412,7 @@ impl<'a> Copy<'a> {
         let (id, start_time) = self.begun.ok_or_else(out_of_order)?;
         let facts = self.facts.take().ok_or_else(out_of_order)?;
         let (label, control) = std::mem::take(&mut self.files).finish()?;
-        check_agreement(id, &facts, &label, &control, end_timeline)?;
+        agreement::check(id, &facts, &label, &control)?;
         Ok(Ended {
             id,
             facts,
@@ -419,34 +434,6 @@ impl<'a> Copy<'a> {
             backup.abort().await;
         }
     }
-}
-
-/// What the files say must be what the protocol said.
-fn check_agreement(
-    id: BackupId,
-    facts: &ServerFacts,
-    label: &BackupLabel,
-    control: &ControlFile,
-    end_timeline: TimelineId,
-) -> Result<()> {
-    let differs = |found: String| {
-        Err(Error::new(
-            Kind::Corrupt,
-            format!("the server's base backup contradicts itself: {found}"),
-        ))
-    };
-    if label.start_lsn != id.start_lsn() || label.timeline != id.timeline() {
-        let (lsn, timeline) = (label.start_lsn, label.timeline);
-        return differs(format!("backup_label names {lsn} on timeline {timeline} for '{id}'"));
-    }
-    if end_timeline != id.timeline() {
-        return differs(format!("it ends on timeline {end_timeline}"));
-    }
-    stream::server::check_system(facts.system_id, control.system_id)?;
-    if control.wal_segment_size != facts.segment_size {
-        return differs("pg_control names another WAL segment size".to_owned());
-    }
-    Ok(())
 }
 
 fn out_of_order() -> Error {
