@@ -245,11 +245,18 @@ async fn make_ready(
 ) -> Result<()> {
     let repository: &Repository = base.writer.repository();
     base.progress.enter(BaseBackupPhase::Rechecking);
+    // Beyond a limit they are counted only.
     let suspects = packed.checksum_failures().to_vec();
+    let suspect_count = packed.checksum_failure_count();
     let start_lsn = ended.id.start_lsn();
     let damaged = pages::recheck(&suspects, start_lsn, &base.postgres, repository.clock()).await;
     packed.forgive(|suspect| !damaged.contains(suspect));
-    judge(base.options.page_checksums, packed)?;
+    let damage = Damage {
+        named: packed.checksum_failures(),
+        count: packed.checksum_failure_count(),
+        unread_count: suspect_count - suspects.len() as u64,
+    };
+    damage.judge(base.options.page_checksums)?;
     base.progress.enter(BaseBackupPhase::WaitingForWal);
     let facts = &ended.facts;
     let needed =
@@ -257,30 +264,50 @@ async fn make_ready(
     feed.wait(&needed, repository, base.options.wal_stall_max).await
 }
 
-/// Says what is wrong with the pages, or fails for it.
-fn judge(wanted: PageChecksums, packed: &PackedBackup) -> Result<()> {
-    let failures: &[ChecksumFailure] = packed.checksum_failures();
-    for failure in failures {
-        let ChecksumFailure { path, block, expected, found } = failure;
-        tracing::warn!(
-            "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
-        );
+/// What is wrong with the pages.
+#[derive(Clone, Copy, Debug)]
+struct Damage<'a> {
+    /// The first of them.
+    named: &'a [ChecksumFailure],
+    /// All of them.
+    count: u64,
+    /// Those of all that were not read again, as only so many are remembered; torn pages may be among them.
+    unread_count: u64,
+}
+
+impl Damage<'_> {
+    /// Says what is wrong, or fails for it.
+    fn judge(self, wanted: PageChecksums) -> Result<()> {
+        for failure in self.named {
+            let ChecksumFailure { path, block, expected, found } = failure;
+            tracing::warn!(
+                "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
+            );
+        }
+        let unread = match self.unread_count {
+            0 => String::new(),
+            count => format!("; {count} of them were too many to be read again"),
+        };
+        if self.unread_count > 0 {
+            tracing::warn!("{} pages have a wrong checksum{unread}", self.count);
+        }
+        if self.count == 0 || wanted != PageChecksums::Fail {
+            return Ok(());
+        }
+        let named = self.named.iter().take(NAMED_FAILURES_MAX);
+        let named: Vec<String> =
+            named.map(|failure| format!("block {} of '{}'", failure.block, failure.path)).collect();
+        let more =
+            if self.count > named.len() as u64 && !named.is_empty() { ", and more" } else { "" };
+        let colon = if named.is_empty() { "" } else { ": " };
+        let (count, named) = (self.count, named.join(", "));
+        let message =
+            format!("{count} pages on the server are damaged{colon}{named}{more}{unread}");
+        Err(Error::new(Kind::Corrupt, message).hint(
+            "Repair the tables from an older backup, or take this one with damage as a warning only \
+             (--page-checksums warn).",
+        ))
     }
-    if failures.is_empty() || wanted != PageChecksums::Fail {
-        return Ok(());
-    }
-    let named: Vec<String> = failures
-        .iter()
-        .take(NAMED_FAILURES_MAX)
-        .map(|failure| format!("block {} of '{}'", failure.block, failure.path))
-        .collect();
-    let more = if failures.len() > named.len() { ", and more" } else { "" };
-    let (count, named) = (packed.checksum_failure_count(), named.join(", "));
-    let message = format!("{count} pages on the server are damaged: {named}{more}");
-    Err(Error::new(Kind::Corrupt, message).hint(
-        "Repair the tables from an older backup, or take this one with damage as a warning only \
-         (--page-checksums warn).",
-    ))
 }
 
 impl Ended {
@@ -438,4 +465,34 @@ impl<'a> Copy<'a> {
 
 fn out_of_order() -> Error {
     Error::new(Kind::Bug, "the events of a base backup came out of order")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_were_too_many_to_be_read_again_fail_a_backup_as_well() {
+        let failure =
+            |block| ChecksumFailure { path: "base/5/1".to_owned(), block, expected: 1, found: 2 };
+        let said = |named: &[ChecksumFailure], count, unread_count| {
+            let damage = Damage { named, count, unread_count };
+            damage.judge(PageChecksums::Warn).unwrap();
+            let error = damage.judge(PageChecksums::Fail).err()?;
+            assert_eq!(error.kind(), Kind::Corrupt);
+            Some(error.message().to_owned())
+        };
+        assert_eq!(said(&[], 0, 0), None);
+        assert_eq!(
+            said(&[failure(7)], 1, 0).unwrap(),
+            "1 pages on the server are damaged: block 7 of 'base/5/1'"
+        );
+        // All that were read again were fine, which says nothing of the others.
+        assert_eq!(
+            said(&[], 4, 4).unwrap(),
+            "4 pages on the server are damaged; 4 of them were too many to be read again"
+        );
+        let message = said(&[failure(7)], 3, 2).unwrap();
+        assert!(message.contains("block 7 of 'base/5/1', and more; 2 of them"), "{message}");
+    }
 }
