@@ -522,14 +522,14 @@ impl BackupWriter {
         Err(self.failure(stopped).await)
     }
 
-    /// Why the collector ended; `otherwise` when that was told before.
+    /// Why the collector ended; `otherwise` when that was told before, or when it is the collector that
+    /// would wait for ever: for blocks that no worker is left to do.
     async fn failure(&mut self, otherwise: Error) -> Error {
-        match self.collector.take() {
-            None => otherwise,
-            Some(collector) => match joined(collector.await) {
-                Err(error) => error,
-                Ok(_) => otherwise,
-            },
+        let Some(collector) = self.collector.take() else { return otherwise };
+        self.shared.stop.cancel();
+        match joined(collector.await) {
+            Err(error) if error.kind() != Kind::Cancelled => error,
+            _ => otherwise,
         }
     }
 

@@ -367,6 +367,43 @@ async fn an_outage_of_minutes_costs_a_backup_nothing_but_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_panics_fails_the_backup_and_does_not_hold_it_up() {
+    struct Panics;
+    impl Inspect for Panics {
+        fn block(&self, file: &FileMeta, _: u64, _: &[Bytes]) -> Vec<ChecksumFailure> {
+            assert!(file.path != path("base/3"), "on purpose");
+            Vec::new()
+        }
+    }
+    let place = Place::new().await;
+    let mut backup = place.begin(1, Arc::new(Panics)).await;
+    let packing = async {
+        for index in 0..40 {
+            let data = content(index, 1 << 20, false);
+            put_file(&mut backup, &format!("base/{index}"), &data, 1 << 20).await?;
+        }
+        backup.finish_packs().await.map(drop)
+    };
+    let outcome = tokio::time::timeout(std::time::Duration::from_secs(20), packing).await;
+    let error = outcome.expect("it does not wait for a block that never comes").unwrap_err();
+    assert_eq!(error.kind(), Kind::Bug, "{error}");
+    assert!(error.message().contains("without finishing its block"), "{error}");
+    assert_eq!(place.names().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_workers_are_gone_says_so() {
+    let place = Place::new().await;
+    let mut backup = place.begin(u64::MAX, Arc::new(NoInspection)).await;
+    put_file(&mut backup, "a", &content(1, 1 << 20, false), 1 << 20).await.unwrap();
+    backup.pool.close();
+    let data = content(2, 1 << 20, false);
+    let put = put_file(&mut backup, "b", &data, 1 << 20);
+    let outcome = tokio::time::timeout(std::time::Duration::from_secs(20), put).await;
+    outcome.expect("nor does it wait for the collector").unwrap_err();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
     let place = Place::new().await;
     let mut backup = place.begin(3 << 20, Arc::new(NoInspection)).await;

@@ -56,12 +56,25 @@ pub(super) fn pack_block(
     worker: &mut Worker,
     events: &mpsc::Sender<Event>,
 ) {
+    let unfinished = Unfinished(events);
     let event = match work(shared, pack, block, worker, events) {
         Ok(event) => event,
         Err(error) => Event::Failed(error),
     };
+    std::mem::forget(unfinished);
     // A collector that has gone knows why.
     let _told = tell(events, event);
+}
+
+/// A block that is being worked on: when a panic ends that, nobody but this tells the collector, which
+/// would wait for the block for ever.
+struct Unfinished<'a>(&'a mpsc::Sender<Event>);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        let found = "a worker ended without finishing its block; see the log";
+        let _told = tell(self.0, Event::Failed(Error::new(Kind::Bug, found)));
+    }
 }
 
 /// Tells the collector; false when it has gone. Blocks only when it is behind, which it hardly ever
