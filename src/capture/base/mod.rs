@@ -42,7 +42,7 @@ use crate::wire::{
 
 use agreement::Ends;
 use files::Files;
-use pages::{Check, Pages};
+use pages::Pages;
 use settings::ServerFacts;
 use wal::{Feed, NeededWal};
 
@@ -411,11 +411,7 @@ impl<'a> Copy<'a> {
         let now = base.writer.repository().clock().now();
         let id = BackupId::new(now, timeline, start_lsn);
         let facts = self.facts.as_ref().ok_or_else(out_of_order)?;
-        let check = match base.options.page_checksums {
-            PageChecksums::Ignore => Check::None,
-            PageChecksums::Warn | PageChecksums::Fail if facts.has_checksums => Check::Every,
-            PageChecksums::Warn | PageChecksums::Fail => Check::None,
-        };
+        let check = facts.page_check(base.options.page_checksums);
         let pages = Arc::new(Pages::new(start_lsn, check));
         self.backup = Some(base.writer.backup(id, base.options.pack.clone(), pages)?);
         self.begun = Some((id, now));
