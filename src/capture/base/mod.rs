@@ -195,11 +195,7 @@ async fn take(
         }
     };
     base.progress.enter(BaseBackupPhase::Storing);
-    // Dropping it unfinished stops its uploads.
-    let mut packed = tokio::select! {
-        () = cancel.cancelled() => return Err(cancelled()),
-        packed = copy.finish_packs() => packed?,
-    };
+    let mut packed = copy.finish_packs(cancel).await?;
     let ready = tokio::select! {
         () = cancel.cancelled() => Err(cancelled()),
         ready = make_ready(base, feed, &mut packed, &ended) => ready,
@@ -448,8 +444,12 @@ impl<'a> Copy<'a> {
         })
     }
 
-    async fn finish_packs(&mut self) -> Result<PackedBackup> {
-        self.backup.take().ok_or_else(out_of_order)?.finish_packs().await
+    async fn finish_packs(&mut self, cancel: &CancellationToken) -> Result<PackedBackup> {
+        let backup = self.backup.take().ok_or_else(out_of_order)?;
+        match backup.finish_packs_unless(cancel).await {
+            Err(error) if error.kind() == Kind::Cancelled => Err(cancelled()),
+            other => other,
+        }
     }
 
     async fn abort(&mut self) {

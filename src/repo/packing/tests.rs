@@ -429,6 +429,28 @@ async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
     assert_eq!(place.names().await.len(), 2);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_stopped_while_its_last_packs_are_put_takes_all_of_them_back() {
+    let place = Place::new().await;
+    let mut backup = place.begin(1, Arc::new(NoInspection)).await;
+    for index in 0..4 {
+        let data = content(index, 1 << 20, false);
+        put_file(&mut backup, &format!("base/{index}"), &data, 1 << 18).await.unwrap();
+    }
+    while place.names().await.len() < 3 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    (0..100).for_each(|_| place.store.fail_next(Call::Put, Outcome::FailsBefore));
+    let cancel = CancellationToken::new();
+    let stopping = async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        cancel.cancel();
+    };
+    let (outcome, ()) = tokio::join!(backup.finish_packs_unless(&cancel), stopping);
+    assert_eq!(outcome.unwrap_err().kind(), Kind::Cancelled);
+    assert_eq!(place.names().await, Vec::<String>::new());
+}
+
 #[tokio::test]
 async fn a_pack_that_went_missing_or_a_day_that_passed_forbids_the_manifest() {
     let place = Place::new().await;
