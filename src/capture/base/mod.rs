@@ -15,6 +15,7 @@
 
 mod agreement;
 mod files;
+mod names;
 pub mod pages;
 pub mod progress;
 pub mod settings;
