@@ -403,6 +403,20 @@ async fn a_backup_whose_workers_are_gone_says_so() {
     outcome.expect("nor does it wait for the collector").unwrap_err();
 }
 
+#[tokio::test]
+async fn memory_is_kept_only_if_a_permit_pays_for_it() {
+    let place = Place::new().await;
+    let backup = place.begin(u64::MAX, Arc::new(NoInspection)).await;
+    let room = SMALL.part_bytes + BLOCK_BYTES + (1 << 16);
+    let kept = |capacity| {
+        let mut memory = Vec::with_capacity(capacity);
+        memory.push(1);
+        super::worker::keep_memory(&backup.shared, Bytes::from(memory));
+        std::mem::take(&mut *backup.shared.spare_parts.lock().unwrap()).len()
+    };
+    assert_eq!([kept(1 << 20), kept(room), kept(2 * room)], [0, 1, 0]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
     let place = Place::new().await;
