@@ -413,7 +413,7 @@ impl<'a> Copy<'a> {
         self.backup = Some(base.writer.backup(id, base.options.pack.clone(), pages)?);
         self.begun = Some((id, now));
         self.oids = tablespaces.iter().map(|tablespace| tablespace.oid).collect();
-        let total_kib: Option<u64> = tablespaces.iter().map(|tablespace| tablespace.size_kib).sum();
+        let total_bytes = announced_bytes(&tablespaces);
         for tablespace in tablespaces {
             if let (Some(oid), Some(location)) = (tablespace.oid, tablespace.location) {
                 self.tablespaces.push(Tablespace { oid, location });
@@ -422,7 +422,7 @@ impl<'a> Copy<'a> {
         base.progress.update(|now| {
             now.phase = BaseBackupPhase::Copying;
             now.id = Some(id);
-            now.total_bytes = total_kib.map(|kib| kib.saturating_mul(1024));
+            now.total_bytes = total_bytes;
         });
         tracing::info!("base backup '{id}' begins at {start_lsn} on timeline {timeline}");
         Ok(())
@@ -460,6 +460,13 @@ impl<'a> Copy<'a> {
     }
 }
 
+/// What the server expects to send; `None` when it did not say so for all of it.
+fn announced_bytes(tablespaces: &[crate::wire::Tablespace]) -> Option<u64> {
+    let add =
+        |total: u64, space: &crate::wire::Tablespace| Some(total.saturating_add(space.size_kib?));
+    Some(tablespaces.iter().try_fold(0, add)?.saturating_mul(1024))
+}
+
 fn out_of_order() -> Error {
     Error::new(Kind::Bug, "the events of a base backup came out of order")
 }
@@ -467,6 +474,18 @@ fn out_of_order() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn announced_sizes_are_added_whatever_they_are() {
+        let spaces = |sizes: &[Option<u64>]| -> Vec<crate::wire::Tablespace> {
+            let space = |size_kib| crate::wire::Tablespace { oid: None, location: None, size_kib };
+            sizes.iter().copied().map(space).collect()
+        };
+        assert_eq!(announced_bytes(&spaces(&[Some(1), Some(2)])), Some(3072));
+        assert_eq!(announced_bytes(&spaces(&[Some(1), None])), None);
+        assert_eq!(announced_bytes(&spaces(&[Some(u64::MAX), Some(1)])), Some(u64::MAX));
+        assert_eq!(announced_bytes(&[]), Some(0));
+    }
 
     #[test]
     fn pages_that_were_too_many_to_be_read_again_fail_a_backup_as_well() {
