@@ -18,11 +18,13 @@ use tidemark::repo::{
     BackupId, Check, ChecksumFailure, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName,
     PackOptions,
 };
+use tidemark::restore::Target;
 use tidemark::store::Store;
 use tidemark::store::memory::{Call, Outcome};
 use tidemark::wire::CheckpointMode;
 use tokio_util::sync::CancellationToken;
 
+use super::restore;
 use super::stream::{Place, Running, connect_options, settings, wal_end};
 use crate::harness::{Account, Binaries, Postgres, Settings};
 
@@ -235,6 +237,11 @@ async fn a_standby_whose_primary_fails_over_during_the_copy_is_backed_up_across_
     let public = &manifest.public;
     assert_eq!((public.timeline.get(), public.end_timeline.get()), (1, 2));
     place.check_wal(&[&standby]).await;
+    let planned = restore::plan(&place, &restore::request(Target::Latest)).await.unwrap();
+    assert_eq!((planned.backup.id, planned.timeline.get()), (public.id, 2));
+    let folder = restore::Folder::new();
+    restore::run(&place, &planned, &restore::options(&folder.data())).await.unwrap();
+    assert_eq!(restore::rows(&Binaries::of_this_run(), &folder.data()).len(), 21_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]

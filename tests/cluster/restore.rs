@@ -93,7 +93,7 @@ fn insert(server: &Postgres, row: u32) -> Commit {
     Commit { row, xid, time: time.replace(' ', "T").parse().unwrap(), end }
 }
 
-fn options(into: &Path) -> Options {
+pub fn options(into: &Path) -> Options {
     Options {
         into: into.to_path_buf(),
         tablespaces: Vec::new(),
@@ -107,12 +107,12 @@ fn options(into: &Path) -> Options {
     }
 }
 
-async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
+pub async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
     let reader = place.repository.reader(Vec::new());
     restore::plan(&reader, &place.catalog().await, request).await
 }
 
-async fn run(
+pub async fn run(
     place: &Place,
     plan: &Plan,
     options: &Options,
@@ -122,21 +122,21 @@ async fn run(
     restore::run(plan, options, &reader, &progress).await
 }
 
-fn request(target: Target) -> Request {
+pub fn request(target: Target) -> Request {
     Request { target, ..Request::default() }
 }
 
 /// A folder for a restore, with room beside it.
-struct Folder {
+pub struct Folder {
     home: tempfile::TempDir,
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self { home: Account::current().temp_dir("restore") }
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.home.path().join("data")
     }
 }
@@ -153,7 +153,7 @@ fn verify_backup(binaries: &Binaries, data: &Path) {
 }
 
 /// The ids in the table of a restored cluster, which is started and stopped for it.
-fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
+pub fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
     let restored = Postgres::adopt(binaries, data);
     restored.run();
     restored.wait_for("select pg_is_in_recovery()", "f");
