@@ -15,6 +15,8 @@
 //!   the restore.
 //! - `global/pg_control` is not written here but handed back, for it is the last file of a restore.
 //! - No link is made but those of tablespaces, and no name leads out of the data directory.
+//! - What is being filled can be written to by its owner, whatever its mode will be: a file gets that
+//!   when it is whole, a directory when all of the restore is there ([`DirectoryModes`]).
 //!
 //! # Durability
 //! Nothing here is synced; [`Directory::finish`] writes out whole file systems before the directory
@@ -63,6 +65,11 @@ const TURNS: usize = 32;
 /// Text of the `backup_manifest` collected before it is written.
 const MANIFEST_TEXT_BYTES: usize = 256 << 10;
 
+/// Mode bits that a file has until it is whole: its blocks come one by one.
+const FILLED_FILE_MODE: u32 = 0o600;
+/// Mode bits that a directory has until everything is there.
+const FILLED_DIRECTORY_MODE: u32 = 0o700;
+
 /// What the files of a backup came to.
 #[derive(Debug)]
 pub(crate) struct RestoredFiles {
@@ -70,10 +77,33 @@ pub(crate) struct RestoredFiles {
     pub(crate) control: Vec<u8>,
     /// Its mode.
     pub(crate) control_mode: u32,
+    /// What is left to be done with directories.
+    pub(crate) directory_modes: DirectoryModes,
     /// Regular files.
     pub(crate) file_count: u64,
     /// Bytes of them.
     pub(crate) plain_bytes: u64,
+}
+
+/// The directories whose mode could not be set yet: those that it keeps us out of, or that have a special
+/// bit. They are few, as a database's own are open to their owner and have none.
+#[derive(Debug, Default)]
+pub(crate) struct DirectoryModes(Vec<(PathBuf, u32)>);
+
+impl DirectoryModes {
+    /// Sets them; after that nothing more can be written to some of these directories.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub(crate) fn set(&self) -> Result<()> {
+        // A directory comes after the one it is in, which may let nobody pass any more.
+        self.0.iter().rev().try_for_each(|(path, mode)| set_mode(path, *mode))
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .context(|| format!("unable to set the mode of '{}'", path.display()))
 }
 
 /// The files of one backup and where they go.
@@ -124,7 +154,9 @@ pub(crate) async fn restore(files: Files<'_>) -> Result<RestoredFiles> {
             format!("unable to restore backup '{backup}': it has no '{XLOG_CONTROL_FILE}'"),
         )
     })?;
-    Ok(RestoredFiles { control, control_mode, file_count, plain_bytes })
+    let directory_modes =
+        std::mem::take(&mut *tree.directory_modes.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(RestoredFiles { control, control_mode, directory_modes, file_count, plain_bytes })
 }
 
 /// The WAL that a restore of the backup needs to be consistent, as its `backup_manifest` lists it.
@@ -161,7 +193,7 @@ async fn restore_pack(
     pack: &Arc<OpenPack>,
     budget: &Budget,
 ) -> Result<()> {
-    // Directories first: modes are set when all are there.
+    // Directories first, so that they have their modes and not those of one made for a file.
     tree.make_directories(&pack.footer)?;
     let count = pack.footer.entries.len();
     let jobs = (0..count).step_by(ENTRIES_PER_JOB).map(|from| {
@@ -224,6 +256,8 @@ struct Pending {
     cover: Cover,
     size_bytes: u64,
     crc32c: Option<u32>,
+    /// Permission bits that it gets when it is whole.
+    mode: u32,
 }
 
 /// The files being written.
@@ -236,6 +270,7 @@ struct Tree {
     pending: Mutex<HashMap<FilePath, Pending>>,
     /// Content and mode of `global/pg_control`.
     control: Mutex<Option<(Vec<u8>, u32)>>,
+    directory_modes: Mutex<DirectoryModes>,
     /// One for all files whose path has the same hash.
     turns: [Mutex<()>; TURNS],
     /// Worker threads finish the block they are at even when the restore was dropped.
@@ -250,6 +285,7 @@ impl Tree {
             progress: Arc::clone(progress),
             pending: Mutex::default(),
             control: Mutex::default(),
+            directory_modes: Mutex::default(),
             turns: Default::default(),
             _lock: directory.hold()?,
         })
@@ -308,14 +344,19 @@ impl Tree {
         for entry in directories {
             let path = self.place_of(&entry.path);
             self.make_directory(&path)?;
-            fs::set_permissions(&path, Permissions::from_mode(entry.mode & 0o777))
-                .context(|| format!("unable to set the mode of '{}'", path.display()))?;
+            let mode = entry.mode & 0o7777;
+            let while_filled = mode & 0o777 | FILLED_DIRECTORY_MODE;
+            set_mode(&path, while_filled)?;
+            if mode != while_filled {
+                let mut later = self.directory_modes.lock().unwrap_or_else(PoisonError::into_inner);
+                later.0.push((path, mode));
+            }
         }
         Ok(())
     }
 
     /// Makes the file with its size, so that what nothing is written to is zero; a file that an earlier
-    /// pack began is left as it is.
+    /// pack began is left as it is. One that is not empty stays open to its owner until it is whole.
     fn make_file(&self, entry: &Entry) -> Result<()> {
         let EntryKind::File { size_bytes, crc32c } = &entry.kind else {
             return self.check_link(entry);
@@ -335,7 +376,9 @@ impl Tree {
         let file =
             options.write(true).create_new(true).mode(0o600).open(&path).context(attempted)?;
         file.set_len(*size_bytes).context(attempted)?;
-        file.set_permissions(Permissions::from_mode(entry.mode & 0o777)).context(attempted)?;
+        let filled = if *size_bytes > 0 { FILLED_FILE_MODE } else { 0 };
+        let mode = entry.mode & 0o777 | filled;
+        file.set_permissions(Permissions::from_mode(mode)).context(attempted)?;
         if let Some(Owner { uid, gid }) = self.owner {
             std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).context(attempted)?;
         }
@@ -370,10 +413,11 @@ impl Tree {
             return Err(Error::new(Kind::Corrupt, message));
         }
         file.size_bytes = size_bytes;
+        file.mode = entry.mode & 0o777;
         file.crc32c = file.crc32c.or(crc32c);
         // Of a file that is not empty some byte is still to come, from this pack or a later one.
         if size_bytes == 0 {
-            self.settle(&mut pending, &entry.path)?;
+            settle(&mut pending, &entry.path)?;
         }
         Ok(begun)
     }
@@ -393,20 +437,14 @@ impl Tree {
             Error::new(Kind::Corrupt, message)
         })?;
         add(&mut file.cover).context(|| format!("unable to restore '{path}'"))?;
-        self.settle(&mut pending, path)
-    }
-
-    /// Checks a file that has become whole, and forgets it.
-    fn settle(&self, pending: &mut HashMap<FilePath, Pending>, path: &FilePath) -> Result<()> {
-        let Some(file) = pending.get(path) else { return Ok(()) };
-        let Some(crc32c) = file.crc32c.filter(|_| file.cover.is_whole(file.size_bytes)) else {
-            return Ok(());
-        };
-        file.cover
-            .check(file.size_bytes, crc32c)
-            .context(|| format!("unable to restore '{path}'"))?;
-        pending.remove(path);
-        Ok(())
+        let settled = settle(&mut pending, path)?;
+        drop(pending);
+        match settled.map(|file| file.mode) {
+            Some(mode) if mode | FILLED_FILE_MODE != mode && !is_control(path) => {
+                set_mode(&self.place_of(path), mode)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes a plain block: each span to its place.
@@ -469,6 +507,16 @@ impl Tree {
         let why = missing.map_or_else(|| "its CRC is in no pack".to_owned(), |e| e.to_string());
         Err(Error::new(Kind::Corrupt, format!("unable to restore '{path}': {why}")))
     }
+}
+
+/// Checks a file that has become whole, and gives it to be forgotten.
+fn settle(pending: &mut HashMap<FilePath, Pending>, path: &FilePath) -> Result<Option<Pending>> {
+    let Some(file) = pending.get(path) else { return Ok(None) };
+    let Some(crc32c) = file.crc32c.filter(|_| file.cover.is_whole(file.size_bytes)) else {
+        return Ok(None);
+    };
+    file.cover.check(file.size_bytes, crc32c).context(|| format!("unable to restore '{path}'"))?;
+    Ok(pending.remove(path))
 }
 
 fn is_control(path: &FilePath) -> bool {
@@ -548,5 +596,73 @@ impl FileList {
             .write_all(&text)
             .context(|| format!("unable to write '{}'", self.path.display()))?;
         Ok((self.file_count, self.plain_bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repo::Span;
+    use crate::restore::directory::Marker;
+
+    fn mode_of(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    fn entry(path: &str, mode: u32, kind: EntryKind) -> Entry {
+        Entry { path: FilePath::new(path).unwrap(), mode, mtime: 0, kind }
+    }
+
+    fn file(path: &str, mode: u32, content: &[u8]) -> Entry {
+        let (size_bytes, crc32c) = (content.len() as u64, Some(crc32c(content)));
+        entry(path, mode, EntryKind::File { size_bytes, crc32c })
+    }
+
+    #[test]
+    fn modes_that_forbid_writing_are_set_when_all_is_written() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("data");
+        let claimed = Directory::claim(&root, &Marker::new("main", "b", &[]), None).unwrap();
+        let tree = Tree::new(&claimed, &Arc::default()).unwrap();
+        let directory = |path, mode| entry(path, mode, EntryKind::Directory);
+        let footer = PackFooter {
+            entries: vec![
+                directory("closed", 0o500),
+                directory("closed/special", 0o3750),
+                file("closed/server.key", 0o400, b"k"),
+                file("closed/special/empty", 0o440, b""),
+                file("zeros", 0o444, &[0; 8]),
+                file("ordinary", 0o640, b"o"),
+            ],
+            ..PackFooter::default()
+        };
+        tree.make_directories(&footer).unwrap();
+        footer.entries.iter().for_each(|entry| match entry.kind {
+            EntryKind::Directory => {}
+            _ => tree.make_file(entry).unwrap(),
+        });
+        let mode = |path: &str| mode_of(&root.join(path));
+        assert_eq!(mode("closed/server.key"), 0o600);
+        assert_eq!((mode("closed/special/empty"), mode("zeros")), (0o440, 0o644));
+        assert_eq!((mode("closed"), mode("closed/special")), (0o700, 0o750));
+
+        let span = |entry| Span { entry, file_offset: 0, bytes: 1 };
+        let frame = FrameRecord {
+            source: 0,
+            offset: 0,
+            frame_bytes: 0,
+            plain_bytes: 2,
+            index: 0,
+            hash: [0; 16],
+            spans: vec![span(2), span(5)],
+        };
+        tree.write_block(&footer, &frame, b"ko").unwrap();
+        tree.note_zeros(&footer.entries[4], 0, 8).unwrap();
+        tree.finish().unwrap();
+        assert_eq!(fs::read(root.join("closed/server.key")).unwrap(), b"k");
+        assert_eq!((mode("closed/server.key"), mode("zeros")), (0o400, 0o444));
+        assert_eq!((mode("ordinary"), mode("closed")), (0o640, 0o700));
+        tree.directory_modes.lock().unwrap().set().unwrap();
+        assert_eq!((mode("closed"), mode("closed/special")), (0o500, 0o3750));
     }
 }

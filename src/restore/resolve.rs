@@ -43,6 +43,7 @@ const TIMED_EXTENTS_MAX: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Base {
     pub(crate) id: BackupId,
+    /// Of its end; that of its start is in its id.
     pub(crate) timeline: TimelineId,
     pub(crate) start_lsn: Lsn,
     pub(crate) end_lsn: Lsn,
@@ -189,12 +190,16 @@ impl Holdings {
     }
 }
 
-fn is_on_path(base: &Base, path: &[PathPart]) -> bool {
-    path.iter().any(|part| {
-        part.timeline == base.timeline
-            && part.start <= base.start_lsn
-            && part.end.is_none_or(|end| base.end_lsn <= end)
-    })
+/// Whether the backup starts and ends on the path; that of a standby may do so on two timelines of it.
+pub(super) fn is_on_path(base: &Base, path: &[PathPart]) -> bool {
+    let part_of = |timeline| path.iter().find(|part| part.timeline == timeline);
+    let starts = part_of(base.id.timeline()).is_some_and(|part| {
+        part.start <= base.start_lsn && part.end.is_none_or(|end| base.start_lsn < end)
+    });
+    let ends = part_of(base.timeline).is_some_and(|part| {
+        part.start <= base.end_lsn && part.end.is_none_or(|end| base.end_lsn <= end)
+    });
+    starts && ends
 }
 
 fn no_backup(request: &Request) -> Error {

@@ -2,7 +2,7 @@
 
 use super::craft::{Craft, Extents, ts};
 use super::plan::Request;
-use super::resolve::{Base, CaughtUp, Holdings, Resolved, resolve};
+use super::resolve::{Base, CaughtUp, Holdings, Resolved, is_on_path, resolve};
 use super::settings::Stop;
 use super::target::{Edge, Target, TimelineChoice};
 use crate::error::{Error, Kind};
@@ -458,4 +458,20 @@ proptest::proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_backup_of_a_standby_may_start_on_one_timeline_of_the_path_and_end_on_the_next() {
+    let two = TimelineId::new(2).unwrap();
+    let path = TimelineHistory::decode(two, b"1\t0/3001000\n").unwrap().path();
+    let first = TimelineHistory::first_timeline_only(TimelineId::FIRST).path();
+    let switch = Lsn(0x300_1000);
+    let mut across = base(&Craft::new(1, START), START, Lsn(switch.0 + 8), "10:00:10");
+    across.timeline = two;
+    assert!(is_on_path(&across, &path));
+    assert!(!is_on_path(&across, &first), "it is consistent on timeline 2 only");
+    let off = Base { start_lsn: switch, ..across.clone() };
+    assert!(!is_on_path(&off, &path), "timeline 1 went on without it");
+    let early = Base { end_lsn: Lsn(switch.0 - 8), ..across };
+    assert!(!is_on_path(&early, &path), "timeline 2 had not begun");
 }

@@ -166,6 +166,7 @@ pub async fn run(
         }));
 
         progress.begin(Phase::Syncing, 0);
+        restored.directory_modes.set()?;
         set_directory_mode(directory)?;
         claimed.finish(&restored.control, restored.control_mode)?;
         progress.begin(Phase::Done, 0);
@@ -268,6 +269,27 @@ fn read_conf(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
+/// Puts a new file with `content` in the place of a configuration file, which may be read-only, with the
+/// mode of that one if there is one. It is durable with all the rest, by [`Directory::finish`].
+fn replace(path: &Path, content: &[u8], owner: Option<Owner>) -> Result<()> {
+    use std::io::Write as _;
+    let attempted = || format!("unable to write '{}'", path.display());
+    let mode = match fs::symlink_metadata(path) {
+        Ok(found) => found.permissions().mode() & 0o777,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0o600,
+        Err(error) => return Err(Error::io(attempted(), &error)),
+    };
+    // Beside the marker, and with its name: no backup holds a file like that.
+    let fresh = path.with_file_name(format!("{}.conf", directory::MARKER));
+    let mut options = OpenOptions::new();
+    let mut file =
+        options.write(true).create_new(true).mode(0o600).open(&fresh).context(attempted)?;
+    file.write_all(content).context(attempted)?;
+    file.set_permissions(Permissions::from_mode(mode)).context(attempted)?;
+    owner.map_or(Ok(()), |owner| owner.give(&fresh))?;
+    fs::rename(&fresh, path).context(attempted)
+}
+
 /// 0700, or 0750 when the cluster allows its group to read: what PostgreSQL accepts.
 fn set_directory_mode(directory: &Directory) -> Result<()> {
     let version_file = directory.path().join("PG_VERSION");
@@ -317,6 +339,7 @@ impl Delivery<'_> {
         self.directory.owner().map_or(Ok(()), |owner| owner.give(path))
     }
 
+    /// Writes a file of ours; for one that the backup may hold see [`replace`].
     fn write(&self, path: &Path, content: &[u8]) -> Result<()> {
         use std::io::Write as _;
         let attempted = || format!("unable to write '{}'", path.display());
@@ -455,9 +478,9 @@ impl Delivery<'_> {
         let is_here = |place: &str| fs::canonicalize(place).ok() == fs::canonicalize(root).ok();
         let elsewhere = without_data_directory(&conf_text, is_here);
         if let Some((edited, _)) = &elsewhere {
-            self.write(&conf, edited)?;
+            replace(&conf, edited, self.directory.owner())?;
         }
-        self.write(&path, &text)?;
+        replace(&path, &text, self.directory.owner())?;
         self.write(&root.join(signal), b"")?;
         Ok(elsewhere.map(|(_, place)| place))
     }
@@ -475,5 +498,27 @@ impl Delivery<'_> {
     fn wal_get_command(&self) -> String {
         let words = self.options.wal_get_command.iter().map(|word| shell_word(word));
         words.chain(["%f".to_owned(), "%p".to_owned()]).collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_only_configuration_file_is_replaced_and_stays_read_only() {
+        let root = tempfile::tempdir().unwrap();
+        let (conf, fresh) = (root.path().join(AUTO_CONF), root.path().join("fresh.conf"));
+        fs::write(&conf, "work_mem = 1").unwrap();
+        fs::set_permissions(&conf, Permissions::from_mode(0o440)).unwrap();
+        let old = fs::File::open(&conf).unwrap();
+        for (path, mode) in [(&conf, 0o440), (&fresh, 0o600)] {
+            replace(path, b"new", None).unwrap();
+            assert_eq!(fs::read(path).unwrap(), b"new");
+            assert_eq!(fs::metadata(path).unwrap().mode() & 0o7777, mode);
+        }
+        // By another file: root may write to this one, its owner may not.
+        assert_eq!(std::io::read_to_string(&old).unwrap(), "work_mem = 1");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     }
 }

@@ -18,11 +18,13 @@ use tidemark::repo::{
     BackupId, Check, ChecksumFailure, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName,
     PackOptions,
 };
+use tidemark::restore::Target;
 use tidemark::store::Store;
 use tidemark::store::memory::{Call, Outcome};
 use tidemark::wire::CheckpointMode;
 use tokio_util::sync::CancellationToken;
 
+use super::restore;
 use super::stream::{Place, Running, connect_options, settings, wal_end};
 use crate::harness::{Account, Binaries, Postgres, Settings};
 
@@ -204,6 +206,42 @@ async fn it_is_taken_from_a_standby_that_is_asked_to_flush() {
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     assert_eq!(report.from, BackupFrom::Standby);
     place.check_wal(&[&standby]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_whose_primary_fails_over_during_the_copy_is_backed_up_across_timelines() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&primary, 20_000);
+    let next = primary.standby();
+    // It follows whoever is promoted, for it streams from that one.
+    let standby = next.standby();
+    let replayed = |end: Lsn| {
+        standby.wait_for(&format!("select pg_last_wal_replay_lsn() >= '{end}'"), "t");
+    };
+    replayed(wal_end(&primary));
+    let place = Place::of(&primary).await;
+    let mut slow = alone(&place, &standby);
+    slow.options.rate_max_kib = Some(8192);
+    let mut progress = slow.progress.subscribe();
+    let failing_over = async {
+        progress.wait_for(|now| now.received_bytes > 4 << 20).await.unwrap();
+        primary.stop(crate::harness::postgres::Stop::Fast);
+        next.promote();
+        next.psql("insert into t (body) select md5(i::text) from generate_series(1, 1000) i");
+        replayed(wal_end(&next));
+        // Writes pages out, and so moves the point that replay must reach onto the new timeline.
+        standby.psql("checkpoint");
+    };
+    let (report, ()) = tokio::join!(take(&slow), failing_over);
+    let manifest = report.unwrap().manifest;
+    let public = &manifest.public;
+    assert_eq!((public.timeline.get(), public.end_timeline.get()), (1, 2));
+    place.check_wal(&[&standby]).await;
+    let planned = restore::plan(&place, &restore::request(Target::Latest)).await.unwrap();
+    assert_eq!((planned.backup.id, planned.timeline.get()), (public.id, 2));
+    let folder = restore::Folder::new();
+    restore::run(&place, &planned, &restore::options(&folder.data())).await.unwrap();
+    assert_eq!(restore::rows(&Binaries::of_this_run(), &folder.data()).len(), 21_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::stream::{Place, Running, connect_options, settings, wal_end};
 use crate::harness::postgres::Stop as StopServer;
-use crate::harness::{Account, Binaries, Postgres};
+use crate::harness::{Account, Binaries, Postgres, Tidemark};
 
 async fn back_up(place: &Place, server: &Postgres, running: &Running) -> BackupId {
     let base = Base {
@@ -93,7 +93,7 @@ fn insert(server: &Postgres, row: u32) -> Commit {
     Commit { row, xid, time: time.replace(' ', "T").parse().unwrap(), end }
 }
 
-fn options(into: &Path) -> Options {
+pub fn options(into: &Path) -> Options {
     Options {
         into: into.to_path_buf(),
         tablespaces: Vec::new(),
@@ -107,12 +107,12 @@ fn options(into: &Path) -> Options {
     }
 }
 
-async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
+pub async fn plan(place: &Place, request: &Request) -> tidemark::error::Result<Plan> {
     let reader = place.repository.reader(Vec::new());
     restore::plan(&reader, &place.catalog().await, request).await
 }
 
-async fn run(
+pub async fn run(
     place: &Place,
     plan: &Plan,
     options: &Options,
@@ -122,21 +122,21 @@ async fn run(
     restore::run(plan, options, &reader, &progress).await
 }
 
-fn request(target: Target) -> Request {
+pub fn request(target: Target) -> Request {
     Request { target, ..Request::default() }
 }
 
 /// A folder for a restore, with room beside it.
-struct Folder {
+pub struct Folder {
     home: tempfile::TempDir,
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self { home: Account::current().temp_dir("restore") }
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.home.path().join("data")
     }
 }
@@ -153,7 +153,7 @@ fn verify_backup(binaries: &Binaries, data: &Path) {
 }
 
 /// The ids in the table of a restored cluster, which is started and stopped for it.
-fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
+pub fn rows(binaries: &Binaries, data: &Path) -> Vec<u32> {
     let restored = Postgres::adopt(binaries, data);
     restored.run();
     restored.wait_for("select pg_is_in_recovery()", "f");
@@ -334,6 +334,40 @@ async fn what_is_not_finished_does_not_start_and_can_be_run_again() {
     assert_eq!(rows(&binaries, &folder.data()), [1]);
     let error = run(&place, &planned, &options).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Conflict, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn read_only_files_and_directories_are_restored_by_an_account_that_modes_bind() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t as select 1 as id");
+    let extra = Account::current().make_dir(server.data(), "extra");
+    std::fs::create_dir(extra.join("shared")).unwrap();
+    Account::current().give(&extra.join("shared"));
+    let modes = [
+        ("extra/server.key", 0o400),
+        ("extra/shared", 0o2750),
+        ("extra", 0o500),
+        ("postgresql.auto.conf", 0o440),
+    ];
+    std::fs::write(extra.join("server.key"), "secret").unwrap();
+    Account::current().give(&extra.join("server.key"));
+    for (path, mode) in modes {
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(server.data().join(path), mode).unwrap();
+    }
+    let tidemark = Tidemark::with_directory();
+    let words = ["backup", "--postgres", &server.conninfo(), "--checkpoint", "fast"];
+    tidemark.run(&words).ok();
+    let target = tidemark.new_target("read-only");
+    tidemark.run(&["restore", "--into", target.to_str().unwrap()]).ok();
+    for (path, mode) in modes {
+        let found = std::fs::metadata(target.join(path)).unwrap().permissions().mode();
+        assert_eq!(found & 0o7777, mode, "{path}");
+    }
+    assert_eq!(std::fs::read(target.join("extra/server.key")).unwrap(), b"secret");
+    assert_eq!(rows(&binaries, &target), [1]);
 }
 
 /// The restored server that `--start` left running; stopped when dropped.

@@ -5,6 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 
+use super::names::{Names, Node};
 use super::tar::{Member, MemberKind, Splitter, TarEvent};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::backup_label::BACKUP_LABEL_BYTES_MAX;
@@ -34,6 +35,7 @@ pub(super) struct Files {
     keeping: Option<(String, BytesMut)>,
     in_file: bool,
     found: Found,
+    names: Names,
 }
 
 impl Default for Files {
@@ -52,6 +54,7 @@ impl Files {
             keeping: None,
             in_file: false,
             found: Found::default(),
+            names: Names::default(),
         }
     }
 
@@ -62,6 +65,7 @@ impl Files {
     pub(super) fn begin_archive(&mut self, oid: Option<u32>) -> Result<()> {
         self.end_archive()?;
         self.splitter = Some(Splitter::new());
+        self.names = Names::default();
         self.prefix = oid.map(|oid| format!("pg_tblspc/{oid}/")).unwrap_or_default();
         Ok(())
     }
@@ -76,7 +80,7 @@ impl Files {
     /// The next bytes of the archive, into `backup`.
     ///
     /// # Errors
-    /// `corrupt` for what is no archive; what the store reported meanwhile.
+    /// `corrupt` for what is no archive, or has a path twice; what the store reported meanwhile.
     pub(super) async fn write(&mut self, bytes: Bytes, backup: &mut BackupWriter) -> Result<()> {
         let outside = || Error::new(Kind::Corrupt, "the server sent bytes outside an archive");
         self.splitter.as_mut().ok_or_else(outside)?.push(bytes);
@@ -98,6 +102,15 @@ impl Files {
     async fn begin(&mut self, member: Member, backup: &mut BackupWriter) -> Result<()> {
         let path = FilePath::new([self.prefix.as_bytes(), &member.path].concat())
             .context(|| "unable to take a member of the base backup")?;
+        let node = match member.kind {
+            MemberKind::Directory => Node::Directory,
+            MemberKind::File | MemberKind::Symlink(_) => Node::Leaf,
+        };
+        if !self.names.add(&member.path, node) {
+            let message = format!("the server's base backup has '{path}' twice");
+            return Err(Error::new(Kind::Corrupt, message)
+                .hint("Check the server's file system, then take the backup again."));
+        }
         let mtime = i64::try_from(member.mtime_seconds).unwrap_or(i64::MAX);
         match member.kind {
             MemberKind::File => {
@@ -143,5 +156,42 @@ impl Files {
         let label = self.found.label.ok_or_else(|| missing("backup_label"))?;
         let control = self.found.control.ok_or_else(|| missing("global/pg_control"))?;
         Ok((label, control))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::tar::tests::member;
+    use super::*;
+    use crate::clock::Clock;
+    use crate::pg::{Lsn, TimelineId};
+    use crate::pipeline::{Budget, Level};
+    use crate::repo::packing::NoInspection;
+    use crate::repo::{BackupId, Encryption, PackOptions, Repository};
+
+    #[tokio::test]
+    async fn a_path_may_come_once_in_each_archive() {
+        let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 7);
+        let (_, repository) = Repository::in_memory(&clock).await;
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        let id = BackupId::new(clock.now(), TimelineId::FIRST, Lsn(0x200_0028));
+        let level = Level::default();
+        let budget = Budget::backup(64 << 20, 1, level);
+        let options = PackOptions { budget, level, pack_bytes: 1 << 20 };
+        let mut backup = writer.backup(id, options, Arc::new(NoInspection)).unwrap();
+        let mut files = Files::new();
+        for archive in [Some(16_400), None] {
+            files.begin_archive(archive).unwrap();
+            for path in ["base/1", "base/2"] {
+                files.write(Bytes::from(member(path, b"x")), &mut backup).await.unwrap();
+            }
+        }
+        let again = files.write(Bytes::from(member("base/1", b"y")), &mut backup).await;
+        let error = again.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        assert!(error.message().contains("has 'base/1' twice"), "{error}");
+        backup.abort().await;
     }
 }

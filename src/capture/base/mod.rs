@@ -13,7 +13,9 @@
 //! the store answers; one that is killed leaves packs without a manifest, which no listing shows as a
 //! backup and the sweep removes.
 
+mod agreement;
 mod files;
+mod names;
 pub mod pages;
 pub mod progress;
 pub mod settings;
@@ -26,11 +28,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::capture::stream::{self, Status, Stream, StreamOptions};
+use crate::capture::stream::{Status, Stream, StreamOptions};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::backup_label::BackupFrom;
-use crate::pg::{BackupLabel, ControlFile, Lsn, TimelineId};
+use crate::pg::{BackupLabel, Lsn, TimelineId};
 use crate::repo::{
     BackupId, BackupWriter, ChecksumFailure, LeaseOptions, Manifest, ManifestFacts, PackOptions,
     PackedBackup, Repository, Tablespace, Writer,
@@ -39,8 +41,9 @@ use crate::wire::{
     BaseBackup, BaseBackupEvent, BaseBackupOptions, CheckpointMode, ConnectOptions, Connection,
 };
 
+use agreement::Ends;
 use files::Files;
-use pages::{Check, Pages};
+use pages::Pages;
 use settings::ServerFacts;
 use wal::{Feed, NeededWal};
 
@@ -193,11 +196,7 @@ async fn take(
         }
     };
     base.progress.enter(BaseBackupPhase::Storing);
-    // Dropping it unfinished stops its uploads.
-    let mut packed = tokio::select! {
-        () = cancel.cancelled() => return Err(cancelled()),
-        packed = copy.finish_packs() => packed?,
-    };
+    let mut packed = copy.finish_packs(cancel).await?;
     let ready = tokio::select! {
         () = cancel.cancelled() => Err(cancelled()),
         ready = make_ready(base, feed, &mut packed, &ended) => ready,
@@ -243,11 +242,18 @@ async fn make_ready(
 ) -> Result<()> {
     let repository: &Repository = base.writer.repository();
     base.progress.enter(BaseBackupPhase::Rechecking);
+    // Beyond a limit they are counted only.
     let suspects = packed.checksum_failures().to_vec();
+    let suspect_count = packed.checksum_failure_count();
     let start_lsn = ended.id.start_lsn();
     let damaged = pages::recheck(&suspects, start_lsn, &base.postgres, repository.clock()).await;
     packed.forgive(|suspect| !damaged.contains(suspect));
-    judge(base.options.page_checksums, packed)?;
+    let damage = Damage {
+        named: packed.checksum_failures(),
+        count: packed.checksum_failure_count(),
+        unread_count: suspect_count - suspects.len() as u64,
+    };
+    damage.judge(base.options.page_checksums)?;
     base.progress.enter(BaseBackupPhase::WaitingForWal);
     let facts = &ended.facts;
     let needed =
@@ -255,30 +261,50 @@ async fn make_ready(
     feed.wait(&needed, repository, base.options.wal_stall_max).await
 }
 
-/// Says what is wrong with the pages, or fails for it.
-fn judge(wanted: PageChecksums, packed: &PackedBackup) -> Result<()> {
-    let failures: &[ChecksumFailure] = packed.checksum_failures();
-    for failure in failures {
-        let ChecksumFailure { path, block, expected, found } = failure;
-        tracing::warn!(
-            "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
-        );
+/// What is wrong with the pages.
+#[derive(Clone, Copy, Debug)]
+struct Damage<'a> {
+    /// The first of them.
+    named: &'a [ChecksumFailure],
+    /// All of them.
+    count: u64,
+    /// Those of all that were not read again, as only so many are remembered; torn pages may be among them.
+    unread_count: u64,
+}
+
+impl Damage<'_> {
+    /// Says what is wrong, or fails for it.
+    fn judge(self, wanted: PageChecksums) -> Result<()> {
+        for failure in self.named {
+            let ChecksumFailure { path, block, expected, found } = failure;
+            tracing::warn!(
+                "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
+            );
+        }
+        let unread = match self.unread_count {
+            0 => String::new(),
+            count => format!("; {count} of them were too many to be read again"),
+        };
+        if self.unread_count > 0 {
+            tracing::warn!("{} pages have a wrong checksum{unread}", self.count);
+        }
+        if self.count == 0 || wanted != PageChecksums::Fail {
+            return Ok(());
+        }
+        let named = self.named.iter().take(NAMED_FAILURES_MAX);
+        let named: Vec<String> =
+            named.map(|failure| format!("block {} of '{}'", failure.block, failure.path)).collect();
+        let more =
+            if self.count > named.len() as u64 && !named.is_empty() { ", and more" } else { "" };
+        let colon = if named.is_empty() { "" } else { ": " };
+        let (count, named) = (self.count, named.join(", "));
+        let message =
+            format!("{count} pages on the server are damaged{colon}{named}{more}{unread}");
+        Err(Error::new(Kind::Corrupt, message).hint(
+            "Repair the tables from an older backup, or take this one with damage as a warning only \
+             (--page-checksums warn).",
+        ))
     }
-    if failures.is_empty() || wanted != PageChecksums::Fail {
-        return Ok(());
-    }
-    let named: Vec<String> = failures
-        .iter()
-        .take(NAMED_FAILURES_MAX)
-        .map(|failure| format!("block {} of '{}'", failure.block, failure.path))
-        .collect();
-    let more = if failures.len() > named.len() { ", and more" } else { "" };
-    let (count, named) = (packed.checksum_failure_count(), named.join(", "));
-    let message = format!("{count} pages on the server are damaged: {named}{more}");
-    Err(Error::new(Kind::Corrupt, message).hint(
-        "Repair the tables from an older backup, or take this one with damage as a warning only \
-         (--page-checksums warn).",
-    ))
 }
 
 impl Ended {
@@ -356,7 +382,20 @@ impl<'a> Copy<'a> {
                 BaseBackupEvent::End { end_lsn, timeline } => end = Some((end_lsn, timeline)),
             }
         }
-        self.end(end.ok_or_else(out_of_order)?)
+        // A server may have no more connections than this one to give.
+        drop(source);
+        let mut ended = self.end(end.ok_or_else(out_of_order)?)?;
+        let ends = Ends {
+            start_timeline: ended.id.timeline(),
+            start_lsn: ended.id.start_lsn(),
+            end_timeline: ended.end_timeline,
+            end_lsn: ended.end_lsn,
+        };
+        let clock = self.base.writer.repository().clock();
+        let facts = &mut ended.facts;
+        facts.history =
+            ends.history(&facts.history, facts.system_id, &self.base.postgres, clock).await?;
+        Ok(ended)
     }
 
     fn begin(
@@ -369,16 +408,12 @@ impl<'a> Copy<'a> {
         let now = base.writer.repository().clock().now();
         let id = BackupId::new(now, timeline, start_lsn);
         let facts = self.facts.as_ref().ok_or_else(out_of_order)?;
-        let check = match base.options.page_checksums {
-            PageChecksums::Ignore => Check::None,
-            PageChecksums::Warn | PageChecksums::Fail if facts.has_checksums => Check::Every,
-            PageChecksums::Warn | PageChecksums::Fail => Check::None,
-        };
+        let check = facts.page_check(base.options.page_checksums);
         let pages = Arc::new(Pages::new(start_lsn, check));
         self.backup = Some(base.writer.backup(id, base.options.pack.clone(), pages)?);
         self.begun = Some((id, now));
         self.oids = tablespaces.iter().map(|tablespace| tablespace.oid).collect();
-        let total_kib: Option<u64> = tablespaces.iter().map(|tablespace| tablespace.size_kib).sum();
+        let total_bytes = announced_bytes(&tablespaces);
         for tablespace in tablespaces {
             if let (Some(oid), Some(location)) = (tablespace.oid, tablespace.location) {
                 self.tablespaces.push(Tablespace { oid, location });
@@ -387,7 +422,7 @@ impl<'a> Copy<'a> {
         base.progress.update(|now| {
             now.phase = BaseBackupPhase::Copying;
             now.id = Some(id);
-            now.total_bytes = total_kib.map(|kib| kib.saturating_mul(1024));
+            now.total_bytes = total_bytes;
         });
         tracing::info!("base backup '{id}' begins at {start_lsn} on timeline {timeline}");
         Ok(())
@@ -397,7 +432,7 @@ impl<'a> Copy<'a> {
         let (id, start_time) = self.begun.ok_or_else(out_of_order)?;
         let facts = self.facts.take().ok_or_else(out_of_order)?;
         let (label, control) = std::mem::take(&mut self.files).finish()?;
-        check_agreement(id, &facts, &label, &control, end_timeline)?;
+        agreement::check(id, &facts, &label, &control)?;
         Ok(Ended {
             id,
             facts,
@@ -410,8 +445,12 @@ impl<'a> Copy<'a> {
         })
     }
 
-    async fn finish_packs(&mut self) -> Result<PackedBackup> {
-        self.backup.take().ok_or_else(out_of_order)?.finish_packs().await
+    async fn finish_packs(&mut self, cancel: &CancellationToken) -> Result<PackedBackup> {
+        let backup = self.backup.take().ok_or_else(out_of_order)?;
+        match backup.finish_packs_unless(cancel).await {
+            Err(error) if error.kind() == Kind::Cancelled => Err(cancelled()),
+            other => other,
+        }
     }
 
     async fn abort(&mut self) {
@@ -421,34 +460,55 @@ impl<'a> Copy<'a> {
     }
 }
 
-/// What the files say must be what the protocol said.
-fn check_agreement(
-    id: BackupId,
-    facts: &ServerFacts,
-    label: &BackupLabel,
-    control: &ControlFile,
-    end_timeline: TimelineId,
-) -> Result<()> {
-    let differs = |found: String| {
-        Err(Error::new(
-            Kind::Corrupt,
-            format!("the server's base backup contradicts itself: {found}"),
-        ))
-    };
-    if label.start_lsn != id.start_lsn() || label.timeline != id.timeline() {
-        let (lsn, timeline) = (label.start_lsn, label.timeline);
-        return differs(format!("backup_label names {lsn} on timeline {timeline} for '{id}'"));
-    }
-    if end_timeline != id.timeline() {
-        return differs(format!("it ends on timeline {end_timeline}"));
-    }
-    stream::server::check_system(facts.system_id, control.system_id)?;
-    if control.wal_segment_size != facts.segment_size {
-        return differs("pg_control names another WAL segment size".to_owned());
-    }
-    Ok(())
+/// What the server expects to send; `None` when it did not say so for all of it.
+fn announced_bytes(tablespaces: &[crate::wire::Tablespace]) -> Option<u64> {
+    let add =
+        |total: u64, space: &crate::wire::Tablespace| Some(total.saturating_add(space.size_kib?));
+    Some(tablespaces.iter().try_fold(0, add)?.saturating_mul(1024))
 }
 
 fn out_of_order() -> Error {
     Error::new(Kind::Bug, "the events of a base backup came out of order")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announced_sizes_are_added_whatever_they_are() {
+        let spaces = |sizes: &[Option<u64>]| -> Vec<crate::wire::Tablespace> {
+            let space = |size_kib| crate::wire::Tablespace { oid: None, location: None, size_kib };
+            sizes.iter().copied().map(space).collect()
+        };
+        assert_eq!(announced_bytes(&spaces(&[Some(1), Some(2)])), Some(3072));
+        assert_eq!(announced_bytes(&spaces(&[Some(1), None])), None);
+        assert_eq!(announced_bytes(&spaces(&[Some(u64::MAX), Some(1)])), Some(u64::MAX));
+        assert_eq!(announced_bytes(&[]), Some(0));
+    }
+
+    #[test]
+    fn pages_that_were_too_many_to_be_read_again_fail_a_backup_as_well() {
+        let failure =
+            |block| ChecksumFailure { path: "base/5/1".to_owned(), block, expected: 1, found: 2 };
+        let said = |named: &[ChecksumFailure], count, unread_count| {
+            let damage = Damage { named, count, unread_count };
+            damage.judge(PageChecksums::Warn).unwrap();
+            let error = damage.judge(PageChecksums::Fail).err()?;
+            assert_eq!(error.kind(), Kind::Corrupt);
+            Some(error.message().to_owned())
+        };
+        assert_eq!(said(&[], 0, 0), None);
+        assert_eq!(
+            said(&[failure(7)], 1, 0).unwrap(),
+            "1 pages on the server are damaged: block 7 of 'base/5/1'"
+        );
+        // All that were read again were fine, which says nothing of the others.
+        assert_eq!(
+            said(&[], 4, 4).unwrap(),
+            "4 pages on the server are damaged; 4 of them were too many to be read again"
+        );
+        let message = said(&[failure(7)], 3, 2).unwrap();
+        assert!(message.contains("block 7 of 'base/5/1', and more; 2 of them"), "{message}");
+    }
 }

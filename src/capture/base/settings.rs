@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 
 use crate::capture::stream::server;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
+use crate::pg::page::BLCKSZ;
 use crate::pg::{SegmentSize, SystemId, TimelineHistory, Version};
 use crate::repo::Repository;
 use crate::wire::{ConnectOptions, Connection, Session};
+
+use super::PageChecksums;
+use super::pages::Check;
 
 /// Settings that a standby or a recovery must not have lower than the server had.
 const REQUIRED: [&str; 5] = [
@@ -31,6 +35,9 @@ const WORTH_KNOWING: [&str; 10] = [
     "shared_preload_libraries",
 ];
 
+/// How the server writes the size of a relation's files that blocks are numbered by (`RELSEG_SIZE`).
+const USUAL_SEGMENT_SIZE: &str = "1GB";
+
 /// The server of a base backup.
 #[derive(Clone, Debug)]
 pub struct ServerFacts {
@@ -48,10 +55,44 @@ pub struct ServerFacts {
     pub settings: BTreeMap<String, String>,
 }
 
+impl ServerFacts {
+    /// Which pages are looked at when `wanted`.
+    #[must_use]
+    pub fn page_check(&self, wanted: PageChecksums) -> Check {
+        if wanted == PageChecksums::Ignore || !self.has_checksums {
+            return Check::None;
+        }
+        match self.settings.get("segment_size") {
+            Some(found) if found != USUAL_SEGMENT_SIZE => {
+                tracing::warn!(
+                    "page checksums are not checked: the server's relation files have {found}, and pages \
+                     are numbered here for {USUAL_SEGMENT_SIZE}"
+                );
+                Check::None
+            }
+            _ => Check::Every,
+        }
+    }
+}
+
+/// Refuses a server whose pages have another size than those we know.
+fn check_block_size(settings: &BTreeMap<String, String>) -> Result<()> {
+    match settings.get("block_size") {
+        Some(found) if *found != BLCKSZ.to_string() => {
+            let message = format!(
+                "unable to back up a server with pages of {found} bytes (block_size), expected {BLCKSZ}"
+            );
+            Err(Error::new(Kind::Unsupported, message))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Connects and asks; the connection is ready for `BASE_BACKUP`.
 ///
 /// # Errors
-/// `conflict` when the server is another cluster than the repository's; what the server says.
+/// `conflict` when the server is another cluster than the repository's; `unsupported` for one that was
+/// built with pages of another size; what the server says.
 pub async fn meet(
     postgres: &ConnectOptions,
     repository: &Repository,
@@ -74,6 +115,7 @@ pub async fn meet(
             Err(error) => return Err(error),
         }
     }
+    check_block_size(&settings)?;
     let facts = ServerFacts {
         system_id: identity.system_id,
         version: connection.version(),
@@ -83,4 +125,42 @@ pub async fn meet(
         settings,
     };
     Ok((facts, connection))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::TimelineId;
+
+    fn settings(entries: &[(&str, &str)]) -> BTreeMap<String, String> {
+        entries.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn pages_of_another_size_are_refused() {
+        check_block_size(&settings(&[("block_size", "8192")])).unwrap();
+        for found in ["4096", "32768"] {
+            let error = check_block_size(&settings(&[("block_size", found)])).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported);
+            assert!(error.message().contains(found), "{error}");
+        }
+    }
+
+    #[test]
+    fn pages_are_checked_only_where_their_numbers_are_known() {
+        let facts = |has_checksums, segment_size| ServerFacts {
+            system_id: SystemId(7),
+            version: Version::from_server_version_num(150_004).unwrap(),
+            segment_size: SegmentSize::DEFAULT,
+            has_checksums,
+            history: TimelineHistory::first_timeline_only(TimelineId::FIRST),
+            settings: settings(&[("segment_size", segment_size)]),
+        };
+        for wanted in [PageChecksums::Warn, PageChecksums::Fail] {
+            assert_eq!(facts(true, "1GB").page_check(wanted), Check::Every);
+            assert_eq!(facts(false, "1GB").page_check(wanted), Check::None);
+            assert_eq!(facts(true, "2GB").page_check(wanted), Check::None);
+        }
+        assert_eq!(facts(true, "1GB").page_check(PageChecksums::Ignore), Check::None);
+    }
 }

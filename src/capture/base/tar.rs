@@ -387,7 +387,7 @@ fn pax_records(mut bytes: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
 
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
@@ -412,7 +412,8 @@ mod tests {
         block
     }
 
-    fn member(path: &str, content: &[u8]) -> Vec<u8> {
+    /// A file of an archive.
+    pub(in super::super) fn member(path: &str, content: &[u8]) -> Vec<u8> {
         let mut bytes = header(path, b'0', content.len() as u64);
         bytes.extend_from_slice(content);
         bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);

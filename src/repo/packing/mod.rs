@@ -522,14 +522,16 @@ impl BackupWriter {
         Err(self.failure(stopped).await)
     }
 
-    /// Why the collector ended; `otherwise` when that was told before.
+    /// Why the collector ended; `otherwise` when that was told before, or when it is the collector that
+    /// would wait for ever: for blocks that no worker is left to do.
     async fn failure(&mut self, otherwise: Error) -> Error {
-        match self.collector.take() {
-            None => otherwise,
-            Some(collector) => match joined(collector.await) {
-                Err(error) => error,
-                Ok(_) => otherwise,
-            },
+        let Some(collector) = &mut self.collector else { return otherwise };
+        self.shared.stop.cancel();
+        let outcome = joined(collector.await);
+        self.collector = None;
+        match outcome {
+            Err(error) if error.kind() != Kind::Cancelled => error,
+            _ => otherwise,
         }
     }
 
@@ -540,34 +542,51 @@ impl BackupWriter {
     ///
     /// # Errors
     /// `bug` when a file has not ended; what the store reports.
-    pub async fn finish_packs(mut self) -> Result<PackedBackup> {
+    pub async fn finish_packs(self) -> Result<PackedBackup> {
+        self.finish_packs_unless(&CancellationToken::new()).await
+    }
+
+    /// As [`BackupWriter::finish_packs`], unless `cancel` is: then as [`BackupWriter::abort`].
+    ///
+    /// # Errors
+    /// As [`BackupWriter::finish_packs`]; `cancelled` when it was.
+    pub async fn finish_packs_unless(mut self, cancel: &CancellationToken) -> Result<PackedBackup> {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => {}
+            packed = self.finish() => return packed,
+        }
+        self.abort().await;
+        Err(Error::new(Kind::Cancelled, "the backup was stopped"))
+    }
+
+    async fn finish(&mut self) -> Result<PackedBackup> {
         if let Some(open) = &self.file {
             let path = &open.item.meta.path;
             return Err(Error::new(Kind::Bug, format!("the backup ends inside {path:?}")));
         }
         self.dispatch_shared().await?;
         self.close_pack().await?;
-        let collector = self.collector.take();
         // The collector ends when the last sender of events has gone; the workers' go with their jobs.
         let (closed, _) = mpsc::channel(1);
         self.events = closed;
-        // Stops the uploads when this future is dropped.
-        let stop = self.shared.stop.clone().drop_guard();
-        let collected = match collector {
-            Some(collector) => joined(collector.await)?,
-            None => return Err(Error::new(Kind::Cancelled, "the backup was stopped")),
+        // It stays ours until it has ended, so that who drops or aborts this stops the uploads.
+        let Some(collector) = &mut self.collector else {
+            return Err(Error::new(Kind::Cancelled, "the backup was stopped"));
         };
-        stop.disarm();
-        Ok(PackedBackup::new(Arc::clone(&self.shared), collected))
+        let collected = joined(collector.await);
+        self.collector = None;
+        Ok(PackedBackup::new(Arc::clone(&self.shared), collected?))
     }
 
     /// Stops, discards the uploads that have not ended, and deletes the packs that have (as far as
     /// the store lets us; the sweep does the rest).
     pub async fn abort(mut self) {
         self.stop();
-        if let Some(collector) = self.collector.take() {
-            // Its error is that it was stopped.
-            drop(collector.await);
+        let Some(collector) = self.collector.take() else { return };
+        // Its error is that it was stopped; it may also have ended just before.
+        if let Ok(collected) = joined(collector.await) {
+            PackedBackup::new(Arc::clone(&self.shared), collected).abort().await;
         }
     }
 

@@ -367,6 +367,57 @@ async fn an_outage_of_minutes_costs_a_backup_nothing_but_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_panics_fails_the_backup_and_does_not_hold_it_up() {
+    struct Panics;
+    impl Inspect for Panics {
+        fn block(&self, file: &FileMeta, _: u64, _: &[Bytes]) -> Vec<ChecksumFailure> {
+            assert!(file.path != path("base/3"), "on purpose");
+            Vec::new()
+        }
+    }
+    let place = Place::new().await;
+    let mut backup = place.begin(1, Arc::new(Panics)).await;
+    let packing = async {
+        for index in 0..40 {
+            let data = content(index, 1 << 20, false);
+            put_file(&mut backup, &format!("base/{index}"), &data, 1 << 20).await?;
+        }
+        backup.finish_packs().await.map(drop)
+    };
+    let outcome = tokio::time::timeout(std::time::Duration::from_secs(20), packing).await;
+    let error = outcome.expect("it does not wait for a block that never comes").unwrap_err();
+    assert_eq!(error.kind(), Kind::Bug, "{error}");
+    assert!(error.message().contains("without finishing its block"), "{error}");
+    assert_eq!(place.names().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_workers_are_gone_says_so() {
+    let place = Place::new().await;
+    let mut backup = place.begin(u64::MAX, Arc::new(NoInspection)).await;
+    put_file(&mut backup, "a", &content(1, 1 << 20, false), 1 << 20).await.unwrap();
+    backup.pool.close();
+    let data = content(2, 1 << 20, false);
+    let put = put_file(&mut backup, "b", &data, 1 << 20);
+    let outcome = tokio::time::timeout(std::time::Duration::from_secs(20), put).await;
+    outcome.expect("nor does it wait for the collector").unwrap_err();
+}
+
+#[tokio::test]
+async fn memory_is_kept_only_if_a_permit_pays_for_it() {
+    let place = Place::new().await;
+    let backup = place.begin(u64::MAX, Arc::new(NoInspection)).await;
+    let room = SMALL.part_bytes + BLOCK_BYTES + (1 << 16);
+    let kept = |capacity| {
+        let mut memory = Vec::with_capacity(capacity);
+        memory.push(1);
+        super::worker::keep_memory(&backup.shared, Bytes::from(memory));
+        std::mem::take(&mut *backup.shared.spare_parts.lock().unwrap()).len()
+    };
+    assert_eq!([kept(1 << 20), kept(room), kept(2 * room)], [0, 1, 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
     let place = Place::new().await;
     let mut backup = place.begin(3 << 20, Arc::new(NoInspection)).await;
@@ -390,6 +441,28 @@ async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
     let error = backup.finish_packs().await.unwrap_err();
     assert_eq!(error.kind(), Kind::Conflict, "{error}");
     assert_eq!(place.names().await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_stopped_while_its_last_packs_are_put_takes_all_of_them_back() {
+    let place = Place::new().await;
+    let mut backup = place.begin(1, Arc::new(NoInspection)).await;
+    for index in 0..4 {
+        let data = content(index, 1 << 20, false);
+        put_file(&mut backup, &format!("base/{index}"), &data, 1 << 18).await.unwrap();
+    }
+    while place.names().await.len() < 3 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    (0..100).for_each(|_| place.store.fail_next(Call::Put, Outcome::FailsBefore));
+    let cancel = CancellationToken::new();
+    let stopping = async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        cancel.cancel();
+    };
+    let (outcome, ()) = tokio::join!(backup.finish_packs_unless(&cancel), stopping);
+    assert_eq!(outcome.unwrap_err().kind(), Kind::Cancelled);
+    assert_eq!(place.names().await, Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -56,12 +56,25 @@ pub(super) fn pack_block(
     worker: &mut Worker,
     events: &mpsc::Sender<Event>,
 ) {
+    let unfinished = Unfinished(events);
     let event = match work(shared, pack, block, worker, events) {
         Ok(event) => event,
         Err(error) => Event::Failed(error),
     };
+    std::mem::forget(unfinished);
     // A collector that has gone knows why.
     let _told = tell(events, event);
+}
+
+/// A block that is being worked on: when a panic ends that, nobody but this tells the collector, which
+/// would wait for the block for ever.
+struct Unfinished<'a>(&'a mpsc::Sender<Event>);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        let found = "a worker ended without finishing its block; see the log";
+        let _told = tell(self.0, Event::Failed(Error::new(Kind::Bug, found)));
+    }
 }
 
 /// Tells the collector; false when it has gone. Blocks only when it is behind, which it hardly ever
@@ -169,13 +182,15 @@ fn take_part(shared: &Shared, pack: &OpenPack) -> Result<PartBuffer> {
 
 /// Keeps the memory of a part that is stored for the next one: in fresh memory each 4 KiB costs a page
 /// fault, together a third of what compressing into it does. Called before the part's permit is given
-/// back, so that there are never more of them than permits.
+/// back, so that there are never more of them than permits; one that has grown to much more than a permit
+/// pays for (by the footer of its pack, or by what was left over of it) is not kept.
 pub(super) fn keep_memory(shared: &Shared, body: Bytes) {
     // While the client still holds it, it is the client that frees it.
     let Ok(mut memory) = body.try_into_mut() else { return };
     memory.clear();
     let memory = Vec::from(memory);
-    if memory.capacity() >= part_room_bytes(shared) {
+    let room = part_room_bytes(shared);
+    if (room..=room + room / 8).contains(&memory.capacity()) {
         shared.spare_parts.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
     }
 }
