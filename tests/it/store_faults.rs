@@ -116,6 +116,64 @@ async fn an_error_in_the_body_of_a_200_is_an_error() {
     assert_eq!(store.head(&name("never")).await.unwrap(), None);
 }
 
+/// A reverse proxy whose server restarts says 200 to everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_for_people_is_no_answer_to_a_put() {
+    let server = memory();
+    let store = with(&server, "s3://tidemark/p", |_| {});
+    server.faults().add(Fault::new(Effect::Page));
+    let error = put(&store, "a").await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["unable to write object 'a'"], "proxies");
+    for error in [
+        store.replace_if(&name("a"), bytes("1"), None).await.unwrap_err(),
+        store.head(&name("a")).await.unwrap_err(),
+        store.get(&name("a"), None).await.unwrap_err(),
+        store.get(&name("a"), Some(0..4)).await.unwrap_err(),
+        store.read_versioned(&name("a")).await.unwrap_err(),
+        store.list("", None).await.unwrap_err(),
+        store.delete(&[name("a")]).await.unwrap_err(),
+        store.begin_multipart(&name("a")).await.err().unwrap(),
+    ] {
+        assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    }
+    server.faults().clear();
+    // The server is there again when it is asked what became of it, or it is not.
+    for ops in [vec![Op::PutObject], vec![Op::PutObject, Op::HeadObject]] {
+        for op in ops {
+            server.faults().add(Fault::new(Effect::Page).on(op));
+        }
+        let error = put(&store, "a").await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        server.faults().clear();
+        assert_eq!(store.head(&name("a")).await.unwrap(), None);
+    }
+    for op in [Op::PutObject, Op::UploadPart, Op::CompleteMultipartUpload] {
+        server.faults().add(Fault::new(Effect::Page).on(op).times(1));
+    }
+    assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
+    assert_eq!(store.get(&name("a"), None).await.unwrap(), bytes("body"));
+    assert_eq!(upload(&store, "b").await.unwrap(), PutOutcome::Created);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_without_an_etag_is_believed_when_the_object_is_ours() {
+    let server = memory();
+    for drop_metadata in [false, true] {
+        let quirks = Quirks { put_without_etag: true, drop_metadata, ..Quirks::default() };
+        server.set_quirks(quirks);
+        let store = open(&server, if drop_metadata { "bare" } else { "p" });
+        assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
+        assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::AlreadyThere);
+        let Replace::Done(tag) = store.replace_if(&name("l"), bytes("1"), None).await.unwrap()
+        else {
+            panic!("ours was lost")
+        };
+        let found = store.read_versioned(&name("l")).await.unwrap();
+        assert_eq!(found, Some((bytes("1"), tag)));
+        assert_eq!(store.requests().retries, 0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_completion_that_an_outage_stopped_is_called_again() {
     let server = memory();

@@ -28,6 +28,8 @@ enum Stage {
     Answered,
     /// An answer that is not what was asked for.
     Nonsense,
+    /// An answer that no S3 server gives: that of a proxy in its place.
+    Stranger,
 }
 
 /// What to do about a failure.
@@ -56,6 +58,12 @@ impl Failure {
     pub(super) fn nonsense(message: impl Into<String>) -> Self {
         let message = message.into();
         Self { stage: Stage::Nonsense, status: 0, code: String::new(), message, region: None }
+    }
+
+    /// The answer is none that a server of S3 gives. What was asked for may have been done.
+    pub(super) fn stranger(message: &str) -> Self {
+        let (code, message) = (String::new(), message.to_owned());
+        Self { stage: Stage::Stranger, status: 0, code, message, region: None }
     }
 
     /// An error that the server put into a list of results.
@@ -122,7 +130,7 @@ impl Failure {
     /// Whether what was asked for may have been done all the same.
     pub(super) fn is_ambiguous(&self) -> bool {
         match self.stage {
-            Stage::Transport | Stage::Nonsense => true,
+            Stage::Transport | Stage::Nonsense | Stage::Stranger => true,
             Stage::Construction => false,
             Stage::Answered => self.status >= 500 || self.status == 200,
         }
@@ -132,7 +140,7 @@ impl Failure {
         match self.stage {
             Stage::Construction | Stage::Nonsense => return Verdict::Final,
             Stage::Transport if self.is_untrusted_certificate() => return Verdict::Final,
-            Stage::Transport => return Verdict::Retry,
+            Stage::Transport | Stage::Stranger => return Verdict::Retry,
             Stage::Answered => {}
         }
         match self.code.as_str() {
@@ -204,6 +212,7 @@ impl Failure {
                 return (Kind::Unavailable, Some(hint.to_owned()));
             }
             Stage::Nonsense => return (Kind::Unsupported, None),
+            Stage::Stranger => return (Kind::Unavailable, Some(STRANGER_HINT.to_owned())),
             Stage::Answered => {}
         }
         let (kind, hint) = self.answered();
@@ -322,6 +331,10 @@ impl Failure {
     }
 }
 
+/// Said of an answer that no S3 server gives.
+const STRANGER_HINT: &str =
+    "Something else answers in the server's place: check the endpoint, and the proxies before it.";
+
 /// What a missing right may be.
 const RIGHTS: &str = "The credentials need the rights s3:GetObject, s3:PutObject, s3:ListBucket, \
                       s3:AbortMultipartUpload and, to expire backups, s3:DeleteObject on this prefix.";
@@ -348,6 +361,10 @@ impl<E: ProvideErrorMetadata> From<SdkError<E, HttpResponse>> for Failure {
                 let raw = answer.raw();
                 let header = |name: &str| raw.headers().get(name).map(str::to_owned);
                 let meta = answer.err().meta();
+                let is_page = header("content-type").is_some_and(|kind| kind.contains("html"));
+                if raw.status().is_success() && is_page {
+                    return Self::stranger("the answer is a page for people");
+                }
                 Self {
                     stage: Stage::Answered,
                     status: raw.status().as_u16(),

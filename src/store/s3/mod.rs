@@ -11,8 +11,9 @@
 //!   its own as metadata, by which it is recognised after a lost answer.
 //! - One checksum algorithm from the begin of an upload to its completion.
 //! - No listing is believed complete that does not come in order and to a told end (`listing`).
-//! - Nothing is believed done before the server said so: an error in the body of a 200 is an error,
-//!   and a completed upload is looked at once more for its size.
+//! - Nothing is believed done before the server said so: an error in the body of a 200 is an error, an
+//!   object or a part of which the answer tells no tag is not stored (a proxy that answers in the
+//!   server's place says 200, too), and a completed upload is looked at once more for its size.
 //!
 //! # Durability
 //! S3 answers a put or a completion when the object is durable in its sense; there is nothing to add.
@@ -203,7 +204,7 @@ impl S3 {
                 (answer, bytes)
             }
         };
-        let tag = answer.e_tag().unwrap_or_default().to_owned();
+        let tag = tag_of(answer.e_tag())?;
         Ok(Got::Body(self.in_time(begun, bytes, self.body(answer, bytes)).await?, tag))
     }
 
@@ -263,10 +264,10 @@ impl S3 {
         let request = client.sdk.head_object().bucket(&self.bucket).key(self.key(name));
         match request.send().await.map_err(Failure::from) {
             Ok(answer) => Ok(Some(Found {
+                tag: tag_of(answer.e_tag())?,
                 size_bytes: size(answer.content_length()),
                 modified: timestamp(answer.last_modified()),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
-                etag: answer.e_tag().map(str::to_owned),
             })),
             Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure),
@@ -355,7 +356,7 @@ impl S3 {
         let call = Call { tries, ..Call::new(&self.requests.gets).expecting(LEASE_BYTES_MAX) };
         let tried = self.attempt(call, |client| self.get_once(client, name, None)).await?;
         match tried.result {
-            Ok(Got::Body(body, tag)) => Ok(Some((body, VersionTag::new(tag)))),
+            Ok(Got::Body(body, tag)) => Ok(Some((body, tag))),
             Ok(Got::TooShort(_)) => Err(Error::new(Kind::Bug, "no range was asked for")),
             Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure.into_error(self.unable("read", name))),
@@ -365,7 +366,7 @@ impl S3 {
 
 /// A body, or how long the object is that ends before the range does.
 enum Got {
-    Body(Bytes, String),
+    Body(Bytes, VersionTag),
     TooShort(u64),
 }
 
@@ -374,7 +375,12 @@ struct Found {
     size_bytes: u64,
     modified: Option<Timestamp>,
     upload_id: Option<String>,
-    etag: Option<String>,
+    tag: VersionTag,
+}
+
+/// The tag of an object that is there. An answer without one is not from a server of S3.
+fn tag_of(tag: Option<&str>) -> std::result::Result<VersionTag, Failure> {
+    tag.map(VersionTag::new).ok_or_else(|| Failure::stranger("the answer has no tag"))
 }
 
 /// The size of the whole object, from `Content-Range: bytes 0-9/100`.

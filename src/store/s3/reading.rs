@@ -14,7 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use super::attempt::Call;
 use super::client::Client;
 use super::failure::Failure;
-use super::{S3, size_of_whole};
+use super::{S3, size_of_whole, tag_of};
 use crate::error::Result;
 use crate::store::reading::{Reading, take_off};
 use crate::store::{ObjectName, asked_bytes, too_short};
@@ -77,6 +77,7 @@ impl S3 {
             }
             Err(failure) => return Err(failure),
         };
+        tag_of(answer.e_tag())?;
         match size_of_whole(&answer) {
             None => Err(Failure::nonsense("the server ignores ranges")),
             Some(size_bytes) if size_bytes < range.end => Ok(Begun::TooShort(size_bytes)),
