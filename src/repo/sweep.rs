@@ -51,7 +51,9 @@ use super::extent::ExtentMember;
 use super::header::{EXTENT_HEADER_BYTES, HEADER_BYTES, ObjectHeader, ObjectKind};
 use super::names::{BackupId, ExtentName, KeyId, Object};
 use super::packing::COMMIT_TIME_MAX;
-use super::retention::{Refusal, delete_unless_refused, ensure_clock};
+use super::retention::{
+    Refusal, delete_unless_refused, ensure_clock, missing_held, missing_held_remark,
+};
 
 /// Headers read at a time.
 const SCAN_JOBS: usize = 16;
@@ -184,6 +186,13 @@ pub fn plan(
         remarks: ageless.map(|backup| ageless_remark(backup.id)).collect(),
         ..SweepPlan::default()
     };
+    // Part of the repository is out of sight, with what would save a pack or a key.
+    let missing = missing_held(catalog);
+    if !missing.is_empty() {
+        plan.backups.clear();
+        plan.remarks.extend(missing.into_iter().map(missing_held_remark));
+        return plan;
+    }
     if let Some(evidence) = evidence {
         plan_keys(catalog, evidence, options, now, &mut plan);
     }

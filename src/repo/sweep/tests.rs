@@ -81,6 +81,22 @@ async fn packs_of_an_aborted_backup_go_when_nothing_was_added_for_two_days() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn while_a_held_backup_is_not_listed_nothing_is_swept() {
+    let scene = scene().await;
+    scene.writer().await;
+    scene.put_pack(id(), 1).await;
+    let hold = scene.repository.name(&super::super::marks::held(id())).unwrap();
+    scene.memory.put_if_absent(&hold, Bytes::new()).await.unwrap();
+    tokio::time::sleep(31 * DAY).await;
+    for plan in [scene.plan().await, scene.plan_keys().await] {
+        assert!(plan.is_empty(), "{plan}");
+        assert!(plan.remarks[0].contains("is held and not listed"), "{plan}");
+    }
+    scene.memory.delete(&[hold]).await.unwrap();
+    assert_eq!(scene.plan().await.backups.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_backup_that_shows_life_after_the_plan_is_left_alone() {
     let scene = scene().await;
     scene.put_pack(id(), 1).await;

@@ -443,11 +443,10 @@ impl Inner {
         let Some(root) = self.root.open()? else { return Ok(()) };
         let mut folders = vec![folder];
         while let Some(folder) = folders.pop() {
-            let attempted = || format!("unable to list folder '{folder}'");
             match root.folders(&folder) {
                 Ok(inner) => folders.extend(inner),
-                Err(error) if is_missing(&error) => continue,
-                Err(error) => return Err(Error::io(attempted(), &error)),
+                Err(error) if error.kind() == Kind::NotFound => continue,
+                Err(error) => return Err(error),
             }
             match self.make_durable(&self.root.path().join(&folder)) {
                 // Removed as empty meanwhile.
