@@ -155,6 +155,50 @@ async fn a_page_for_people_is_no_answer_to_a_put() {
     assert_eq!(upload(&store, "b").await.unwrap(), PutOutcome::Created);
 }
 
+/// What a proxy says that has lost its server is nothing that the server said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_404_without_a_code_is_no_word_of_the_server() {
+    let server = memory();
+    let store = open(&server, "p");
+    put(&store, "a").await.unwrap();
+    let lost = |op| server.faults().add(Fault::new(Effect::error(404, "")).on(op).times(2));
+    lost(Op::GetObject);
+    assert_eq!(store.get(&name("a"), None).await.unwrap(), bytes("body"));
+    lost(Op::GetObject);
+    assert_eq!(store.get(&name("a"), Some(1..3)).await.unwrap(), bytes("od"));
+    lost(Op::PutObject);
+    let Replace::Done(tag) = store.replace_if(&name("l"), bytes("1"), None).await.unwrap() else {
+        panic!("ours was lost")
+    };
+    lost(Op::PutObject);
+    lost(Op::GetObject);
+    let replaced = store.replace_if(&name("l"), bytes("2"), Some(tag)).await.unwrap();
+    assert!(matches!(replaced, Replace::Done(_)), "{replaced:?}");
+    lost(Op::GetObject);
+    assert_eq!(store.read_versioned(&name("l")).await.unwrap().unwrap().0, bytes("2"));
+    for op in [Op::UploadPart, Op::CompleteMultipartUpload] {
+        lost(op);
+    }
+    assert_eq!(upload(&store, "b").await.unwrap(), PutOutcome::Created);
+    lost(Op::AbortMultipartUpload);
+    store.begin_multipart(&name("c")).await.unwrap().abort().await.unwrap();
+    assert_eq!(server.upload_count("tidemark"), 0);
+    server.set_quirks(Quirks { refuse_bulk_delete: true, ..Quirks::default() });
+    lost(Op::DeleteObject);
+    store.delete(&[name("a")]).await.unwrap();
+    assert_eq!(server.keys("tidemark"), ["p/b", "p/l"]);
+    // For as long as it lasts it is an outage; what the server itself misses is missing at once.
+    server.faults().add(Fault::new(Effect::error(404, "")).on(Op::GetObject).key("p/b"));
+    let store = with(&server, "s3://tidemark/p", |_| {});
+    let error = store.get(&name("b"), None).await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["'b'"], "proxies");
+    let retries = store.requests().retries;
+    assert_eq!(store.get(&name("a"), None).await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(store.read_versioned(&name("a")).await.unwrap(), None);
+    assert_eq!(store.head(&name("a")).await.unwrap(), None);
+    assert_eq!(store.requests().retries, retries);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_put_without_an_etag_is_believed_when_the_object_is_ours() {
     let server = memory();

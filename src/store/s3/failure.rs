@@ -87,9 +87,20 @@ impl Failure {
         self.is("PreconditionFailed", 412)
     }
 
-    /// There is no such object (or, for a HEAD, no such bucket).
+    /// There is no such object. The server said so by its code: a 404 without one is what a proxy says
+    /// that has lost its server.
     pub(super) fn is_missing(&self) -> bool {
+        self.stage == Stage::Answered && self.code == "NoSuchKey"
+    }
+
+    /// The same of a HEAD, which can have no code (and does not tell an object from a bucket).
+    pub(super) fn is_missing_for_head(&self) -> bool {
         self.is("NoSuchKey", 404)
+    }
+
+    /// There is no such upload, or no more.
+    pub(super) fn is_missing_upload(&self) -> bool {
+        self.stage == Stage::Answered && self.code == "NoSuchUpload"
     }
 
     /// The server does not know what was asked of it.
@@ -165,6 +176,7 @@ impl Failure {
             _ => match self.status {
                 429 | 503 | 509 => Verdict::SlowDown,
                 501 | 505 => Verdict::Final,
+                404 if self.codeless() => Verdict::Retry,
                 408 | 500..=599 => Verdict::Retry,
                 // An answer that cannot be read; whoever asked looks what came of it.
                 200 if self.code.is_empty() => Verdict::Final,
@@ -302,6 +314,7 @@ impl Failure {
             (Verdict::SlowDown, _) => {
                 (Kind::Unavailable, Some("The store is asking for fewer requests."))
             }
+            (Verdict::Retry, 404) => (Kind::Unavailable, Some(STRANGER_HINT)),
             (Verdict::Retry, _) => (Kind::Unavailable, None),
             (Verdict::Final, 301 | 307 | 400) => (Kind::Config, None),
             (Verdict::Final, 401 | 403) => (Kind::Denied, Some(RIGHTS)),

@@ -269,7 +269,7 @@ impl S3 {
                 modified: timestamp(answer.last_modified()),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
             })),
-            Err(failure) if failure.is_missing() => Ok(None),
+            Err(failure) if failure.is_missing_for_head() => Ok(None),
             Err(failure) => Err(failure),
         }
     }

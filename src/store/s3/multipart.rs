@@ -132,7 +132,7 @@ impl Upload {
 
     /// The completion failed, or an earlier answer to it was lost.
     async fn resolve(&self, failure: Failure, size_bytes: u64) -> Result<PutOutcome> {
-        let taken = failure.is_precondition() || failure.is("NoSuchUpload", 404);
+        let taken = failure.is_precondition() || failure.is_missing_upload();
         let may_be_called_again = failure.verdict() != Verdict::Final;
         let outcome = match self.look(tries_after(&failure)).await {
             Ok((Owner::Us(_), found)) if found == size_bytes => return Ok(PutOutcome::Created),
@@ -276,7 +276,7 @@ impl S3 {
             .await?;
         match tried.result {
             Ok(_) => Ok(()),
-            Err(failure) if failure.is("NoSuchUpload", 404) => Ok(()),
+            Err(failure) if failure.is_missing_upload() => Ok(()),
             Err(failure) => {
                 let attempted = format!("unable to abort an upload in {}", self.describe());
                 Err(failure.into_error(attempted))
