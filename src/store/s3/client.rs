@@ -8,11 +8,13 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use aws_config::SdkConfig;
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
 use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::region::ProfileFileRegionProvider;
 use aws_config::provider_config::ProviderConfig;
+use aws_sdk_s3::config::endpoint::{EndpointFuture, Params, ResolveEndpoint};
 use aws_sdk_s3::config::{
     BehaviorVersion, ConfigBag, Credentials, Intercept, Region, RequestChecksumCalculation,
     ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
@@ -32,7 +34,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
-use crate::store::{Addressing, StaticCredentials, StoreOptions};
+use crate::store::{Addressing, CREDENTIALS_HINT, StaticCredentials, StoreOptions};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -80,22 +82,76 @@ impl Client {
             loader = loader.credentials_provider(fixed(credentials));
         }
         let shared = loader.load().await;
-        let endpoint = shared.endpoint_url().map(str::to_owned);
+        let endpoint = match &options.endpoint {
+            Some(endpoint) => Some(endpoint.clone()),
+            None => configured_endpoint(&shared).await,
+        };
+        if let Some(endpoint) = &endpoint {
+            check_endpoint(endpoint)?;
+        }
         let path_style = match options.addressing {
             Addressing::Path => true,
             Addressing::VirtualHost => false,
             Addressing::Auto => endpoint.is_some(),
         };
         let skew = Arc::new(Skew { clock: clock.clone(), last: Mutex::new(None) });
-        let config = aws_sdk_s3::config::Builder::from(&shared)
+        let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(path_style)
-            .interceptor(SkewMeter(Arc::clone(&skew)))
-            .build();
+            .interceptor(SkewMeter(Arc::clone(&skew)));
+        config.set_endpoint_url(endpoint.clone());
+        let config = config.build();
         Ok(Self {
             sdk: aws_sdk_s3::Client::from_conf(config),
             tls: endpoint.is_none_or(|endpoint| endpoint.starts_with("https://")),
             skew,
         })
+    }
+}
+
+/// The endpoint that the environment or the profile names, for S3 or for all services.
+///
+/// Nobody but the SDK knows all the places and which goes first, and it says so to a resolver of
+/// endpoints only, when a request is made. So one is made, which fails there: nothing is sent.
+async fn configured_endpoint(shared: &SdkConfig) -> Option<String> {
+    let asked = AskedEndpoint::default();
+    let config = aws_sdk_s3::config::Builder::from(shared)
+        .credentials_provider(Credentials::new("nobody", "nothing", None, None, "endpoint"))
+        .endpoint_resolver(asked.clone())
+        .build();
+    let request = aws_sdk_s3::Client::from_conf(config).head_bucket().bucket("bucket").send();
+    // It cannot succeed; what it was to be sent to is all that is wanted.
+    let _ = Box::pin(request).await;
+    asked.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Takes a note of the endpoint that is set, and resolves none.
+#[derive(Clone, Debug, Default)]
+struct AskedEndpoint(Arc<Mutex<Option<String>>>);
+
+impl ResolveEndpoint for AskedEndpoint {
+    fn resolve_endpoint<'a>(&'a self, params: &'a Params) -> EndpointFuture<'a> {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *asked = params.endpoint().map(str::to_owned);
+        EndpointFuture::ready(Err("only asked for".into()))
+    }
+}
+
+/// Refuses what is no URL of a server, or holds a secret.
+pub(super) fn check_endpoint(endpoint: &str) -> Result<()> {
+    let refused = |flaw: &str| {
+        Error::new(Kind::Config, format!("unable to use '{endpoint}' as the endpoint: {flaw}"))
+            .hint("Write it as https://HOST or https://HOST:PORT.")
+    };
+    // Not echoed, for it may hold a secret; nor is it left to the parser, which may take a secret for
+    // the scheme or the fragment.
+    if endpoint.contains('@') {
+        let message = "unable to use an endpoint with a user name in it";
+        return Err(Error::new(Kind::Config, message).hint(CREDENTIALS_HINT));
+    }
+    let url = url::Url::parse(endpoint).map_err(|error| refused(&error.to_string()))?;
+    match url.scheme() {
+        "http" | "https" if url.has_host() => Ok(()),
+        _ => Err(refused("it is not an http or https URL")),
     }
 }
 
@@ -211,6 +267,84 @@ fn half_second_later(time: Timestamp) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Runs the test of that name again in a process that has this environment, which ours must not be
+    /// given: other tests have it too. `None` in that process.
+    #[allow(clippy::disallowed_methods, reason = "a mark for our own child")]
+    fn with_environment(test: &str, variables: &[(&str, &str)]) -> Option<std::process::Output> {
+        const MARK: &str = "TIDEMARK_TEST_CHILD";
+        if std::env::var_os(MARK).is_some() {
+            return None;
+        }
+        let test = format!("store::s3::client::tests::{test}");
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", &test, "--nocapture"]).env(MARK, "1");
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("AWS_") {
+                child.env_remove(name);
+            }
+        }
+        let output = child.envs(variables.iter().copied()).output().unwrap();
+        let text = [output.stdout.as_slice(), &output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(output.status.success() && text.contains("1 passed"), "{variables:?}: {text}");
+        Some(output)
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_from_anywhere_is_held_to_the_same_rules() {
+        let name = "an_endpoint_from_anywhere_is_held_to_the_same_rules";
+        let folder = tempfile::tempdir().unwrap();
+        let profile = folder.path().join("config");
+        let text = "[default]\nservices = here\n[services here]\ns3 =\n  endpoint_url = http://a:9\n\
+                    [profile all]\nendpoint_url = http://a:9\n";
+        std::fs::write(&profile, text).unwrap();
+        let (file, other) = (profile.to_str().unwrap(), "https://b:9");
+        let (plain, secret) = ("http://a:9", "http://user:hush@a:9");
+        for variables in [
+            vec![("AWS_ENDPOINT_URL_S3", plain), ("AWS_ENDPOINT_URL", other)],
+            vec![("AWS_ENDPOINT_URL", plain)],
+            vec![("AWS_CONFIG_FILE", file)],
+            vec![("AWS_CONFIG_FILE", file), ("AWS_PROFILE", "all")],
+            vec![("AWS_ENDPOINT_URL_S3", secret)],
+            vec![("AWS_ENDPOINT_URL", secret)],
+        ] {
+            let no_metadata = ("AWS_EC2_METADATA_DISABLED", "true");
+            let variables = [variables, vec![no_metadata]].concat();
+            if with_environment(name, &variables).is_none() {
+                return from_the_environment().await;
+            }
+        }
+    }
+
+    /// In a process whose environment names `http://a:9`, or something with a secret in it.
+    #[allow(clippy::disallowed_methods, reason = "to know what the environment says")]
+    async fn from_the_environment() {
+        let secret = std::env::vars().any(|(_, value)| value.contains("hush"));
+        let connect = async |options| Client::connect(&options, &Clock::system()).await;
+        match connect(StoreOptions::default()).await {
+            Ok(client) => {
+                assert!(!secret && !client.tls, "the body goes signed");
+                let request = client.sdk.get_object().bucket("b").key("k");
+                let expiry =
+                    aws_sdk_s3::presigning::PresigningConfig::expires_in(Duration::from_secs(1))
+                        .unwrap();
+                let keys = Credentials::new("k", "s", None, None, "test");
+                let signed = request
+                    .customize()
+                    .config_override(aws_sdk_s3::config::Builder::new().credentials_provider(keys));
+                let url = signed.presigned(expiry).await.unwrap().uri().to_owned();
+                assert!(url.starts_with("http://a:9/b/k?"), "{url}");
+            }
+            Err(error) => {
+                assert!(secret, "{error}");
+                assert_eq!(error.kind(), Kind::Config);
+                assert!(!format!("{error:?}").contains("hush"), "{error:?}");
+            }
+        }
+        let ours = StoreOptions { endpoint: Some("https://c".into()), ..StoreOptions::default() };
+        assert!(connect(ours).await.unwrap().tls, "the option goes first");
+    }
 
     /// The SDK panics when a provider of the chain lacks its client, so every way through is walked.
     #[tokio::test]

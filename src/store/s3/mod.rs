@@ -34,9 +34,9 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
-    CREDENTIALS_HINT, Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo,
-    ObjectName, PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions,
-    VersionTag, asked_bytes, probe, too_short,
+    Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo, ObjectName,
+    PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag,
+    asked_bytes, probe, too_short,
 };
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -97,7 +97,7 @@ impl Bucket {
     /// `config` when the endpoint is not a URL of http or https.
     pub fn new(bucket: &str, prefix: &str, options: &StoreOptions, clock: &Clock) -> Result<Self> {
         if let Some(endpoint) = &options.endpoint {
-            check_endpoint(endpoint)?;
+            client::check_endpoint(endpoint)?;
         }
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         Ok(Self(Arc::new(S3 {
@@ -113,24 +113,6 @@ impl Bucket {
             bulk_delete_refused: AtomicBool::new(false),
             bare_tags: AtomicBool::new(false),
         })))
-    }
-}
-
-fn check_endpoint(endpoint: &str) -> Result<()> {
-    let refused = |flaw: &str| {
-        Error::new(Kind::Config, format!("unable to use '{endpoint}' as the endpoint: {flaw}"))
-            .hint("Write it as https://HOST or https://HOST:PORT.")
-    };
-    // Not echoed, for it may hold a secret; nor is it left to the parser, which may take a secret for
-    // the scheme or the fragment.
-    if endpoint.contains('@') {
-        let message = "unable to use an endpoint with a user name in it";
-        return Err(Error::new(Kind::Config, message).hint(CREDENTIALS_HINT));
-    }
-    let url = url::Url::parse(endpoint).map_err(|error| refused(&error.to_string()))?;
-    match url.scheme() {
-        "http" | "https" if url.has_host() => Ok(()),
-        _ => Err(refused("it is not an http or https URL")),
     }
 }
 
