@@ -4,20 +4,20 @@
 //! corrects its clock by the server's; it does not retry, compute checksums or time out by itself:
 //! those live in `attempt` and `upload`, once.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
 use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::region::ProfileFileRegionProvider;
 use aws_config::provider_config::ProviderConfig;
+use aws_config::{ConfigLoader, SdkConfig};
 use aws_sdk_s3::config::endpoint::{EndpointFuture, Params, ResolveEndpoint};
 use aws_sdk_s3::config::{
-    BehaviorVersion, ConfigBag, Credentials, Intercept, Region, RequestChecksumCalculation,
-    ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+    BehaviorVersion, ConfigBag, Credentials, IdentityCache, Intercept, Region,
+    RequestChecksumCalculation, ResponseChecksumValidation, RuntimeComponents, SharedHttpClient,
+    StalledStreamProtectionConfig,
 };
 use aws_sdk_s3::error::BoxError;
 use aws_smithy_http_client::{Builder, tls};
@@ -29,9 +29,8 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use secrecy::ExposeSecret;
-use std::sync::Arc;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 use crate::store::{Addressing, CREDENTIALS_HINT, StaticCredentials, StoreOptions};
@@ -52,10 +51,17 @@ const CA_FILE_BYTES_MAX: u64 = 32 << 20;
 /// Region signed for when nobody says which.
 const DEFAULT_REGION: &str = "us-east-1";
 
+/// Credentials that the server refused are looked for anew no more often than this.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
+
 /// A client and what we need to know about its endpoint.
 #[derive(Debug)]
 pub(super) struct Client {
-    pub(super) sdk: aws_sdk_s3::Client,
+    sdk: RwLock<aws_sdk_s3::Client>,
+    http: SharedHttpClient,
+    clock: Clock,
+    /// When credentials were last looked for anew.
+    renewed: tokio::sync::Mutex<Option<Instant>>,
     /// Over TLS the body needs no signature: TLS protects it and a CRC finds what TLS does not.
     pub(super) tls: bool,
     pub(super) skew: Arc<Skew>,
@@ -64,24 +70,7 @@ pub(super) struct Client {
 impl Client {
     pub(super) async fn connect(options: &StoreOptions, clock: &Clock) -> Result<Self> {
         let http = http_client(options)?;
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .region(region(options, &http))
-            .http_client(http)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
-            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
-            .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
-        if let Some(profile) = &options.profile {
-            loader = loader.profile_name(profile);
-        }
-        if let Some(endpoint) = &options.endpoint {
-            loader = loader.endpoint_url(endpoint);
-        }
-        if let Some(credentials) = &options.credentials {
-            loader = loader.credentials_provider(fixed(credentials));
-        }
-        let shared = loader.load().await;
+        let shared = loader(options, &http).region(region(options, &http)).load().await;
         let endpoint = match &options.endpoint {
             Some(endpoint) => Some(endpoint.clone()),
             None => configured_endpoint(&shared).await,
@@ -101,11 +90,62 @@ impl Client {
         config.set_endpoint_url(endpoint.clone());
         let config = config.build();
         Ok(Self {
-            sdk: aws_sdk_s3::Client::from_conf(config),
+            sdk: RwLock::new(aws_sdk_s3::Client::from_conf(config)),
+            http,
+            clock: clock.clone(),
+            renewed: tokio::sync::Mutex::default(),
             tls: endpoint.is_none_or(|endpoint| endpoint.starts_with("https://")),
             skew,
         })
     }
+
+    pub(super) fn sdk(&self) -> aws_sdk_s3::Client {
+        self.sdk.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Looks for the credentials anew, which the SDK reads from a profile once and keeps for ever. Whether
+    /// they may be others by now than those that the try at `begun` was refused with.
+    pub(super) async fn renew_credentials(&self, options: &StoreOptions, begun: Instant) -> bool {
+        if options.credentials.is_some() {
+            return false;
+        }
+        let mut renewed = self.renewed.lock().await;
+        let now = self.clock.instant();
+        match *renewed {
+            Some(last) if last >= begun => return true,
+            Some(last) if now < last + RENEWAL_PAUSE => return false,
+            _ => *renewed = Some(now),
+        }
+        let config = self.sdk().config().clone();
+        let shared = loader(options, &self.http).region(config.region().cloned()).load().await;
+        let mut config = config.to_builder();
+        config.set_credentials_provider(shared.credentials_provider());
+        config.set_identity_cache(IdentityCache::lazy().build());
+        let client = aws_sdk_s3::Client::from_conf(config.build());
+        *self.sdk.write().unwrap_or_else(PoisonError::into_inner) = client;
+        true
+    }
+}
+
+/// What the SDK is to look up, but for the region.
+fn loader(options: &StoreOptions, http: &SharedHttpClient) -> ConfigLoader {
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http.clone())
+        .retry_config(RetryConfig::disabled())
+        .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
+        .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+        .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+        .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+    if let Some(profile) = &options.profile {
+        loader = loader.profile_name(profile);
+    }
+    if let Some(endpoint) = &options.endpoint {
+        loader = loader.endpoint_url(endpoint);
+    }
+    if let Some(credentials) = &options.credentials {
+        loader = loader.credentials_provider(fixed(credentials));
+    }
+    loader
 }
 
 /// The endpoint that the environment or the profile names, for S3 or for all services.
@@ -325,7 +365,7 @@ mod tests {
         match connect(StoreOptions::default()).await {
             Ok(client) => {
                 assert!(!secret && !client.tls, "the body goes signed");
-                let request = client.sdk.get_object().bucket("b").key("k");
+                let request = client.sdk().get_object().bucket("b").key("k");
                 let expiry =
                     aws_sdk_s3::presigning::PresigningConfig::expires_in(Duration::from_secs(1))
                         .unwrap();
@@ -344,6 +384,58 @@ mod tests {
         }
         let ours = StoreOptions { endpoint: Some("https://c".into()), ..StoreOptions::default() };
         assert!(connect(ours).await.unwrap().tls, "the option goes first");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn keys_that_were_changed_in_the_profile_are_found() {
+        let name = "keys_that_were_changed_in_the_profile_are_found";
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("credentials");
+        let path = file.to_str().unwrap();
+        let variables =
+            [("AWS_SHARED_CREDENTIALS_FILE", path), ("AWS_EC2_METADATA_DISABLED", "true")];
+        if with_environment(name, &variables).is_none() {
+            change_keys().await;
+        }
+    }
+
+    /// In a process whose environment names a file of credentials, not yet written.
+    #[allow(clippy::disallowed_methods, reason = "to know what the environment says")]
+    async fn change_keys() {
+        let file = std::env::var("AWS_SHARED_CREDENTIALS_FILE").unwrap();
+        let server = minis3::Server::in_memory().unwrap();
+        let change = |id: &str, in_file: bool| {
+            server.set_keys(id, &format!("secret of {id}"));
+            let text = format!(
+                "[default]\naws_access_key_id = {id}\naws_secret_access_key = secret of {id}\n"
+            );
+            if in_file {
+                std::fs::write(&file, text).unwrap();
+            }
+        };
+        change("first", true);
+        let options =
+            StoreOptions { endpoint: Some(server.endpoint.clone()), ..StoreOptions::default() };
+        let store = crate::store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+        let name = crate::store::ObjectName::new("a").unwrap();
+        let put = async || store.put_if_absent(&name, bytes::Bytes::new()).await;
+        put().await.unwrap();
+        change("second", true);
+        let heads = (0..8).map(|_| store.head(&name));
+        for head in futures::future::join_all(heads).await {
+            assert!(head.unwrap().is_some());
+        }
+        put().await.unwrap();
+        // At most once a minute.
+        change("third", true);
+        let error = put().await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied, "{error}");
+        // Keys that are wrong everywhere cost one request more.
+        let store = crate::store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+        change("fourth", false);
+        assert_eq!(store.get(&name, None).await.unwrap_err().kind(), Kind::Denied);
+        assert_eq!(store.get(&name, None).await.unwrap_err().kind(), Kind::Denied);
+        assert_eq!(store.requests().gets, 3, "one try more, once");
     }
 
     /// The SDK panics when a provider of the chain lacks its client, so every way through is walked.
@@ -365,7 +457,7 @@ mod tests {
             StoreOptions { profile: Some("nobody".to_owned()), ..StoreOptions::default() },
         ] {
             let client = Client::connect(&options, &Clock::system()).await.unwrap();
-            let region = client.sdk.config().region().map(ToString::to_string).unwrap();
+            let region = client.sdk().config().region().map(ToString::to_string).unwrap();
             assert_eq!(client.tls, options.endpoint.is_none());
             assert!(options.region.is_none_or(|expected| expected == region));
         }

@@ -138,6 +138,20 @@ impl Failure {
         )
     }
 
+    /// The credentials were refused and others may do. A HEAD does not say which of all refusals it is.
+    pub(super) fn may_blame_credentials(&self) -> bool {
+        let refused = matches!(
+            self.code.as_str(),
+            "ExpiredToken"
+                | "InvalidToken"
+                | "TokenRefreshRequired"
+                | "InvalidAccessKeyId"
+                | "SignatureDoesNotMatch"
+        );
+        let unsaid = self.codeless() && matches!(self.status, 400 | 401 | 403);
+        self.stage == Stage::Answered && (refused || unsaid)
+    }
+
     /// Whether what was asked for may have been done all the same.
     pub(super) fn is_ambiguous(&self) -> bool {
         match self.stage {

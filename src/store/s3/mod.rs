@@ -180,7 +180,7 @@ impl S3 {
                 }
             }
             None => {
-                let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
+                let request = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
                 let answer = self.in_time(begun, 0, request.send().map_err_failure()).await?;
                 let bytes = whole_bytes(&answer)?;
                 (answer, bytes)
@@ -243,7 +243,7 @@ impl S3 {
         client: &Client,
         name: &ObjectName,
     ) -> std::result::Result<Option<Found>, Failure> {
-        let request = client.sdk.head_object().bucket(&self.bucket).key(self.key(name));
+        let request = client.sdk().head_object().bucket(&self.bucket).key(self.key(name));
         match request.send().await.map_err(Failure::from) {
             Ok(answer) => Ok(Some(Found {
                 tag: tag_of(answer.e_tag())?,
@@ -299,7 +299,7 @@ impl S3 {
         client: &Client,
         delete: Delete,
     ) -> std::result::Result<(), Failure> {
-        let request = client.sdk.delete_objects().bucket(&self.bucket).delete(delete);
+        let request = client.sdk().delete_objects().bucket(&self.bucket).delete(delete);
         let answer = request.send().await.map_err(Failure::from)?;
         let refused = answer.errors().iter().find(|error| error.code() != Some("NoSuchKey"));
         match refused {
@@ -319,7 +319,7 @@ impl S3 {
     async fn delete_one(&self, name: ObjectName) -> Result<()> {
         let call = Call::new(&self.requests.deletes);
         let tried = self.attempt(call, |client| {
-            let request = client.sdk.delete_object().bucket(&self.bucket).key(self.key(&name));
+            let request = client.sdk().delete_object().bucket(&self.bucket).key(self.key(&name));
             request.send().map_err_failure()
         });
         match tried.await?.result {

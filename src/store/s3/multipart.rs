@@ -75,7 +75,7 @@ impl Upload {
 
     fn part_request(&self, client: &Client, number: i32) -> UploadPartFluentBuilder {
         client
-            .sdk
+            .sdk()
             .upload_part()
             .bucket(&self.store.bucket)
             .key(self.store.key(&self.name))
@@ -89,7 +89,7 @@ impl Upload {
         parts: CompletedMultipartUpload,
     ) -> std::result::Result<(), Failure> {
         let request = client
-            .sdk
+            .sdk()
             .complete_multipart_upload()
             .bucket(&self.store.bucket)
             .key(self.store.key(&self.name))
@@ -248,7 +248,7 @@ impl S3 {
     ) -> std::result::Result<String, Failure> {
         let (kind, key) = encryption(&self.options);
         let request = client
-            .sdk
+            .sdk()
             .create_multipart_upload()
             .bucket(&self.bucket)
             .key(self.key(name))
@@ -270,7 +270,7 @@ impl S3 {
     pub(super) async fn abort_upload(&self, call: Call<'_>, key: &str, upload: &str) -> Result<()> {
         let tried = self
             .attempt(call, |client| {
-                let request = client.sdk.abort_multipart_upload().bucket(&self.bucket);
+                let request = client.sdk().abort_multipart_upload().bucket(&self.bucket);
                 request.key(key).upload_id(upload).send().map_err_failure()
             })
             .await?;

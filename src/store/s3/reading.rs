@@ -68,7 +68,7 @@ impl S3 {
         range: Range<u64>,
     ) -> std::result::Result<Begun, Failure> {
         let header = format!("bytes={}-{}", range.start, range.end - 1);
-        let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
+        let request = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
         let answer = match request.range(header).send().await.map_err(Failure::from) {
             Ok(answer) => answer,
             Err(failure) if failure.is("InvalidRange", 416) => {

@@ -242,7 +242,7 @@ impl S3 {
     ) -> PutObjectFluentBuilder {
         let (kind, key) = encryption(&self.options);
         let request = client
-            .sdk
+            .sdk()
             .put_object()
             .bucket(&self.bucket)
             .key(self.key(name))

@@ -55,7 +55,7 @@ pub(crate) async fn listen(
 
 fn service(config: &Config, shared: &Arc<Shared>) -> io::Result<S3Service> {
     let mut builder = S3ServiceBuilder::new(MiniS3(Arc::clone(shared)));
-    builder.set_auth(Keys::new(config));
+    builder.set_auth(Keys(Arc::clone(shared)));
     let mut settings = S3Config::default();
     settings.xml_max_body_size = 4 << 20;
     builder.set_config(Arc::new(StaticConfigProvider::new(Arc::new(settings))));
