@@ -45,7 +45,7 @@ use bytesize::ByteSize;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, TimelineId};
 
 use super::catalog::{BackupSummary, Catalog};
@@ -259,6 +259,17 @@ pub(super) fn missing_held(catalog: &Catalog) -> Vec<BackupId> {
         .chain(catalog.damaged.iter().filter_map(|object| object.backup))
         .collect();
     catalog.marks.holds.difference(&listed).copied().collect()
+}
+
+/// Fails while a held backup is not listed, for then nothing may be deleted.
+///
+/// # Errors
+/// `not found`.
+pub fn ensure_held_listed(catalog: &Catalog) -> Result<()> {
+    let Some(id) = missing_held(catalog).first().copied() else { return Ok(()) };
+    let message = format!("backup {id} is held and not listed, so nothing is deleted");
+    let hint = format!("Bring it back, or release it with 'tidemark release {id}'.");
+    Err(Error::new(Kind::NotFound, message).hint(hint))
 }
 
 /// What an operator should know of such a backup.

@@ -380,13 +380,15 @@ pub struct SweepReport {
     pub upload_count: u64,
     /// What could not be deleted, such as packs under a lock. It is no reason to leave the rest.
     pub refused: Vec<Refusal>,
+    /// What an operator should know.
+    pub remarks: Vec<String>,
 }
 
 /// Carries `plan` out. Nothing of it depends on anything else, so what goes wrong with one thing does
 /// not keep the others from going.
 ///
 /// # Errors
-/// Refused deletions are no error but are reported.
+/// Refused deletions are no error but are reported, and so is that we may not look for uploads.
 /// `config` when this host's clock and the store's are far apart or the plan was made by a clock that was
 /// far ahead, what the store reports; `bug` when a manifest appeared while its packs were deleted, which
 /// the writer's rules exclude.
@@ -411,7 +413,14 @@ pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepRep
             report.key_count += batch.len() as u64;
         }
     }
-    report.upload_count = uploads?;
+    match uploads {
+        Ok(count) => report.upload_count = count,
+        // A right that many policies lack; a lifecycle rule of the bucket does the same work.
+        Err(error) if error.kind() == Kind::Denied => {
+            report.remarks.push(format!("uploads that were never completed stay: {error}"));
+        }
+        Err(error) => return Err(error),
+    }
     Ok(report)
 }
 

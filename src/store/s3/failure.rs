@@ -364,7 +364,8 @@ const STRANGER_HINT: &str =
 
 /// What a missing right may be.
 const RIGHTS: &str = "The credentials need the rights s3:GetObject, s3:PutObject, s3:ListBucket, \
-                      s3:AbortMultipartUpload and, to expire backups, s3:DeleteObject on this prefix.";
+                      s3:ListBucketMultipartUploads, s3:AbortMultipartUpload and, to expire backups, \
+                      s3:DeleteObject on this prefix.";
 
 impl<E: ProvideErrorMetadata> From<SdkError<E, HttpResponse>> for Failure {
     fn from(error: SdkError<E, HttpResponse>) -> Self {
