@@ -422,6 +422,17 @@ async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_is_too_long_is_not_read() {
+    let server = memory();
+    let store = open(&server, "p");
+    let body = Bytes::from(vec![7; (1 << 20) + 1]);
+    store.put_if_absent(&name("l"), body.clone()).await.unwrap();
+    let error = store.read_versioned(&name("l")).await.unwrap_err();
+    assert!(error.message().contains("at most 1048576 are read"), "{error}");
+    assert_eq!(store.get(&name("l"), None).await.unwrap(), body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_try_begins_after_the_overall_timeout() {
     let server = memory();
     let mut options = s3_server::options(&server);

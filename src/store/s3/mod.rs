@@ -150,7 +150,9 @@ impl S3 {
         // How long a whole object is shows with its answer only: `get_once` sees to its time then.
         let expected_bytes = expected_bytes.unwrap_or(GET_BYTES_MAX);
         let call = Call::new(&self.requests.gets).expecting(expected_bytes);
-        let tried = self.attempt(call, |client| self.get_once(client, name, range.clone())).await?;
+        let tried = self
+            .attempt(call, |client| self.get_once(client, name, range.clone(), GET_BYTES_MAX))
+            .await?;
         match tried.result {
             Ok(Got::Body(body, _)) => {
                 self.requests.received_bytes.add(body.len() as u64);
@@ -164,11 +166,13 @@ impl S3 {
         }
     }
 
+    /// A range, or the whole object if it has at most `bytes_max`.
     async fn get_once(
         &self,
         client: &Client,
         name: &ObjectName,
         range: Option<Range<u64>>,
+        bytes_max: u64,
     ) -> std::result::Result<Got, Failure> {
         let begun = self.clock.instant();
         let (answer, bytes) = match range {
@@ -182,7 +186,7 @@ impl S3 {
             None => {
                 let request = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
                 let answer = self.in_time(begun, 0, request.send().map_err_failure()).await?;
-                let bytes = whole_bytes(&answer)?;
+                let bytes = whole_bytes(&answer, bytes_max)?;
                 (answer, bytes)
             }
         };
@@ -336,7 +340,8 @@ impl S3 {
         tries: Tries,
     ) -> Result<Option<(Bytes, VersionTag)>> {
         let call = Call { tries, ..Call::new(&self.requests.gets).expecting(LEASE_BYTES_MAX) };
-        let tried = self.attempt(call, |client| self.get_once(client, name, None)).await?;
+        let tried =
+            self.attempt(call, |client| self.get_once(client, name, None, LEASE_BYTES_MAX)).await?;
         match tried.result {
             Ok(Got::Body(body, tag)) => Ok(Some((body, tag))),
             Ok(Got::TooShort(_)) => Err(Error::new(Kind::Bug, "no range was asked for")),
@@ -371,11 +376,11 @@ fn size_of_whole(answer: &GetObjectOutput) -> Option<u64> {
 }
 
 /// The size of an object that is sent whole.
-fn whole_bytes(answer: &GetObjectOutput) -> std::result::Result<u64, Failure> {
+fn whole_bytes(answer: &GetObjectOutput, bytes_max: u64) -> std::result::Result<u64, Failure> {
     match answer.content_length().and_then(|size| u64::try_from(size).ok()) {
-        Some(size) if size <= GET_BYTES_MAX => Ok(size),
+        Some(size) if size <= bytes_max => Ok(size),
         Some(size) => {
-            let message = format!("it has {size} bytes, at most {GET_BYTES_MAX} are read");
+            let message = format!("it has {size} bytes, at most {bytes_max} are read");
             Err(Failure::nonsense(message))
         }
         None => Err(Failure::nonsense("the answer does not say its length")),

@@ -293,7 +293,7 @@ impl S3 {
             None => {}
         }
         self.requests.gets.one();
-        Ok(match self.get_once(client, name, None).await? {
+        Ok(match self.get_once(client, name, None, body.len() as u64).await? {
             Got::Body(found, tag) if found == *body => Owner::Us(tag),
             _ => Owner::Rival,
         })
