@@ -421,6 +421,38 @@ async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known
     assert_eq!(got.unwrap_err().kind(), Kind::Unavailable);
 }
 
+/// A connection that trickles is never silent for long, and would keep a restore waiting for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_piece_that_trickles_in_is_asked_for_again() {
+    let server = memory();
+    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
+    let proxy = Proxy::start(address).await;
+    let mut options = s3_server::options(&server);
+    options.endpoint = Some(format!("http://{}", proxy.address()));
+    options.attempt_timeout = Duration::from_secs(1);
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let body = Bytes::from((0..300_000_u32).map(|at| (at % 251) as u8).collect::<Vec<u8>>());
+    let name = name("a");
+    store.put_if_absent(&name, body.clone()).await.unwrap();
+    proxy.set(proxy::Fault::Slow(4 << 10));
+    let mut reading = store.read(&name, 0..300_000).await.unwrap();
+    let begun = Instant::now();
+    let (got, ()) = tokio::join!(reading.next(200_000), async {
+        tokio::time::sleep(Duration::from_millis(4500)).await;
+        proxy.set(proxy::Fault::None);
+    });
+    assert!(got.unwrap() == body.slice(..200_000));
+    assert!(store.requests().retries > 0, "it was asked for again");
+    assert!(reading.next(100_000).await.unwrap() == body.slice(200_000..));
+    // What never comes faster is an outage in the end.
+    proxy.set(proxy::Fault::Slow(4 << 10));
+    options.attempts_max = 2;
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let mut reading = store.read(&name, 0..300_000).await.unwrap();
+    assert_eq!(reading.next(200_000).await.unwrap_err().kind(), Kind::Unavailable);
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lease_that_is_too_long_is_not_read() {
     let server = memory();

@@ -1,6 +1,7 @@
 //! One GET for a long range, of which pieces are taken as they are wanted.
 //!
-//! A body that breaks off, or stalls, is asked for again from where it ended: what has come is kept.
+//! A body that breaks off, stalls, or comes too slowly for the piece that is wanted is asked for again
+//! from where it ended: what has come is kept.
 //! A reader that takes its time holds nothing but what the connection buffers; a server that loses
 //! patience with it breaks off, too.
 
@@ -124,7 +125,10 @@ impl Reading for Body<'_> {
                     self.s3.open(self.name, from..self.left.end).await?
                 }
             };
-            match self.fill(&mut answer, &mut piece, bytes).await {
+            let (s3, begun) = (self.s3, self.s3.clock.instant());
+            let left_bytes = (bytes - piece.len()) as u64;
+            let filling = self.fill(&mut answer, &mut piece, bytes);
+            match s3.in_time(begun, left_bytes, filling).await {
                 Ok(()) => self.answer = Some(answer),
                 Err(failure) => {
                     broken += 1;
