@@ -280,3 +280,18 @@ async fn a_folder_that_was_moved_and_linked_back_is_refused_and_not_passed_over(
     let found = store.list_all("c/base/").await.unwrap();
     assert_eq!(found.iter().map(|o| o.name.as_str()).collect::<Vec<_>>(), ["c/base/file"]);
 }
+
+#[tokio::test]
+async fn where_no_file_can_be_made_the_time_is_told_all_the_same() {
+    let (_folder, store) = store();
+    store.replace_if(&name("lease"), Bytes::from_static(b"x"), None).await.unwrap();
+    let root = store.0.root.path();
+    fs::remove_dir(root.join(".incoming")).unwrap();
+    fs::write(root.join(".incoming"), b"").unwrap();
+    let lock = File::options().write(true).open(root.join(".lock")).unwrap();
+    lock.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let skew = store.time().await.unwrap().unwrap().duration_since(Clock::system().now());
+    assert!(skew.abs() < jiff::SignedDuration::from_secs(60), "{skew}");
+    fs::remove_file(root.join(".lock")).unwrap();
+    assert_eq!(store.time().await.unwrap_err().kind(), Kind::Unavailable);
+}
