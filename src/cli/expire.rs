@@ -10,6 +10,7 @@ use super::words;
 use crate::daemon::opening;
 use crate::daemon::upkeep::{self, Plan, Report};
 use crate::error::{Context, Error, Kind, Result};
+use crate::repo::sweep::SweepReport;
 
 /// Delete backups and WAL that retention no longer asks for, and what aborted backups left.
 ///
@@ -51,7 +52,9 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
     }
     let report = upkeep::apply(&repository, &plan).await?;
     show(&invocation, args.json, &plan, Some(&report))?;
-    upkeep::ensure_none_refused(report.deletion.refused.iter().chain(&report.swept.refused))
+    let of_sweep = report.swept.iter().flat_map(|swept| &swept.refused);
+    upkeep::ensure_none_refused(report.deletion.refused.iter().chain(of_sweep))?;
+    report.swept.map(drop)
 }
 
 /// Tells what was done, if anything was.
@@ -67,10 +70,20 @@ fn show(
             "plan": plan.deletion,
             "sweep": plan.sweep,
             "report": report.map(|report| &report.deletion),
-            "swept": report.map(|report| &report.swept),
+            "swept": report.and_then(|report| report.swept.as_ref().ok()),
         }));
     }
     let Some(Report { deletion, swept }) = report else { return Ok(()) };
+    let unswept = SweepReport::default();
+    let (swept, bytes) = match swept {
+        Ok(swept) => (swept, plan.stored_bytes()),
+        // The error says so, after what was deleted before.
+        Err(_) if plan.deletion.is_empty() => return Ok(()),
+        Err(_) => (&unswept, plan.deletion.stored_bytes()),
+    };
+    for remark in &swept.remarks {
+        terminal.remark(remark);
+    }
     if plan.is_empty() && swept.upload_count == 0 {
         terminal.remark("nothing to delete");
         return Ok(());
@@ -87,7 +100,7 @@ fn show(
         done.push(count(swept.upload_count, "unfinished upload"));
     }
     let last = done.pop().unwrap_or_default();
-    let bytes = words::bytes(plan.stored_bytes());
+    let bytes = words::bytes(bytes);
     terminal.remark(&format!("deleted {} and {last}, {bytes} in all", done.join(", ")));
     Ok(())
 }

@@ -45,12 +45,12 @@ impl fmt::Display for Plan {
 }
 
 /// What was done of a [`Plan`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Report {
     /// Of what retention no longer asks for.
     pub deletion: DeletionReport,
-    /// Of what aborted backups left behind.
-    pub swept: SweepReport,
+    /// Of what aborted backups left behind, or why that failed: the deletions before it are done.
+    pub swept: Result<SweepReport>,
 }
 
 /// Plans both.
@@ -73,17 +73,18 @@ pub async fn plan(
 /// Carries a plan out: first the deletions, then the sweep, which looks again at each backup it takes.
 ///
 /// # Errors
-/// As [`expire`] and [`sweep`](sweep()).
+/// As [`expire`]; how the sweep ended is in the report.
 pub async fn apply(repository: &Repository, plan: &Plan) -> Result<Report> {
     let deletion = retention::apply(repository, &plan.deletion).await?;
-    let swept = sweep::apply(repository, &plan.sweep).await?;
+    let swept = sweep::apply(repository, &plan.sweep).await;
     Ok(Report { deletion, swept })
 }
 
 /// Deletes what retention no longer asks for.
 ///
 /// # Errors
-/// What the store reports; `bug` when the plan and its check disagree, and then nothing is deleted.
+/// What the store reports; `not found` while a held backup is not listed, `bug` when the plan and its check
+/// disagree, and then nothing is deleted.
 ///
 /// # Cancel safety
 /// Safe to drop anywhere: manifests go first, and a later run deletes the rest.
@@ -93,6 +94,8 @@ pub async fn expire(
     clock: &Clock,
 ) -> Result<DeletionReport> {
     let catalog = Catalog::load(repository).await?;
+    // Nobody reads the plan, so its remark would go unseen.
+    retention::ensure_held_listed(&catalog)?;
     let plan = retention::plan(&catalog, options, clock.now())?;
     retention::apply(repository, &plan).await
 }
@@ -109,6 +112,9 @@ pub async fn sweep(repository: &Repository, clock: &Clock) -> Result<SweepReport
     let catalog = Catalog::load(repository).await?;
     let plan = sweep::plan(&catalog, None, SweepOptions::default(), clock.now());
     let report = sweep::apply(repository, &plan).await?;
+    for remark in &report.remarks {
+        tracing::info!("{remark}");
+    }
     ensure_none_refused(&report.refused)?;
     Ok(report)
 }
@@ -140,6 +146,33 @@ mod tests {
     use crate::repo::{BackupId, Object, PackName};
     use crate::store::Store;
     use crate::store::memory::{Call, Outcome};
+
+    #[tokio::test(start_paused = true)]
+    async fn expiring_fails_while_a_held_backup_is_missing() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let options = RetentionOptions { keep_count: Some(1), ..RetentionOptions::default() };
+        expire(&repository, &options, &clock).await.unwrap();
+        let backup = BackupId::new(clock.now(), TimelineId::FIRST, Lsn(0x28));
+        let hold = repository.name(&Object::Mark(format!("hold-{backup}"))).unwrap();
+        memory.put_if_absent(&hold, Bytes::new()).await.unwrap();
+        let error = expire(&repository, &options, &clock).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound, "{error}");
+        assert!(error.hint_text().unwrap().contains("tidemark release"), "{error:?}");
+    }
+
+    /// What was deleted before is told, whatever becomes of the sweep.
+    #[tokio::test(start_paused = true)]
+    async fn a_sweep_that_fails_takes_nothing_from_the_report_of_the_deletions() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let plan = plan(&repository, &RetentionOptions::default(), &clock).await.unwrap();
+        memory.fail_next(Call::Any, Outcome::FailsBefore);
+        let report = apply(&repository, &plan).await.unwrap();
+        assert_eq!(report.deletion, DeletionReport::default());
+        assert_eq!(report.swept.unwrap_err().kind(), Kind::Unavailable);
+        assert!(apply(&repository, &plan).await.unwrap().swept.is_ok());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_sweep_that_the_store_refuses_is_told() {

@@ -8,7 +8,8 @@
 //! that can be restored; a hold names it; it is younger than `keep_days`; it is one of the newest
 //! `keep_count` that can be restored; it ended inside the recovery window; the window begins with it;
 //! a kept backup refers to its packs; the history of some timeline cannot be read, so that it may be
-//! the backup that leads there. Without `keep_days` and `keep_count` no backup is deleted.
+//! the backup that leads there. Without `keep_days` and `keep_count` no backup is deleted, and while a
+//! hold names a backup that is not listed nothing is: part of the repository is out of sight.
 //!
 //! WAL is kept when any of these holds: it lies after the start of a kept backup that is there to
 //! recover from (all of them without `pitr_days`, else those of the window), towards any timeline
@@ -44,7 +45,7 @@ use bytesize::ByteSize;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, TimelineId};
 
 use super::catalog::{BackupSummary, Catalog};
@@ -94,6 +95,8 @@ pub enum Reason {
     NoRule,
     /// The history of some timeline cannot be read: this backup may be the one that leads there.
     UnknownDescent,
+    /// A hold names a backup that is not listed: others may be missing as well.
+    HeldMissing,
 }
 
 impl fmt::Display for Reason {
@@ -108,6 +111,7 @@ impl fmt::Display for Reason {
             Reason::Parent => "a kept backup refers to it",
             Reason::NoRule => "neither keep_days nor keep_count is set",
             Reason::UnknownDescent => "it may lead to a timeline whose history is missing",
+            Reason::HeldMissing => "a held backup is missing",
         })
     }
 }
@@ -244,6 +248,38 @@ pub fn plan(catalog: &Catalog, options: &RetentionOptions, now: Timestamp) -> Re
     Ok(plan)
 }
 
+/// Backups that a hold names and that are not listed, not even as ones that cannot be read. Retention
+/// lets none that is held go, and nobody can hold one that is not there, so somebody took it away, or a
+/// part of the repository cannot be seen.
+pub(super) fn missing_held(catalog: &Catalog) -> Vec<BackupId> {
+    let listed: BTreeSet<BackupId> = catalog
+        .backups
+        .iter()
+        .map(BackupSummary::id)
+        .chain(catalog.damaged.iter().filter_map(|object| object.backup))
+        .collect();
+    catalog.marks.holds.difference(&listed).copied().collect()
+}
+
+/// Fails while a held backup is not listed, for then nothing may be deleted.
+///
+/// # Errors
+/// `not found`.
+pub fn ensure_held_listed(catalog: &Catalog) -> Result<()> {
+    let Some(id) = missing_held(catalog).first().copied() else { return Ok(()) };
+    let message = format!("backup {id} is held and not listed, so nothing is deleted");
+    let hint = format!("Bring it back, or release it with 'tidemark release {id}'.");
+    Err(Error::new(Kind::NotFound, message).hint(hint))
+}
+
+/// What an operator should know of such a backup.
+pub(super) fn missing_held_remark(id: BackupId) -> String {
+    format!(
+        "backup {id} is held and not listed, so nothing goes: bring it back, or release it with \
+         'tidemark release {id}'"
+    )
+}
+
 type Kept = BTreeMap<BackupId, BTreeSet<Reason>>;
 
 /// The rules at work on one catalog.
@@ -252,6 +288,7 @@ struct Rules<'a> {
     options: &'a RetentionOptions,
     now: Timestamp,
     intervals: Vec<Interval>,
+    missing_held: Vec<BackupId>,
 }
 
 fn days(count: u32) -> SignedDuration {
@@ -264,7 +301,8 @@ fn before(time: Timestamp, duration: SignedDuration) -> Timestamp {
 
 impl<'a> Rules<'a> {
     fn new(catalog: &'a Catalog, options: &'a RetentionOptions, now: Timestamp) -> Self {
-        Self { catalog, options, now, intervals: catalog.intervals_towards_all() }
+        let (intervals, missing_held) = (catalog.intervals_towards_all(), missing_held(catalog));
+        Self { catalog, options, now, intervals, missing_held }
     }
 
     /// The moment the recovery window begins, slack included.
@@ -300,6 +338,9 @@ impl<'a> Rules<'a> {
             }
             if self.catalog.marks.holds.contains(&id) {
                 keep(id, Reason::Held);
+            }
+            if !self.missing_held.is_empty() {
+                keep(id, Reason::HeldMissing);
             }
             if self.options.keep_days.is_none() && self.options.keep_count.is_none() {
                 keep(id, Reason::NoRule);
@@ -390,8 +431,11 @@ impl<'a> Rules<'a> {
     }
 
     /// WAL that was made since then is kept whether or not anything seems to need it; `None` when
-    /// all is kept, because there is nothing to recover from.
+    /// all is kept, because there is nothing to recover from or a held backup is missing.
     fn recent_since(&self, keep: &Kept) -> Option<Timestamp> {
+        if !self.missing_held.is_empty() {
+            return None;
+        }
         let bases = self.chain_bases(keep);
         let oldest = bases.iter().map(|backup| backup.id().start_time()).min()?;
         Some(self.window_start().unwrap_or_else(|| before(oldest, CLOCK_SLACK)))
@@ -467,7 +511,8 @@ impl<'a> Rules<'a> {
     }
 
     fn remarks(&self) -> Vec<String> {
-        let mut remarks = Vec::new();
+        let mut remarks: Vec<String> =
+            self.missing_held.iter().copied().map(missing_held_remark).collect();
         for timeline in self.catalog.unknown_ancestries() {
             remarks.push(format!(
                 "the history file of timeline {timeline} is missing or damaged: no backup goes, and \

@@ -51,7 +51,9 @@ use super::extent::ExtentMember;
 use super::header::{EXTENT_HEADER_BYTES, HEADER_BYTES, ObjectHeader, ObjectKind};
 use super::names::{BackupId, ExtentName, KeyId, Object};
 use super::packing::COMMIT_TIME_MAX;
-use super::retention::{Refusal, delete_unless_refused, ensure_clock};
+use super::retention::{
+    Refusal, delete_unless_refused, ensure_clock, missing_held, missing_held_remark,
+};
 
 /// Headers read at a time.
 const SCAN_JOBS: usize = 16;
@@ -184,6 +186,13 @@ pub fn plan(
         remarks: ageless.map(|backup| ageless_remark(backup.id)).collect(),
         ..SweepPlan::default()
     };
+    // Part of the repository is out of sight, with what would save a pack or a key.
+    let missing = missing_held(catalog);
+    if !missing.is_empty() {
+        plan.backups.clear();
+        plan.remarks.extend(missing.into_iter().map(missing_held_remark));
+        return plan;
+    }
     if let Some(evidence) = evidence {
         plan_keys(catalog, evidence, options, now, &mut plan);
     }
@@ -371,13 +380,15 @@ pub struct SweepReport {
     pub upload_count: u64,
     /// What could not be deleted, such as packs under a lock. It is no reason to leave the rest.
     pub refused: Vec<Refusal>,
+    /// What an operator should know.
+    pub remarks: Vec<String>,
 }
 
 /// Carries `plan` out. Nothing of it depends on anything else, so what goes wrong with one thing does
 /// not keep the others from going.
 ///
 /// # Errors
-/// Refused deletions are no error but are reported.
+/// Refused deletions are no error but are reported, and so is that we may not look for uploads.
 /// `config` when this host's clock and the store's are far apart or the plan was made by a clock that was
 /// far ahead, what the store reports; `bug` when a manifest appeared while its packs were deleted, which
 /// the writer's rules exclude.
@@ -402,7 +413,14 @@ pub async fn apply(repository: &Repository, plan: &SweepPlan) -> Result<SweepRep
             report.key_count += batch.len() as u64;
         }
     }
-    report.upload_count = uploads?;
+    match uploads {
+        Ok(count) => report.upload_count = count,
+        // A right that many policies lack; a lifecycle rule of the bucket does the same work.
+        Err(error) if error.kind() == Kind::Denied => {
+            report.remarks.push(format!("uploads that were never completed stay: {error}"));
+        }
+        Err(error) => return Err(error),
+    }
     Ok(report)
 }
 

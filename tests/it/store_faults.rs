@@ -116,6 +116,108 @@ async fn an_error_in_the_body_of_a_200_is_an_error() {
     assert_eq!(store.head(&name("never")).await.unwrap(), None);
 }
 
+/// A reverse proxy whose server restarts says 200 to everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_for_people_is_no_answer_to_a_put() {
+    let server = memory();
+    let store = with(&server, "s3://tidemark/p", |_| {});
+    server.faults().add(Fault::new(Effect::Page));
+    let error = put(&store, "a").await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["unable to write object 'a'"], "proxies");
+    for error in [
+        store.replace_if(&name("a"), bytes("1"), None).await.unwrap_err(),
+        store.head(&name("a")).await.unwrap_err(),
+        store.get(&name("a"), None).await.unwrap_err(),
+        store.get(&name("a"), Some(0..4)).await.unwrap_err(),
+        store.read_versioned(&name("a")).await.unwrap_err(),
+        store.list("", None).await.unwrap_err(),
+        store.delete(&[name("a")]).await.unwrap_err(),
+        store.begin_multipart(&name("a")).await.err().unwrap(),
+    ] {
+        assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    }
+    server.faults().clear();
+    // The server is there again when it is asked what became of it, or it is not.
+    for ops in [vec![Op::PutObject], vec![Op::PutObject, Op::HeadObject]] {
+        for op in ops {
+            server.faults().add(Fault::new(Effect::Page).on(op));
+        }
+        let error = put(&store, "a").await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        server.faults().clear();
+        assert_eq!(store.head(&name("a")).await.unwrap(), None);
+    }
+    for op in [Op::PutObject, Op::UploadPart, Op::CompleteMultipartUpload] {
+        server.faults().add(Fault::new(Effect::Page).on(op).times(1));
+    }
+    assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
+    assert_eq!(store.get(&name("a"), None).await.unwrap(), bytes("body"));
+    assert_eq!(upload(&store, "b").await.unwrap(), PutOutcome::Created);
+}
+
+/// What a proxy says that has lost its server is nothing that the server said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_404_without_a_code_is_no_word_of_the_server() {
+    let server = memory();
+    let store = open(&server, "p");
+    put(&store, "a").await.unwrap();
+    let lost = |op| server.faults().add(Fault::new(Effect::error(404, "")).on(op).times(2));
+    lost(Op::GetObject);
+    assert_eq!(store.get(&name("a"), None).await.unwrap(), bytes("body"));
+    lost(Op::GetObject);
+    assert_eq!(store.get(&name("a"), Some(1..3)).await.unwrap(), bytes("od"));
+    lost(Op::PutObject);
+    let Replace::Done(tag) = store.replace_if(&name("l"), bytes("1"), None).await.unwrap() else {
+        panic!("ours was lost")
+    };
+    lost(Op::PutObject);
+    lost(Op::GetObject);
+    let replaced = store.replace_if(&name("l"), bytes("2"), Some(tag)).await.unwrap();
+    assert!(matches!(replaced, Replace::Done(_)), "{replaced:?}");
+    lost(Op::GetObject);
+    assert_eq!(store.read_versioned(&name("l")).await.unwrap().unwrap().0, bytes("2"));
+    for op in [Op::UploadPart, Op::CompleteMultipartUpload] {
+        lost(op);
+    }
+    assert_eq!(upload(&store, "b").await.unwrap(), PutOutcome::Created);
+    lost(Op::AbortMultipartUpload);
+    store.begin_multipart(&name("c")).await.unwrap().abort().await.unwrap();
+    assert_eq!(server.upload_count("tidemark"), 0);
+    server.set_quirks(Quirks { refuse_bulk_delete: true, ..Quirks::default() });
+    lost(Op::DeleteObject);
+    store.delete(&[name("a")]).await.unwrap();
+    assert_eq!(server.keys("tidemark"), ["p/b", "p/l"]);
+    // For as long as it lasts it is an outage; what the server itself misses is missing at once.
+    server.faults().add(Fault::new(Effect::error(404, "")).on(Op::GetObject).key("p/b"));
+    let store = with(&server, "s3://tidemark/p", |_| {});
+    let error = store.get(&name("b"), None).await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["'b'"], "proxies");
+    let retries = store.requests().retries;
+    assert_eq!(store.get(&name("a"), None).await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(store.read_versioned(&name("a")).await.unwrap(), None);
+    assert_eq!(store.head(&name("a")).await.unwrap(), None);
+    assert_eq!(store.requests().retries, retries);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_without_an_etag_is_believed_when_the_object_is_ours() {
+    let server = memory();
+    for drop_metadata in [false, true] {
+        let quirks = Quirks { put_without_etag: true, drop_metadata, ..Quirks::default() };
+        server.set_quirks(quirks);
+        let store = open(&server, if drop_metadata { "bare" } else { "p" });
+        assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
+        assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::AlreadyThere);
+        let Replace::Done(tag) = store.replace_if(&name("l"), bytes("1"), None).await.unwrap()
+        else {
+            panic!("ours was lost")
+        };
+        let found = store.read_versioned(&name("l")).await.unwrap();
+        assert_eq!(found, Some((bytes("1"), tag)));
+        assert_eq!(store.requests().retries, 0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_completion_that_an_outage_stopped_is_called_again() {
     let server = memory();
@@ -317,6 +419,49 @@ async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known
         proxy.set(proxy::Fault::Stall);
     });
     assert_eq!(got.unwrap_err().kind(), Kind::Unavailable);
+}
+
+/// A connection that trickles is never silent for long, and would keep a restore waiting for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_piece_that_trickles_in_is_asked_for_again() {
+    let server = memory();
+    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
+    let proxy = Proxy::start(address).await;
+    let mut options = s3_server::options(&server);
+    options.endpoint = Some(format!("http://{}", proxy.address()));
+    options.attempt_timeout = Duration::from_secs(1);
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let body = Bytes::from((0..300_000_u32).map(|at| (at % 251) as u8).collect::<Vec<u8>>());
+    let name = name("a");
+    store.put_if_absent(&name, body.clone()).await.unwrap();
+    proxy.set(proxy::Fault::Slow(4 << 10));
+    let mut reading = store.read(&name, 0..300_000).await.unwrap();
+    let begun = Instant::now();
+    let (got, ()) = tokio::join!(reading.next(200_000), async {
+        tokio::time::sleep(Duration::from_millis(4500)).await;
+        proxy.set(proxy::Fault::None);
+    });
+    assert!(got.unwrap() == body.slice(..200_000));
+    assert!(store.requests().retries > 0, "it was asked for again");
+    assert!(reading.next(100_000).await.unwrap() == body.slice(200_000..));
+    // What never comes faster is an outage in the end.
+    proxy.set(proxy::Fault::Slow(4 << 10));
+    options.attempts_max = 2;
+    let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+    let mut reading = store.read(&name, 0..300_000).await.unwrap();
+    assert_eq!(reading.next(200_000).await.unwrap_err().kind(), Kind::Unavailable);
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_is_too_long_is_not_read() {
+    let server = memory();
+    let store = open(&server, "p");
+    let body = Bytes::from(vec![7; (1 << 20) + 1]);
+    store.put_if_absent(&name("l"), body.clone()).await.unwrap();
+    let error = store.read_versioned(&name("l")).await.unwrap_err();
+    assert!(error.message().contains("at most 1048576 are read"), "{error}");
+    assert_eq!(store.get(&name("l"), None).await.unwrap(), body);
 }
 
 #[tokio::test(flavor = "multi_thread")]

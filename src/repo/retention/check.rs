@@ -29,7 +29,7 @@ use super::{DeletionPlan, days};
 /// 4. *Newest timeline.* As much of it can be recovered as before.
 /// 5. *Scope.* Nothing goes that is not a listed backup or known WAL; nothing of a backup without a
 ///    manifest, or with one that cannot be read; while the history of a timeline cannot be read, no
-///    backup, and no WAL that follows on one.
+///    backup, and no WAL that follows on one; while a held backup is not there, nothing at all.
 ///
 /// # Errors
 /// `bug` naming the first promise that would be broken.
@@ -89,6 +89,13 @@ impl Comparison<'_> {
             self.catalog.backups.iter().map(BackupSummary::id).collect();
         if let Some(id) = self.gone.difference(&listed).next() {
             return Err(broken(format!("backup '{id}' is not listed")));
+        }
+        let unlisted = self.catalog.marks.holds.iter().find(|id| {
+            let is_damaged = self.catalog.damaged.iter().any(|object| object.backup == Some(**id));
+            !listed.contains(id) && !is_damaged
+        });
+        if let Some(id) = unlisted.filter(|_| !self.plan.is_empty()) {
+            return Err(broken(format!("backup '{id}' is held and not there")));
         }
         for id in self.catalog.unknown_backups() {
             if self.takes_wal_since(id) {

@@ -140,6 +140,28 @@ fn an_old_backup_that_is_held_keeps_only_the_wal_it_needs_itself() {
 }
 
 #[test]
+fn while_a_held_backup_is_not_listed_nothing_goes() {
+    let mut catalog = month();
+    let hidden = catalog.backups.remove(3);
+    let blind = plan(&catalog, &options(None, Some(1), None), now(30)).unwrap();
+    assert!(!blind.backups.is_empty() && !blind.wal.is_empty());
+    catalog.marks.holds.insert(hidden.id());
+    let error = check(&catalog, &blind).unwrap_err();
+    assert!(error.message().contains("is held and not there"), "{error}");
+    for window in [None, Some(0), Some(2)] {
+        let plan = plan(&catalog, &options(None, Some(1), window), now(30)).unwrap();
+        assert!(plan.is_empty(), "{plan}");
+        assert!(plan.keep[0].reasons.contains(&Reason::HeldMissing));
+        let release = format!("tidemark release {}", hidden.id());
+        assert!(plan.remarks[0].contains(&release), "{plan}");
+    }
+    // One that is there and cannot be read is not missing.
+    catalog.damaged.push(damaged(Some(hidden.id()), None));
+    let plan = plan(&catalog, &options(None, Some(1), None), now(30)).unwrap();
+    assert_eq!((plan.backups.len(), plan.wal[0].horizon_lsn.0), (28, 3 * 1440 * MINUTE_BYTES));
+}
+
+#[test]
 fn the_parents_of_a_kept_backup_stay() {
     let mut catalog = month();
     let (first, second) = (catalog.backups[1].id(), catalog.backups[2].id());

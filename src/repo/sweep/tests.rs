@@ -81,6 +81,36 @@ async fn packs_of_an_aborted_backup_go_when_nothing_was_added_for_two_days() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn without_the_right_to_list_uploads_the_rest_is_swept_and_a_remark_says_so() {
+    let scene = scene().await;
+    scene.put_pack(id(), 1).await;
+    tokio::time::sleep(3 * DAY).await;
+    let plan = scene.plan().await;
+    for outcome in [Outcome::Passes, Outcome::Denied] {
+        scene.memory.fail_next(Call::Any, outcome);
+    }
+    let report = apply(&scene.repository, &plan).await.unwrap();
+    assert_eq!((report.pack_count, report.upload_count, report.remarks.len()), (1, 0, 1));
+    assert!(report.remarks[0].starts_with("uploads that were never completed stay: "));
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_a_held_backup_is_not_listed_nothing_is_swept() {
+    let scene = scene().await;
+    scene.writer().await;
+    scene.put_pack(id(), 1).await;
+    let hold = scene.repository.name(&super::super::marks::held(id())).unwrap();
+    scene.memory.put_if_absent(&hold, Bytes::new()).await.unwrap();
+    tokio::time::sleep(31 * DAY).await;
+    for plan in [scene.plan().await, scene.plan_keys().await] {
+        assert!(plan.is_empty(), "{plan}");
+        assert!(plan.remarks[0].contains("is held and not listed"), "{plan}");
+    }
+    scene.memory.delete(&[hold]).await.unwrap();
+    assert_eq!(scene.plan().await.backups.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_backup_that_shows_life_after_the_plan_is_left_alone() {
     let scene = scene().await;
     scene.put_pack(id(), 1).await;
@@ -124,11 +154,11 @@ async fn what_becomes_of_the_uploads_keeps_no_pack_from_going() {
     scene.put_pack(id(), 1).await;
     tokio::time::sleep(3 * DAY).await;
     let plan = scene.plan().await;
-    for outcome in [Outcome::Passes, Outcome::Denied] {
+    for outcome in [Outcome::Passes, Outcome::FailsBefore] {
         scene.memory.fail_next(Call::Any, outcome);
     }
     let error = apply(&scene.repository, &plan).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Denied, "{error}");
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
     assert!(Catalog::load(&scene.repository).await.unwrap().incomplete.is_empty());
 }
 

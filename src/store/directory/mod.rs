@@ -29,7 +29,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{FileType, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 
 use super::{
     Capabilities, Latencies, ListPage, Multipart, ObjectInfo, ObjectName, PutOutcome, Replace,
@@ -51,6 +51,9 @@ const PAGE_OBJECTS: usize = 50_000;
 
 /// Longest wait for another process that replaces the lease.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// File below the root whose lock serialises replacements.
+const LOCK_FILE: &str = ".lock";
 
 /// Who may enter the folders that we make.
 const FOLDER_MODE: u32 = 0o750;
@@ -375,7 +378,7 @@ impl Inner {
     }
 
     fn lock(&self) -> Result<File> {
-        let path = self.root.path().join(".lock");
+        let path = self.root.path().join(LOCK_FILE);
         let attempted = || format!("unable to lock '{}'", path.display());
         let file = incoming::create_or_open(&path).context(attempted)?;
         let deadline = self.clock.instant() + LOCK_WAIT_MAX;
@@ -443,11 +446,10 @@ impl Inner {
         let Some(root) = self.root.open()? else { return Ok(()) };
         let mut folders = vec![folder];
         while let Some(folder) = folders.pop() {
-            let attempted = || format!("unable to list folder '{folder}'");
             match root.folders(&folder) {
                 Ok(inner) => folders.extend(inner),
-                Err(error) if is_missing(&error) => continue,
-                Err(error) => return Err(Error::io(attempted(), &error)),
+                Err(error) if error.kind() == Kind::NotFound => continue,
+                Err(error) => return Err(error),
             }
             match self.make_durable(&self.root.path().join(&folder)) {
                 // Removed as empty meanwhile.
@@ -483,11 +485,32 @@ impl Inner {
         self.durable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When the file system says a file is made that is made now.
+    /// When the file system says a file is made that is made now. One that is full makes none, and still
+    /// must tell what is old enough to go: there the lock's file, which every writer made, is touched.
     fn time(&self) -> Result<Timestamp> {
-        let incoming = self.incoming()?;
-        let metadata = incoming.file().metadata().context(|| "unable to look at a new file")?;
-        modified(&metadata)
+        let found = match self.incoming() {
+            Ok(incoming) => incoming.file().metadata(),
+            Err(error) if error.kind() == Kind::Unavailable => {
+                return self.time_of_lock()?.ok_or(error);
+            }
+            Err(error) => return Err(error),
+        };
+        modified(&found.context(|| "unable to look at a new file")?)
+    }
+
+    /// `None` where there is no lock's file, or it cannot be touched.
+    fn time_of_lock(&self) -> Result<Option<Timestamp>> {
+        let Some(root) = self.root.open()? else { return Ok(None) };
+        let leave = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+        let times = Timestamps {
+            last_access: leave,
+            last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+        };
+        let Ok(file) = root.file(LOCK_FILE) else { return Ok(None) };
+        match futimens(&file, &times).map_err(std::io::Error::from).and_then(|()| file.metadata()) {
+            Ok(found) => modified(&found).map(Some),
+            Err(_) => Ok(None),
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //!   path leads to another one, or nowhere, that is an outage (`unavailable`) and never an answer.
 //! - What is looked up through an [`Opened`] root is looked up in that very folder, wherever the path
 //!   leads meanwhile. So what is missing there is missing in the repository.
+//! - No folder below it is a link to one elsewhere: see [`Opened::is_folder`].
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -23,6 +24,10 @@ use rustix::io::{Errno, retry_on_intr};
 use super::{FOLDER_MODE, is_missing};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
+
+/// Said of a folder that somebody moved elsewhere.
+const LINK_HINT: &str =
+    "Mount the folder that it leads to in its place ('mount --bind'), or move that back.";
 
 /// Which folder a path led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,26 +150,37 @@ impl Opened {
     }
 
     /// Whether an entry of a folder, "" or with a slash at its end, is a folder itself.
-    pub(super) fn is_folder(&self, folder: &str, entry: &DirEntry) -> std::io::Result<bool> {
+    ///
+    /// # Errors
+    /// `config` when it is a link to one: what is in there would be missing from listings, and be taken
+    /// for gone.
+    pub(super) fn is_folder(&self, folder: &str, entry: &DirEntry) -> Result<bool> {
+        let name = [folder.as_bytes(), entry.file_name().to_bytes()].concat();
+        let shown = || String::from_utf8_lossy(&name).into_owned();
+        let look = |flags| match retry_on_intr(|| statat(&self.0, name.as_slice(), flags)) {
+            Ok(found) => Ok(FileType::from_raw_mode(found.st_mode)),
+            // Gone meanwhile, or a link to nothing.
+            Err(Errno::NOENT) => Ok(FileType::Unknown),
+            Err(error) => Err(Error::io(format!("unable to look at '{}'", shown()), &error.into())),
+        };
         let mut file_type = entry.file_type();
         // Not every file system says in its listing what a name is.
         if file_type == FileType::Unknown {
-            let name = [folder.as_bytes(), entry.file_name().to_bytes()].concat();
-            let flags = AtFlags::SYMLINK_NOFOLLOW;
-            let found = retry_on_intr(|| statat(&self.0, name.as_slice(), flags));
-            file_type = match found {
-                Err(Errno::NOENT) => return Ok(false),
-                found => FileType::from_raw_mode(found?.st_mode),
-            };
+            file_type = look(AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        if file_type == FileType::Symlink && look(AtFlags::empty())? == FileType::Directory {
+            let found = format!("unable to list '{}': it is a link to a folder", shown());
+            return Err(Error::new(Kind::Config, found).hint(LINK_HINT));
         }
         Ok(file_type == FileType::Directory)
     }
 
     /// The folders in a folder, named as that is.
-    pub(super) fn folders(&self, folder: &str) -> std::io::Result<Vec<String>> {
+    pub(super) fn folders(&self, folder: &str) -> Result<Vec<String>> {
+        let attempted = || format!("unable to list folder '{folder}'");
         let mut folders = Vec::new();
-        for entry in self.entries(folder)? {
-            let entry = entry?;
+        for entry in self.entries(folder).context(attempted)? {
+            let entry = entry.map_err(std::io::Error::from).context(attempted)?;
             let name = entry.file_name().to_str().unwrap_or(".");
             if !name.starts_with('.') && self.is_folder(folder, &entry)? {
                 folders.push(format!("{folder}{name}/"));

@@ -245,3 +245,53 @@ async fn an_object_cannot_take_the_place_of_a_folder() {
     assert_eq!(store.get(&name("a"), None).await.unwrap_err().kind(), Kind::NotFound);
     assert_eq!(store.head(&name("a")).await.unwrap(), None);
 }
+
+/// A link to a file is an object; what a link to a folder holds would be missing, and what is missing is
+/// taken for gone.
+#[tokio::test]
+async fn a_folder_that_was_moved_and_linked_back_is_refused_and_not_passed_over() {
+    let (folder, store) = store();
+    store.put_if_absent(&name("c/base/a/manifest"), Bytes::from_static(b"m")).await.unwrap();
+    store.put_if_absent(&name("c/wal/x"), Bytes::from_static(b"w")).await.unwrap();
+    let (inside, bigger) = (store.0.root.path().join("c"), folder.path().join("bigger"));
+    fs::rename(inside.join("base/a"), &bigger).unwrap();
+    std::os::unix::fs::symlink(&bigger, inside.join("base/a")).unwrap();
+    let answers = [
+        store.list("", None).await.map(drop),
+        store.list("c/base/", None).await.map(drop),
+        store.list("c/base/a/", None).await.map(drop),
+        store.make_durable("c").await,
+    ];
+    for (index, answer) in answers.into_iter().enumerate() {
+        // In the folder itself nothing is passed over.
+        if index == 2 {
+            answer.unwrap();
+            continue;
+        }
+        let error = answer.unwrap_err();
+        assert_eq!(error.kind(), Kind::Config, "{error}");
+        assert!(error.message().contains("'c/base/a': it is a link to a folder"), "{error}");
+        assert!(error.hint_text().unwrap().contains("Mount"), "{error:?}");
+    }
+    assert_eq!(store.list("c/wal/", None).await.unwrap().objects.len(), 1);
+    fs::remove_file(inside.join("base/a")).unwrap();
+    std::os::unix::fs::symlink(bigger.join("manifest"), inside.join("base/file")).unwrap();
+    std::os::unix::fs::symlink("nowhere", inside.join("base/dangling")).unwrap();
+    let found = store.list_all("c/base/").await.unwrap();
+    assert_eq!(found.iter().map(|o| o.name.as_str()).collect::<Vec<_>>(), ["c/base/file"]);
+}
+
+#[tokio::test]
+async fn where_no_file_can_be_made_the_time_is_told_all_the_same() {
+    let (_folder, store) = store();
+    store.replace_if(&name("lease"), Bytes::from_static(b"x"), None).await.unwrap();
+    let root = store.0.root.path();
+    fs::remove_dir(root.join(".incoming")).unwrap();
+    fs::write(root.join(".incoming"), b"").unwrap();
+    let lock = File::options().write(true).open(root.join(".lock")).unwrap();
+    lock.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let skew = store.time().await.unwrap().unwrap().duration_since(Clock::system().now());
+    assert!(skew.abs() < jiff::SignedDuration::from_secs(60), "{skew}");
+    fs::remove_file(root.join(".lock")).unwrap();
+    assert_eq!(store.time().await.unwrap_err().kind(), Kind::Unavailable);
+}

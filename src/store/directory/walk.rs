@@ -101,7 +101,7 @@ impl Walk<'_> {
             if name.starts_with('.') {
                 continue;
             }
-            let is_folder = self.root.is_folder(folder, &entry).context(attempted)?;
+            let is_folder = self.root.is_folder(folder, &entry)?;
             let name = format!("{folder}{name}{}", if is_folder { "/" } else { "" });
             if name.as_str() > floor && self.wanted(&name) {
                 names.push(name);

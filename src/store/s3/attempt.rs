@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! Every call makes at most `attempts_max` tries, begins none after `overall_timeout`, and lets none
-//! run longer than `attempt_timeout` and the time its bytes may take. Pauses double, with jitter. A
+//! run longer than `attempt_timeout` and the time its bytes may take; one more is made with credentials
+//! that were looked for anew, as those before were refused. Pauses double, with jitter. A
 //! server that asks for less gets it from all requests of this store, not only from the one it told.
 
 use std::sync::{Mutex, PoisonError};
@@ -110,9 +111,11 @@ impl S3 {
             Tries::Once => 1,
         };
         let mut maybe_done_before = false;
+        let mut renewed = false;
         let mut attempt = 1;
         loop {
             self.wait_at_gate().await?;
+            let try_begun = self.clock.instant();
             // On the heap: the SDK's futures have tens of kilobytes, and those of everybody who waits for
             // one would hold it as well, several times over on a worker's stack.
             let trying = Box::pin(request(client));
@@ -125,6 +128,13 @@ impl S3 {
                 }
                 Err(failure) => failure,
             };
+            if failure.may_blame_credentials() && !renewed {
+                renewed = client.renew_credentials(&self.options, try_begun).await;
+                if renewed {
+                    self.requests.retries.one();
+                    continue;
+                }
+            }
             let verdict = self.judge(&failure, attempt);
             let pause = self.pause(verdict, attempt)?;
             if verdict == Verdict::SlowDown {

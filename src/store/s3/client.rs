@@ -4,8 +4,7 @@
 //! corrects its clock by the server's; it does not retry, compute checksums or time out by itself:
 //! those live in `attempt` and `upload`, once.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
@@ -13,9 +12,12 @@ use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::region::ProfileFileRegionProvider;
 use aws_config::provider_config::ProviderConfig;
+use aws_config::{ConfigLoader, SdkConfig};
+use aws_sdk_s3::config::endpoint::{EndpointFuture, Params, ResolveEndpoint};
 use aws_sdk_s3::config::{
-    BehaviorVersion, ConfigBag, Credentials, Intercept, Region, RequestChecksumCalculation,
-    ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+    BehaviorVersion, ConfigBag, Credentials, IdentityCache, Intercept, Region,
+    RequestChecksumCalculation, ResponseChecksumValidation, RuntimeComponents, SharedHttpClient,
+    StalledStreamProtectionConfig,
 };
 use aws_sdk_s3::error::BoxError;
 use aws_smithy_http_client::{Builder, tls};
@@ -27,12 +29,11 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use secrecy::ExposeSecret;
-use std::sync::Arc;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
-use crate::store::{Addressing, StaticCredentials, StoreOptions};
+use crate::store::{Addressing, CREDENTIALS_HINT, StaticCredentials, StoreOptions};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,10 +51,17 @@ const CA_FILE_BYTES_MAX: u64 = 32 << 20;
 /// Region signed for when nobody says which.
 const DEFAULT_REGION: &str = "us-east-1";
 
+/// Credentials that the server refused are looked for anew no more often than this.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
+
 /// A client and what we need to know about its endpoint.
 #[derive(Debug)]
 pub(super) struct Client {
-    pub(super) sdk: aws_sdk_s3::Client,
+    sdk: RwLock<aws_sdk_s3::Client>,
+    http: SharedHttpClient,
+    clock: Clock,
+    /// When credentials were last looked for anew.
+    renewed: tokio::sync::Mutex<Option<Instant>>,
     /// Over TLS the body needs no signature: TLS protects it and a CRC finds what TLS does not.
     pub(super) tls: bool,
     pub(super) skew: Arc<Skew>,
@@ -62,40 +70,128 @@ pub(super) struct Client {
 impl Client {
     pub(super) async fn connect(options: &StoreOptions, clock: &Clock) -> Result<Self> {
         let http = http_client(options)?;
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .region(region(options, &http))
-            .http_client(http)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
-            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
-            .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
-        if let Some(profile) = &options.profile {
-            loader = loader.profile_name(profile);
+        let shared = loader(options, &http).region(region(options, &http)).load().await;
+        let endpoint = match &options.endpoint {
+            Some(endpoint) => Some(endpoint.clone()),
+            None => configured_endpoint(&shared).await,
+        };
+        if let Some(endpoint) = &endpoint {
+            check_endpoint(endpoint)?;
         }
-        if let Some(endpoint) = &options.endpoint {
-            loader = loader.endpoint_url(endpoint);
-        }
-        if let Some(credentials) = &options.credentials {
-            loader = loader.credentials_provider(fixed(credentials));
-        }
-        let shared = loader.load().await;
-        let endpoint = shared.endpoint_url().map(str::to_owned);
         let path_style = match options.addressing {
             Addressing::Path => true,
             Addressing::VirtualHost => false,
             Addressing::Auto => endpoint.is_some(),
         };
         let skew = Arc::new(Skew { clock: clock.clone(), last: Mutex::new(None) });
-        let config = aws_sdk_s3::config::Builder::from(&shared)
+        let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(path_style)
-            .interceptor(SkewMeter(Arc::clone(&skew)))
-            .build();
+            .interceptor(SkewMeter(Arc::clone(&skew)));
+        config.set_endpoint_url(endpoint.clone());
+        let config = config.build();
         Ok(Self {
-            sdk: aws_sdk_s3::Client::from_conf(config),
+            sdk: RwLock::new(aws_sdk_s3::Client::from_conf(config)),
+            http,
+            clock: clock.clone(),
+            renewed: tokio::sync::Mutex::default(),
             tls: endpoint.is_none_or(|endpoint| endpoint.starts_with("https://")),
             skew,
         })
+    }
+
+    pub(super) fn sdk(&self) -> aws_sdk_s3::Client {
+        self.sdk.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Looks for the credentials anew, which the SDK reads from a profile once and keeps for ever. Whether
+    /// they may be others by now than those that the try at `begun` was refused with.
+    pub(super) async fn renew_credentials(&self, options: &StoreOptions, begun: Instant) -> bool {
+        if options.credentials.is_some() {
+            return false;
+        }
+        let mut renewed = self.renewed.lock().await;
+        let now = self.clock.instant();
+        match *renewed {
+            Some(last) if last >= begun => return true,
+            Some(last) if now < last + RENEWAL_PAUSE => return false,
+            _ => *renewed = Some(now),
+        }
+        let config = self.sdk().config().clone();
+        let shared = loader(options, &self.http).region(config.region().cloned()).load().await;
+        let mut config = config.to_builder();
+        config.set_credentials_provider(shared.credentials_provider());
+        config.set_identity_cache(IdentityCache::lazy().build());
+        let client = aws_sdk_s3::Client::from_conf(config.build());
+        *self.sdk.write().unwrap_or_else(PoisonError::into_inner) = client;
+        true
+    }
+}
+
+/// What the SDK is to look up, but for the region.
+fn loader(options: &StoreOptions, http: &SharedHttpClient) -> ConfigLoader {
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http.clone())
+        .retry_config(RetryConfig::disabled())
+        .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
+        .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+        .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+        .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+    if let Some(profile) = &options.profile {
+        loader = loader.profile_name(profile);
+    }
+    if let Some(endpoint) = &options.endpoint {
+        loader = loader.endpoint_url(endpoint);
+    }
+    if let Some(credentials) = &options.credentials {
+        loader = loader.credentials_provider(fixed(credentials));
+    }
+    loader
+}
+
+/// The endpoint that the environment or the profile names, for S3 or for all services.
+///
+/// Nobody but the SDK knows all the places and which goes first, and it says so to a resolver of
+/// endpoints only, when a request is made. So one is made, which fails there: nothing is sent.
+async fn configured_endpoint(shared: &SdkConfig) -> Option<String> {
+    let asked = AskedEndpoint::default();
+    let config = aws_sdk_s3::config::Builder::from(shared)
+        .credentials_provider(Credentials::new("nobody", "nothing", None, None, "endpoint"))
+        .endpoint_resolver(asked.clone())
+        .build();
+    let request = aws_sdk_s3::Client::from_conf(config).head_bucket().bucket("bucket").send();
+    // It cannot succeed; what it was to be sent to is all that is wanted.
+    let _ = Box::pin(request).await;
+    asked.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Takes a note of the endpoint that is set, and resolves none.
+#[derive(Clone, Debug, Default)]
+struct AskedEndpoint(Arc<Mutex<Option<String>>>);
+
+impl ResolveEndpoint for AskedEndpoint {
+    fn resolve_endpoint<'a>(&'a self, params: &'a Params) -> EndpointFuture<'a> {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *asked = params.endpoint().map(str::to_owned);
+        EndpointFuture::ready(Err("only asked for".into()))
+    }
+}
+
+/// Refuses what is no URL of a server, or holds a secret.
+pub(super) fn check_endpoint(endpoint: &str) -> Result<()> {
+    let refused = |flaw: &str| {
+        Error::new(Kind::Config, format!("unable to use '{endpoint}' as the endpoint: {flaw}"))
+            .hint("Write it as https://HOST or https://HOST:PORT.")
+    };
+    // Not echoed, for it may hold a secret; nor is it left to the parser, which may take a secret for
+    // the scheme or the fragment.
+    if endpoint.contains('@') {
+        let message = "unable to use an endpoint with a user name in it";
+        return Err(Error::new(Kind::Config, message).hint(CREDENTIALS_HINT));
+    }
+    let url = url::Url::parse(endpoint).map_err(|error| refused(&error.to_string()))?;
+    match url.scheme() {
+        "http" | "https" if url.has_host() => Ok(()),
+        _ => Err(refused("it is not an http or https URL")),
     }
 }
 
@@ -212,6 +308,136 @@ fn half_second_later(time: Timestamp) -> Timestamp {
 mod tests {
     use super::*;
 
+    /// Runs the test of that name again in a process that has this environment, which ours must not be
+    /// given: other tests have it too. `None` in that process.
+    #[allow(clippy::disallowed_methods, reason = "a mark for our own child")]
+    fn with_environment(test: &str, variables: &[(&str, &str)]) -> Option<std::process::Output> {
+        const MARK: &str = "TIDEMARK_TEST_CHILD";
+        if std::env::var_os(MARK).is_some() {
+            return None;
+        }
+        let test = format!("store::s3::client::tests::{test}");
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", &test, "--nocapture"]).env(MARK, "1");
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("AWS_") {
+                child.env_remove(name);
+            }
+        }
+        let output = child.envs(variables.iter().copied()).output().unwrap();
+        let text = [output.stdout.as_slice(), &output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(output.status.success() && text.contains("1 passed"), "{variables:?}: {text}");
+        Some(output)
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_from_anywhere_is_held_to_the_same_rules() {
+        let name = "an_endpoint_from_anywhere_is_held_to_the_same_rules";
+        let folder = tempfile::tempdir().unwrap();
+        let profile = folder.path().join("config");
+        let text = "[default]\nservices = here\n[services here]\ns3 =\n  endpoint_url = http://a:9\n\
+                    [profile all]\nendpoint_url = http://a:9\n";
+        std::fs::write(&profile, text).unwrap();
+        let (file, other) = (profile.to_str().unwrap(), "https://b:9");
+        let (plain, secret) = ("http://a:9", "http://user:hush@a:9");
+        for variables in [
+            vec![("AWS_ENDPOINT_URL_S3", plain), ("AWS_ENDPOINT_URL", other)],
+            vec![("AWS_ENDPOINT_URL", plain)],
+            vec![("AWS_CONFIG_FILE", file)],
+            vec![("AWS_CONFIG_FILE", file), ("AWS_PROFILE", "all")],
+            vec![("AWS_ENDPOINT_URL_S3", secret)],
+            vec![("AWS_ENDPOINT_URL", secret)],
+        ] {
+            let no_metadata = ("AWS_EC2_METADATA_DISABLED", "true");
+            let variables = [variables, vec![no_metadata]].concat();
+            if with_environment(name, &variables).is_none() {
+                return from_the_environment().await;
+            }
+        }
+    }
+
+    /// In a process whose environment names `http://a:9`, or something with a secret in it.
+    #[allow(clippy::disallowed_methods, reason = "to know what the environment says")]
+    async fn from_the_environment() {
+        let secret = std::env::vars().any(|(_, value)| value.contains("hush"));
+        let connect = async |options| Client::connect(&options, &Clock::system()).await;
+        match connect(StoreOptions::default()).await {
+            Ok(client) => {
+                assert!(!secret && !client.tls, "the body goes signed");
+                let request = client.sdk().get_object().bucket("b").key("k");
+                let expiry =
+                    aws_sdk_s3::presigning::PresigningConfig::expires_in(Duration::from_secs(1))
+                        .unwrap();
+                let keys = Credentials::new("k", "s", None, None, "test");
+                let signed = request
+                    .customize()
+                    .config_override(aws_sdk_s3::config::Builder::new().credentials_provider(keys));
+                let url = signed.presigned(expiry).await.unwrap().uri().to_owned();
+                assert!(url.starts_with("http://a:9/b/k?"), "{url}");
+            }
+            Err(error) => {
+                assert!(secret, "{error}");
+                assert_eq!(error.kind(), Kind::Config);
+                assert!(!format!("{error:?}").contains("hush"), "{error:?}");
+            }
+        }
+        let ours = StoreOptions { endpoint: Some("https://c".into()), ..StoreOptions::default() };
+        assert!(connect(ours).await.unwrap().tls, "the option goes first");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn keys_that_were_changed_in_the_profile_are_found() {
+        let name = "keys_that_were_changed_in_the_profile_are_found";
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("credentials");
+        let path = file.to_str().unwrap();
+        let variables =
+            [("AWS_SHARED_CREDENTIALS_FILE", path), ("AWS_EC2_METADATA_DISABLED", "true")];
+        if with_environment(name, &variables).is_none() {
+            change_keys().await;
+        }
+    }
+
+    /// In a process whose environment names a file of credentials, not yet written.
+    #[allow(clippy::disallowed_methods, reason = "to know what the environment says")]
+    async fn change_keys() {
+        let file = std::env::var("AWS_SHARED_CREDENTIALS_FILE").unwrap();
+        let server = minis3::Server::in_memory().unwrap();
+        let change = |id: &str, in_file: bool| {
+            server.set_keys(id, &format!("secret of {id}"));
+            let text = format!(
+                "[default]\naws_access_key_id = {id}\naws_secret_access_key = secret of {id}\n"
+            );
+            if in_file {
+                std::fs::write(&file, text).unwrap();
+            }
+        };
+        change("first", true);
+        let options =
+            StoreOptions { endpoint: Some(server.endpoint.clone()), ..StoreOptions::default() };
+        let store = crate::store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+        let name = crate::store::ObjectName::new("a").unwrap();
+        let put = async || store.put_if_absent(&name, bytes::Bytes::new()).await;
+        put().await.unwrap();
+        change("second", true);
+        let heads = (0..8).map(|_| store.head(&name));
+        for head in futures::future::join_all(heads).await {
+            assert!(head.unwrap().is_some());
+        }
+        put().await.unwrap();
+        // At most once a minute.
+        change("third", true);
+        let error = put().await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied, "{error}");
+        // Keys that are wrong everywhere cost one request more.
+        let store = crate::store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
+        change("fourth", false);
+        assert_eq!(store.get(&name, None).await.unwrap_err().kind(), Kind::Denied);
+        assert_eq!(store.get(&name, None).await.unwrap_err().kind(), Kind::Denied);
+        assert_eq!(store.requests().gets, 3, "one try more, once");
+    }
+
     /// The SDK panics when a provider of the chain lacks its client, so every way through is walked.
     #[tokio::test]
     async fn clients_for_aws_and_for_others_are_set_up_whatever_is_known() {
@@ -231,7 +457,7 @@ mod tests {
             StoreOptions { profile: Some("nobody".to_owned()), ..StoreOptions::default() },
         ] {
             let client = Client::connect(&options, &Clock::system()).await.unwrap();
-            let region = client.sdk.config().region().map(ToString::to_string).unwrap();
+            let region = client.sdk().config().region().map(ToString::to_string).unwrap();
             assert_eq!(client.tls, options.endpoint.is_none());
             assert!(options.region.is_none_or(|expected| expected == region));
         }

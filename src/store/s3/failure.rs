@@ -28,6 +28,8 @@ enum Stage {
     Answered,
     /// An answer that is not what was asked for.
     Nonsense,
+    /// An answer that no S3 server gives: that of a proxy in its place.
+    Stranger,
 }
 
 /// What to do about a failure.
@@ -58,6 +60,12 @@ impl Failure {
         Self { stage: Stage::Nonsense, status: 0, code: String::new(), message, region: None }
     }
 
+    /// The answer is none that a server of S3 gives. What was asked for may have been done.
+    pub(super) fn stranger(message: &str) -> Self {
+        let (code, message) = (String::new(), message.to_owned());
+        Self { stage: Stage::Stranger, status: 0, code, message, region: None }
+    }
+
     /// An error that the server put into a list of results.
     pub(super) fn listed(code: &str, message: &str) -> Self {
         let (code, message) = (code.to_owned(), message.to_owned());
@@ -79,9 +87,20 @@ impl Failure {
         self.is("PreconditionFailed", 412)
     }
 
-    /// There is no such object (or, for a HEAD, no such bucket).
+    /// There is no such object. The server said so by its code: a 404 without one is what a proxy says
+    /// that has lost its server.
     pub(super) fn is_missing(&self) -> bool {
+        self.stage == Stage::Answered && self.code == "NoSuchKey"
+    }
+
+    /// The same of a HEAD, which can have no code (and does not tell an object from a bucket).
+    pub(super) fn is_missing_for_head(&self) -> bool {
         self.is("NoSuchKey", 404)
+    }
+
+    /// There is no such upload, or no more.
+    pub(super) fn is_missing_upload(&self) -> bool {
+        self.stage == Stage::Answered && self.code == "NoSuchUpload"
     }
 
     /// The server does not know what was asked of it.
@@ -119,10 +138,24 @@ impl Failure {
         )
     }
 
+    /// The credentials were refused and others may do. A HEAD does not say which of all refusals it is.
+    pub(super) fn may_blame_credentials(&self) -> bool {
+        let refused = matches!(
+            self.code.as_str(),
+            "ExpiredToken"
+                | "InvalidToken"
+                | "TokenRefreshRequired"
+                | "InvalidAccessKeyId"
+                | "SignatureDoesNotMatch"
+        );
+        let unsaid = self.codeless() && matches!(self.status, 400 | 401 | 403);
+        self.stage == Stage::Answered && (refused || unsaid)
+    }
+
     /// Whether what was asked for may have been done all the same.
     pub(super) fn is_ambiguous(&self) -> bool {
         match self.stage {
-            Stage::Transport | Stage::Nonsense => true,
+            Stage::Transport | Stage::Nonsense | Stage::Stranger => true,
             Stage::Construction => false,
             Stage::Answered => self.status >= 500 || self.status == 200,
         }
@@ -132,7 +165,7 @@ impl Failure {
         match self.stage {
             Stage::Construction | Stage::Nonsense => return Verdict::Final,
             Stage::Transport if self.is_untrusted_certificate() => return Verdict::Final,
-            Stage::Transport => return Verdict::Retry,
+            Stage::Transport | Stage::Stranger => return Verdict::Retry,
             Stage::Answered => {}
         }
         match self.code.as_str() {
@@ -157,6 +190,7 @@ impl Failure {
             _ => match self.status {
                 429 | 503 | 509 => Verdict::SlowDown,
                 501 | 505 => Verdict::Final,
+                404 if self.codeless() => Verdict::Retry,
                 408 | 500..=599 => Verdict::Retry,
                 // An answer that cannot be read; whoever asked looks what came of it.
                 200 if self.code.is_empty() => Verdict::Final,
@@ -206,6 +240,7 @@ impl Failure {
                 return (Kind::Unavailable, Some(hint.to_owned()));
             }
             Stage::Nonsense => return (Kind::Unsupported, None),
+            Stage::Stranger => return (Kind::Unavailable, Some(STRANGER_HINT.to_owned())),
             Stage::Answered => {}
         }
         let (kind, hint) = self.answered();
@@ -295,6 +330,7 @@ impl Failure {
             (Verdict::SlowDown, _) => {
                 (Kind::Unavailable, Some("The store is asking for fewer requests."))
             }
+            (Verdict::Retry, 404) => (Kind::Unavailable, Some(STRANGER_HINT)),
             (Verdict::Retry, _) => (Kind::Unavailable, None),
             (Verdict::Final, 301 | 307 | 400) => (Kind::Config, None),
             (Verdict::Final, 401 | 403) => (Kind::Denied, Some(RIGHTS)),
@@ -324,9 +360,14 @@ impl Failure {
     }
 }
 
+/// Said of an answer that no S3 server gives.
+const STRANGER_HINT: &str =
+    "Something else answers in the server's place: check the endpoint, and the proxies before it.";
+
 /// What a missing right may be.
 const RIGHTS: &str = "The credentials need the rights s3:GetObject, s3:PutObject, s3:ListBucket, \
-                      s3:AbortMultipartUpload and, to expire backups, s3:DeleteObject on this prefix.";
+                      s3:ListBucketMultipartUploads, s3:AbortMultipartUpload and, to expire backups, \
+                      s3:DeleteObject on this prefix.";
 
 impl<E: ProvideErrorMetadata> From<SdkError<E, HttpResponse>> for Failure {
     fn from(error: SdkError<E, HttpResponse>) -> Self {
@@ -350,6 +391,10 @@ impl<E: ProvideErrorMetadata> From<SdkError<E, HttpResponse>> for Failure {
                 let raw = answer.raw();
                 let header = |name: &str| raw.headers().get(name).map(str::to_owned);
                 let meta = answer.err().meta();
+                let is_page = header("content-type").is_some_and(|kind| kind.contains("html"));
+                if raw.status().is_success() && is_page {
+                    return Self::stranger("the answer is a page for people");
+                }
                 Self {
                     stage: Stage::Answered,
                     status: raw.status().as_u16(),

@@ -27,7 +27,7 @@ impl S3 {
     async fn versioning(&self) -> Result<Option<bool>> {
         let call = Call::new(&self.requests.heads);
         let tried = self.attempt(call, |client| {
-            client.sdk.get_bucket_versioning().bucket(&self.bucket).send().map_err_failure()
+            client.sdk().get_bucket_versioning().bucket(&self.bucket).send().map_err_failure()
         });
         let answer = tried.await?.result.ok();
         Ok(answer.map(|answer| answer.status().is_some_and(|status| status.as_str() == "Enabled")))
@@ -36,7 +36,7 @@ impl S3 {
     async fn object_lock(&self) -> Result<Option<bool>> {
         let call = Call::new(&self.requests.heads);
         let tried = self.attempt(call, |client| {
-            let request = client.sdk.get_object_lock_configuration().bucket(&self.bucket);
+            let request = client.sdk().get_object_lock_configuration().bucket(&self.bucket);
             request.send().map_err_failure()
         });
         Ok(match tried.await?.result {

@@ -77,7 +77,7 @@ impl S3 {
         client: &Client,
         cursor: &Cursor,
     ) -> std::result::Result<ListObjectsV2Output, Failure> {
-        let request = client.sdk.list_objects_v2().bucket(&self.bucket).prefix(&cursor.prefix);
+        let request = client.sdk().list_objects_v2().bucket(&self.bucket).prefix(&cursor.prefix);
         request
             .set_start_after(cursor.after.clone())
             .set_continuation_token(cursor.token.clone())

@@ -11,8 +11,9 @@
 //!   its own as metadata, by which it is recognised after a lost answer.
 //! - One checksum algorithm from the begin of an upload to its completion.
 //! - No listing is believed complete that does not come in order and to a told end (`listing`).
-//! - Nothing is believed done before the server said so: an error in the body of a 200 is an error,
-//!   and a completed upload is looked at once more for its size.
+//! - Nothing is believed done before the server said so: an error in the body of a 200 is an error, an
+//!   object or a part of which the answer tells no tag is not stored (a proxy that answers in the
+//!   server's place says 200, too), and a completed upload is looked at once more for its size.
 //!
 //! # Durability
 //! S3 answers a put or a completion when the object is durable in its sense; there is nothing to add.
@@ -33,9 +34,9 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
-    CREDENTIALS_HINT, Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo,
-    ObjectName, PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions,
-    VersionTag, asked_bytes, probe, too_short,
+    Capabilities, GET_BYTES_MAX, Latencies, ListPage, Multipart, ObjectInfo, ObjectName,
+    PutOutcome, Reading, Replace, RequestCounts, Requests, Store, StoreOptions, VersionTag,
+    asked_bytes, probe, too_short,
 };
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -96,7 +97,7 @@ impl Bucket {
     /// `config` when the endpoint is not a URL of http or https.
     pub fn new(bucket: &str, prefix: &str, options: &StoreOptions, clock: &Clock) -> Result<Self> {
         if let Some(endpoint) = &options.endpoint {
-            check_endpoint(endpoint)?;
+            client::check_endpoint(endpoint)?;
         }
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         Ok(Self(Arc::new(S3 {
@@ -112,24 +113,6 @@ impl Bucket {
             bulk_delete_refused: AtomicBool::new(false),
             bare_tags: AtomicBool::new(false),
         })))
-    }
-}
-
-fn check_endpoint(endpoint: &str) -> Result<()> {
-    let refused = |flaw: &str| {
-        Error::new(Kind::Config, format!("unable to use '{endpoint}' as the endpoint: {flaw}"))
-            .hint("Write it as https://HOST or https://HOST:PORT.")
-    };
-    // Not echoed, for it may hold a secret; nor is it left to the parser, which may take a secret for
-    // the scheme or the fragment.
-    if endpoint.contains('@') {
-        let message = "unable to use an endpoint with a user name in it";
-        return Err(Error::new(Kind::Config, message).hint(CREDENTIALS_HINT));
-    }
-    let url = url::Url::parse(endpoint).map_err(|error| refused(&error.to_string()))?;
-    match url.scheme() {
-        "http" | "https" if url.has_host() => Ok(()),
-        _ => Err(refused("it is not an http or https URL")),
     }
 }
 
@@ -167,7 +150,9 @@ impl S3 {
         // How long a whole object is shows with its answer only: `get_once` sees to its time then.
         let expected_bytes = expected_bytes.unwrap_or(GET_BYTES_MAX);
         let call = Call::new(&self.requests.gets).expecting(expected_bytes);
-        let tried = self.attempt(call, |client| self.get_once(client, name, range.clone())).await?;
+        let tried = self
+            .attempt(call, |client| self.get_once(client, name, range.clone(), GET_BYTES_MAX))
+            .await?;
         match tried.result {
             Ok(Got::Body(body, _)) => {
                 self.requests.received_bytes.add(body.len() as u64);
@@ -181,11 +166,13 @@ impl S3 {
         }
     }
 
+    /// A range, or the whole object if it has at most `bytes_max`.
     async fn get_once(
         &self,
         client: &Client,
         name: &ObjectName,
         range: Option<Range<u64>>,
+        bytes_max: u64,
     ) -> std::result::Result<Got, Failure> {
         let begun = self.clock.instant();
         let (answer, bytes) = match range {
@@ -197,13 +184,13 @@ impl S3 {
                 }
             }
             None => {
-                let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
+                let request = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
                 let answer = self.in_time(begun, 0, request.send().map_err_failure()).await?;
-                let bytes = whole_bytes(&answer)?;
+                let bytes = whole_bytes(&answer, bytes_max)?;
                 (answer, bytes)
             }
         };
-        let tag = answer.e_tag().unwrap_or_default().to_owned();
+        let tag = tag_of(answer.e_tag())?;
         Ok(Got::Body(self.in_time(begun, bytes, self.body(answer, bytes)).await?, tag))
     }
 
@@ -260,15 +247,15 @@ impl S3 {
         client: &Client,
         name: &ObjectName,
     ) -> std::result::Result<Option<Found>, Failure> {
-        let request = client.sdk.head_object().bucket(&self.bucket).key(self.key(name));
+        let request = client.sdk().head_object().bucket(&self.bucket).key(self.key(name));
         match request.send().await.map_err(Failure::from) {
             Ok(answer) => Ok(Some(Found {
+                tag: tag_of(answer.e_tag())?,
                 size_bytes: size(answer.content_length()),
                 modified: timestamp(answer.last_modified()),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
-                etag: answer.e_tag().map(str::to_owned),
             })),
-            Err(failure) if failure.is_missing() => Ok(None),
+            Err(failure) if failure.is_missing_for_head() => Ok(None),
             Err(failure) => Err(failure),
         }
     }
@@ -316,7 +303,7 @@ impl S3 {
         client: &Client,
         delete: Delete,
     ) -> std::result::Result<(), Failure> {
-        let request = client.sdk.delete_objects().bucket(&self.bucket).delete(delete);
+        let request = client.sdk().delete_objects().bucket(&self.bucket).delete(delete);
         let answer = request.send().await.map_err(Failure::from)?;
         let refused = answer.errors().iter().find(|error| error.code() != Some("NoSuchKey"));
         match refused {
@@ -336,7 +323,7 @@ impl S3 {
     async fn delete_one(&self, name: ObjectName) -> Result<()> {
         let call = Call::new(&self.requests.deletes);
         let tried = self.attempt(call, |client| {
-            let request = client.sdk.delete_object().bucket(&self.bucket).key(self.key(&name));
+            let request = client.sdk().delete_object().bucket(&self.bucket).key(self.key(&name));
             request.send().map_err_failure()
         });
         match tried.await?.result {
@@ -353,9 +340,10 @@ impl S3 {
         tries: Tries,
     ) -> Result<Option<(Bytes, VersionTag)>> {
         let call = Call { tries, ..Call::new(&self.requests.gets).expecting(LEASE_BYTES_MAX) };
-        let tried = self.attempt(call, |client| self.get_once(client, name, None)).await?;
+        let tried =
+            self.attempt(call, |client| self.get_once(client, name, None, LEASE_BYTES_MAX)).await?;
         match tried.result {
-            Ok(Got::Body(body, tag)) => Ok(Some((body, VersionTag::new(tag)))),
+            Ok(Got::Body(body, tag)) => Ok(Some((body, tag))),
             Ok(Got::TooShort(_)) => Err(Error::new(Kind::Bug, "no range was asked for")),
             Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure.into_error(self.unable("read", name))),
@@ -365,7 +353,7 @@ impl S3 {
 
 /// A body, or how long the object is that ends before the range does.
 enum Got {
-    Body(Bytes, String),
+    Body(Bytes, VersionTag),
     TooShort(u64),
 }
 
@@ -374,7 +362,12 @@ struct Found {
     size_bytes: u64,
     modified: Option<Timestamp>,
     upload_id: Option<String>,
-    etag: Option<String>,
+    tag: VersionTag,
+}
+
+/// The tag of an object that is there. An answer without one is not from a server of S3.
+fn tag_of(tag: Option<&str>) -> std::result::Result<VersionTag, Failure> {
+    tag.map(VersionTag::new).ok_or_else(|| Failure::stranger("the answer has no tag"))
 }
 
 /// The size of the whole object, from `Content-Range: bytes 0-9/100`.
@@ -383,11 +376,11 @@ fn size_of_whole(answer: &GetObjectOutput) -> Option<u64> {
 }
 
 /// The size of an object that is sent whole.
-fn whole_bytes(answer: &GetObjectOutput) -> std::result::Result<u64, Failure> {
+fn whole_bytes(answer: &GetObjectOutput, bytes_max: u64) -> std::result::Result<u64, Failure> {
     match answer.content_length().and_then(|size| u64::try_from(size).ok()) {
-        Some(size) if size <= GET_BYTES_MAX => Ok(size),
+        Some(size) if size <= bytes_max => Ok(size),
         Some(size) => {
-            let message = format!("it has {size} bytes, at most {GET_BYTES_MAX} are read");
+            let message = format!("it has {size} bytes, at most {bytes_max} are read");
             Err(Failure::nonsense(message))
         }
         None => Err(Failure::nonsense("the answer does not say its length")),

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
-use aws_sdk_s3::operation::upload_part::UploadPartOutput;
 use aws_sdk_s3::operation::upload_part::builders::UploadPartFluentBuilder;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart};
@@ -76,7 +75,7 @@ impl Upload {
 
     fn part_request(&self, client: &Client, number: i32) -> UploadPartFluentBuilder {
         client
-            .sdk
+            .sdk()
             .upload_part()
             .bucket(&self.store.bucket)
             .key(self.store.key(&self.name))
@@ -90,7 +89,7 @@ impl Upload {
         parts: CompletedMultipartUpload,
     ) -> std::result::Result<(), Failure> {
         let request = client
-            .sdk
+            .sdk()
             .complete_multipart_upload()
             .bucket(&self.store.bucket)
             .key(self.store.key(&self.name))
@@ -112,7 +111,7 @@ impl Upload {
             Some(Found { upload_id: Some(found), size_bytes, .. }) if found != self.id => {
                 (Owner::Rival, size_bytes)
             }
-            Some(Found { size_bytes, .. }) => (Owner::Us, size_bytes),
+            Some(Found { size_bytes, tag, .. }) => (Owner::Us(tag), size_bytes),
         })
     }
 
@@ -123,8 +122,8 @@ impl Upload {
             Err(Error::new(Kind::Corrupt, message).context(self.store.unable("write", &self.name)))
         };
         match self.look(Tries::AsConfigured).await? {
-            (Owner::Us, found) if found == size_bytes => Ok(PutOutcome::Created),
-            (Owner::Us, found) => wrong(format!("the object has {found} bytes of {size_bytes}")),
+            (Owner::Us(_), found) if found == size_bytes => Ok(PutOutcome::Created),
+            (Owner::Us(_), found) => wrong(format!("the object has {found} bytes of {size_bytes}")),
             (Owner::Nobody, _) => wrong("there is no object".to_owned()),
             // The store ignored the condition and a rival replaced ours, or said yes to both.
             (Owner::Rival, _) => Ok(PutOutcome::AlreadyThere),
@@ -133,11 +132,11 @@ impl Upload {
 
     /// The completion failed, or an earlier answer to it was lost.
     async fn resolve(&self, failure: Failure, size_bytes: u64) -> Result<PutOutcome> {
-        let taken = failure.is_precondition() || failure.is("NoSuchUpload", 404);
+        let taken = failure.is_precondition() || failure.is_missing_upload();
         let may_be_called_again = failure.verdict() != Verdict::Final;
         let outcome = match self.look(tries_after(&failure)).await {
-            Ok((Owner::Us, found)) if found == size_bytes => return Ok(PutOutcome::Created),
-            Ok((Owner::Rival | Owner::Us, _)) if taken => Ok(PutOutcome::AlreadyThere),
+            Ok((Owner::Us(_), found)) if found == size_bytes => return Ok(PutOutcome::Created),
+            Ok((Owner::Rival | Owner::Us(_), _)) if taken => Ok(PutOutcome::AlreadyThere),
             _ => Err(failure),
         };
         match &outcome {
@@ -205,9 +204,8 @@ impl Multipart for Upload {
                 send_part(client, request, sum.as_ref(), body.clone())
             })
             .await?;
-        let answer =
+        let etag =
             tried.or_error(|| self.store.unable(&format!("write part {number} of"), &self.name))?;
-        let etag = answer.e_tag().unwrap_or_default().to_owned();
         let size_bytes = body.len() as u64;
         self.parts().insert(number, Part { etag, size_bytes, sum });
         Ok(())
@@ -250,7 +248,7 @@ impl S3 {
     ) -> std::result::Result<String, Failure> {
         let (kind, key) = encryption(&self.options);
         let request = client
-            .sdk
+            .sdk()
             .create_multipart_upload()
             .bucket(&self.bucket)
             .key(self.key(name))
@@ -272,13 +270,13 @@ impl S3 {
     pub(super) async fn abort_upload(&self, call: Call<'_>, key: &str, upload: &str) -> Result<()> {
         let tried = self
             .attempt(call, |client| {
-                let request = client.sdk.abort_multipart_upload().bucket(&self.bucket);
+                let request = client.sdk().abort_multipart_upload().bucket(&self.bucket);
                 request.key(key).upload_id(upload).send().map_err_failure()
             })
             .await?;
         match tried.result {
             Ok(_) => Ok(()),
-            Err(failure) if failure.is("NoSuchUpload", 404) => Ok(()),
+            Err(failure) if failure.is_missing_upload() => Ok(()),
             Err(failure) => {
                 let attempted = format!("unable to abort an upload in {}", self.describe());
                 Err(failure.into_error(attempted))
@@ -293,13 +291,13 @@ fn checksum_type(algorithm: Option<Algorithm>) -> Option<ChecksumType> {
     (algorithm == Some(Algorithm::Crc64Nvme)).then_some(ChecksumType::FullObject)
 }
 
-/// Sends the request. Over TLS a body with a checksum needs no signature.
+/// Sends the request and returns the part's tag. Over TLS a body with a checksum needs no signature.
 async fn send_part(
     client: &Client,
     request: UploadPartFluentBuilder,
     sum: Option<&Sum>,
     body: Bytes,
-) -> std::result::Result<UploadPartOutput, Failure> {
+) -> std::result::Result<String, Failure> {
     let request = match sum {
         None => request,
         Some(Sum { algorithm: Algorithm::Crc32c, value }) => request.checksum_crc32_c(value),
@@ -308,5 +306,8 @@ async fn send_part(
     let request = request.body(ByteStream::from(body)).customize();
     let unsigned = client.tls && sum.is_some();
     let request = if unsigned { request.disable_payload_signing() } else { request };
-    request.send().await.map_err(Failure::from)
+    let answer = request.send().await.map_err(Failure::from)?;
+    let etag = answer.e_tag().map(str::to_owned);
+    // Without it there is no completion, so every server says it.
+    etag.ok_or_else(|| Failure::stranger("the answer to a part has no tag"))
 }

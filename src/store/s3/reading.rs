@@ -1,6 +1,7 @@
 //! One GET for a long range, of which pieces are taken as they are wanted.
 //!
-//! A body that breaks off, or stalls, is asked for again from where it ended: what has come is kept.
+//! A body that breaks off, stalls, or comes too slowly for the piece that is wanted is asked for again
+//! from where it ended: what has come is kept.
 //! A reader that takes its time holds nothing but what the connection buffers; a server that loses
 //! patience with it breaks off, too.
 
@@ -14,7 +15,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use super::attempt::Call;
 use super::client::Client;
 use super::failure::Failure;
-use super::{S3, size_of_whole};
+use super::{S3, size_of_whole, tag_of};
 use crate::error::Result;
 use crate::store::reading::{Reading, take_off};
 use crate::store::{ObjectName, asked_bytes, too_short};
@@ -68,7 +69,7 @@ impl S3 {
         range: Range<u64>,
     ) -> std::result::Result<Begun, Failure> {
         let header = format!("bytes={}-{}", range.start, range.end - 1);
-        let request = client.sdk.get_object().bucket(&self.bucket).key(self.key(name));
+        let request = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
         let answer = match request.range(header).send().await.map_err(Failure::from) {
             Ok(answer) => answer,
             Err(failure) if failure.is("InvalidRange", 416) => {
@@ -77,6 +78,7 @@ impl S3 {
             }
             Err(failure) => return Err(failure),
         };
+        tag_of(answer.e_tag())?;
         match size_of_whole(&answer) {
             None => Err(Failure::nonsense("the server ignores ranges")),
             Some(size_bytes) if size_bytes < range.end => Ok(Begun::TooShort(size_bytes)),
@@ -123,7 +125,10 @@ impl Reading for Body<'_> {
                     self.s3.open(self.name, from..self.left.end).await?
                 }
             };
-            match self.fill(&mut answer, &mut piece, bytes).await {
+            let (s3, begun) = (self.s3, self.s3.clock.instant());
+            let left_bytes = (bytes - piece.len()) as u64;
+            let filling = self.fill(&mut answer, &mut piece, bytes);
+            match s3.in_time(begun, left_bytes, filling).await {
                 Ok(()) => self.answer = Some(answer),
                 Err(failure) => {
                     broken += 1;

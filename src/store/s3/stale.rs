@@ -83,7 +83,7 @@ impl S3 {
     ) -> Result<Tried<ListMultipartUploadsOutput>> {
         let call = Call::new(&self.requests.lists);
         self.attempt(call, |client| {
-            let request = client.sdk.list_multipart_uploads().bucket(&self.bucket);
+            let request = client.sdk().list_multipart_uploads().bucket(&self.bucket);
             request
                 .prefix(prefix)
                 .set_key_marker(after.key.clone())

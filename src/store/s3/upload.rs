@@ -14,7 +14,7 @@ use bytes::Bytes;
 use super::attempt::{Call, Tried, Tries};
 use super::client::Client;
 use super::failure::{Failure, Verdict};
-use super::{Found, S3};
+use super::{Got, S3};
 use crate::error::Result;
 use crate::store::{
     Checksum, ObjectName, PutOutcome, Replace, ServerSideEncryption, StoreOptions, VersionTag,
@@ -78,7 +78,8 @@ pub(super) fn tries_after(failure: &Failure) -> Tries {
 
 /// Whose object was found under the name.
 pub(super) enum Owner {
-    Us,
+    /// Ours, with its tag.
+    Us(VersionTag),
     Rival,
     Nobody,
 }
@@ -118,7 +119,7 @@ impl S3 {
         let id = self.upload_id()?;
         let tried = self.put(name, &body, &id, &Condition::Absent).await?;
         let failure = match tried.result {
-            Ok(_) => return Ok(PutOutcome::Created),
+            Ok(_tag) => return Ok(PutOutcome::Created),
             Err(failure) => failure,
         };
         if failure.is_precondition() && !tried.maybe_done_before {
@@ -129,7 +130,7 @@ impl S3 {
         }
         // An answer was lost somewhere on the way: whose object is it?
         match self.owner(name, &id, &body, tries_after(&failure)).await {
-            Ok(Owner::Us) => Ok(PutOutcome::Created),
+            Ok(Owner::Us(_)) => Ok(PutOutcome::Created),
             Ok(Owner::Rival) if failure.is_precondition() => Ok(PutOutcome::AlreadyThere),
             _ => Err(failure.into_error(self.unable("write", name))),
         }
@@ -167,7 +168,7 @@ impl S3 {
         let condition = expected.cloned().map_or(Condition::Absent, Condition::Tag);
         let tried = self.put(name, body, &id, &condition).await?;
         let failure = match tried.result {
-            Ok(answer) => return self.replaced(name, answer).await,
+            Ok(tag) => return Ok(Replace::Done(tag)),
             Err(failure) => failure,
         };
         // An object that is to be replaced and is gone was not as expected either.
@@ -185,27 +186,14 @@ impl S3 {
         }
     }
 
-    /// The tag of what was just written; some servers do not tell it in the answer.
-    async fn replaced(&self, name: &ObjectName, answer: PutObjectOutput) -> Result<Replace> {
-        if let Some(tag) = answer.e_tag() {
-            return Ok(Replace::Done(VersionTag::new(tag)));
-        }
-        let call = Call::new(&self.requests.heads);
-        let tried = self.attempt(call, |client| self.head_once(client, name)).await?;
-        let found = tried.or_error(|| self.unable("look at", name))?;
-        Ok(match found.and_then(|found| found.etag) {
-            Some(tag) => Replace::Done(VersionTag::new(tag)),
-            None => Replace::Lost,
-        })
-    }
-
+    /// Puts the object; the tag of what was written.
     async fn put(
         &self,
         name: &ObjectName,
         body: &Bytes,
         id: &str,
         condition: &Condition,
-    ) -> Result<Tried<PutObjectOutput>> {
+    ) -> Result<Tried<VersionTag>> {
         loop {
             let algorithm = self.algorithm();
             let sum = algorithm.map(|algorithm| Sum { algorithm, value: algorithm.sum(body) });
@@ -213,13 +201,34 @@ impl S3 {
             let call = call.timed(&self.latencies.upload);
             let tried = self
                 .attempt(call, |client| {
-                    let request = self.put_request(client, name, id, condition);
-                    send_put(client, request, sum.as_ref(), body.clone())
+                    self.put_once(client, (name, id, condition), sum.as_ref(), body)
                 })
                 .await?;
             match &tried.result {
                 Err(failure) if self.give_up_checksum(failure, algorithm) => {}
                 _ => return Ok(tried),
+            }
+        }
+    }
+
+    async fn put_once(
+        &self,
+        client: &Client,
+        (name, id, condition): (&ObjectName, &str, &Condition),
+        sum: Option<&Sum>,
+        body: &Bytes,
+    ) -> std::result::Result<VersionTag, Failure> {
+        let request = self.put_request(client, name, id, condition);
+        let answer = send_put(client, request, sum, body.clone()).await?;
+        if let Some(tag) = answer.e_tag() {
+            return Ok(VersionTag::new(tag));
+        }
+        // Some servers leave the tag out, and a proxy says 200 without having asked the server at all.
+        self.requests.heads.one();
+        match self.owner_once(client, name, id, body).await? {
+            Owner::Us(tag) => Ok(tag),
+            Owner::Rival | Owner::Nobody => {
+                Err(Failure::stranger("the answer said yes, but the object is not there"))
             }
         }
     }
@@ -233,7 +242,7 @@ impl S3 {
     ) -> PutObjectFluentBuilder {
         let (kind, key) = encryption(&self.options);
         let request = client
-            .sdk
+            .sdk()
             .put_object()
             .bucket(&self.bucket)
             .key(self.key(name))
@@ -251,8 +260,7 @@ impl S3 {
         }
     }
 
-    /// Looks whose object it is: ours carries our id, or, on a server that keeps no metadata, our
-    /// bytes, which hold enough random ones to be nobody else's.
+    /// Looks whose object it is.
     async fn owner(
         &self,
         name: &ObjectName,
@@ -260,16 +268,34 @@ impl S3 {
         body: &Bytes,
         tries: Tries,
     ) -> Result<Owner> {
-        let call = Call { tries, ..Call::new(&self.requests.heads) };
-        let tried = self.attempt(call, |client| self.head_once(client, name)).await?;
-        let found = tried.or_error(|| self.unable("look at", name))?;
-        Ok(match found {
-            None => Owner::Nobody,
-            Some(Found { upload_id: Some(found), .. }) if found == id => Owner::Us,
-            Some(Found { upload_id: Some(_), .. }) => Owner::Rival,
-            Some(found) if found.size_bytes != body.len() as u64 => Owner::Rival,
-            Some(_) if self.get(name, None).await? == *body => Owner::Us,
-            Some(_) => Owner::Rival,
+        let call = Call { tries, ..Call::new(&self.requests.heads) }.expecting(body.len() as u64);
+        let tried = self.attempt(call, |client| self.owner_once(client, name, id, body)).await?;
+        tried.or_error(|| self.unable("look at", name))
+    }
+
+    /// Ours carries our id, or, on a server that keeps no metadata, our bytes, which hold enough random
+    /// ones to be nobody else's.
+    async fn owner_once(
+        &self,
+        client: &Client,
+        name: &ObjectName,
+        id: &str,
+        body: &Bytes,
+    ) -> std::result::Result<Owner, Failure> {
+        let found = match self.head_once(client, name).await? {
+            None => return Ok(Owner::Nobody),
+            Some(found) => found,
+        };
+        match found.upload_id {
+            Some(found_id) if found_id == id => return Ok(Owner::Us(found.tag)),
+            Some(_) => return Ok(Owner::Rival),
+            None if found.size_bytes != body.len() as u64 => return Ok(Owner::Rival),
+            None => {}
+        }
+        self.requests.gets.one();
+        Ok(match self.get_once(client, name, None, body.len() as u64).await? {
+            Got::Body(found, tag) if found == *body => Owner::Us(tag),
+            _ => Owner::Rival,
         })
     }
 
@@ -287,7 +313,7 @@ impl S3 {
             })
             .await?;
         Ok(match tried.result {
-            Ok(_) => Some(false),
+            Ok(answer) => answer.e_tag().map(|_stored| false),
             Err(failure) if failure.is_ambiguous() => None,
             Err(_) => Some(true),
         })

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_LENGTH, ETAG, HeaderValue};
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -55,7 +55,7 @@ pub(crate) async fn listen(
 
 fn service(config: &Config, shared: &Arc<Shared>) -> io::Result<S3Service> {
     let mut builder = S3ServiceBuilder::new(MiniS3(Arc::clone(shared)));
-    builder.set_auth(Keys::new(config));
+    builder.set_auth(Keys(Arc::clone(shared)));
     let mut settings = S3Config::default();
     settings.xml_max_body_size = 4 << 20;
     builder.set_config(Arc::new(StaticConfigProvider::new(Arc::new(settings))));
@@ -172,6 +172,13 @@ impl Front {
             Effect::ErrorIn200 { code } => {
                 drain(request.into_body()).await;
                 Ok(refusal(200, code, "a fault was asked for"))
+            }
+            Effect::Page => {
+                drain(request.into_body()).await;
+                let mut page =
+                    Response::new(Body::from("<html><body>Back soon</body></html>".to_owned()));
+                page.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/html"));
+                Ok(page)
             }
             Effect::Reset => hang_up(),
             Effect::LostReply => {

@@ -74,6 +74,8 @@ pub enum Effect {
         /// S3's code.
         code: String,
     },
+    /// `200 OK` with a page for people, nothing done: a proxy whose server restarts.
+    Page,
     /// The connection closes before anything is done.
     Reset,
     /// The work is done and the connection closes without an answer.

@@ -180,6 +180,11 @@ impl Server {
         self.shared.set_quirks(quirks);
     }
 
+    /// From now on requests must be signed with these keys.
+    pub fn set_keys(&self, access_key: &str, secret_key: &str) {
+        self.shared.set_keys(access_key, secret_key);
+    }
+
     /// Changes the bytes of an object behind everybody's back; false when there is no such object.
     ///
     /// # Errors

@@ -102,7 +102,7 @@ impl Shared {
         let version = stored.inspect_err(|_| self.backend.discard(&[piece]))?;
         let sums = to_dto(version.checksum.as_ref());
         Ok(PutObjectOutput {
-            e_tag: Some(ETag::Strong(version.etag.clone())),
+            e_tag: (!quirks.put_without_etag).then(|| ETag::Strong(version.etag.clone())),
             version_id: shown_id(&version.id),
             checksum_crc32: sums.checksum_crc32,
             checksum_crc32c: sums.checksum_crc32c,

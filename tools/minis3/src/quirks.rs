@@ -39,6 +39,8 @@ pub struct Quirks {
     pub objects_without_time: bool,
     /// Does not return user metadata.
     pub drop_metadata: bool,
+    /// Answers PutObject without an ETag.
+    pub put_without_etag: bool,
     /// Answers CompleteMultipartUpload without an ETag (Ceph 16).
     pub complete_without_etag: bool,
 }

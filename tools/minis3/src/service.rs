@@ -27,6 +27,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     journal: Option<Journal>,
     quirks: Mutex<Quirks>,
+    /// Access key id and its secret.
+    keys: Mutex<(String, String)>,
 }
 
 impl Shared {
@@ -45,6 +47,7 @@ impl Shared {
             state: Mutex::new(state),
             journal,
             quirks: Mutex::default(),
+            keys: Mutex::new((config.access_key.clone(), config.secret_key.clone())),
         };
         for bucket in &config.buckets {
             shared.make_bucket(bucket).map_err(|error| io::Error::other(error.to_string()))?;
@@ -86,6 +89,11 @@ impl Shared {
 
     pub(crate) fn quirks(&self) -> Quirks {
         self.quirks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_keys(&self, access_key: &str, secret_key: &str) {
+        let keys = (access_key.to_owned(), secret_key.to_owned());
+        *self.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
     }
 
     pub(crate) fn set_quirks(&self, quirks: Quirks) {
@@ -172,24 +180,16 @@ pub(crate) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// Knows one pair of keys.
-pub(crate) struct Keys {
-    access_key: String,
-    secret_key: SecretKey,
-}
-
-impl Keys {
-    pub(crate) fn new(config: &Config) -> Self {
-        let secret_key = SecretKey::from(config.secret_key.clone());
-        Self { access_key: config.access_key.clone(), secret_key }
-    }
-}
+/// Knows the pair of keys in force.
+pub(crate) struct Keys(pub(crate) std::sync::Arc<Shared>);
 
 #[async_trait::async_trait]
 impl S3Auth for Keys {
     async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
-        if access_key == self.access_key {
-            return Ok(self.secret_key.clone());
+        let (known_key, secret_key) =
+            self.0.keys.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if access_key == known_key {
+            return Ok(SecretKey::from(secret_key));
         }
         let message = "The AWS Access Key Id you provided does not exist in our records.";
         Err(s3_error!(InvalidAccessKeyId, "{message}"))
