@@ -258,7 +258,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: it has 3708748 bytes, the manifest says 3708749
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_pack_missing: async |m: &Museum| m.remove(&m.pack(2, 1)).await, "
         NOT SOUND
@@ -273,7 +273,7 @@ exhibits! {
           files: 1: base/5/1000
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_a_pack_header: async |m: &Museum| m.flip(&m.pack(1, 1), 0), "
         NOT SOUND
@@ -281,7 +281,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: unable to read pack 'base/ONE/pack-000001': it does not begin with 'TIDEMARK'
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_a_salt: async |m: &Museum| m.change(&m.pack(1, 1), |body| body[40] ^= 1), "
         NOT SOUND
@@ -289,7 +289,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: unable to read the footer of pack 'base/ONE/pack-000001': at byte _: the frame is damaged: frame 4 is not authentic
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_a_footer: async |m: &Museum| {
         m.change(&m.pack(1, 1), |body| { let at = body.len() - 100; body[at] ^= 1; });
@@ -299,7 +299,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: unable to read the footer of pack 'base/ONE/pack-000001': at byte _: the frame is damaged: frame 4 is not authentic
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_a_trailer: async |m: &Museum| m.flip(&m.pack(1, 1), 100), "
         NOT SOUND
@@ -307,7 +307,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: unable to read the footer of pack 'base/ONE/pack-000001': its trailer is missing
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     two_packs_swapped: async |m: &Museum| m.swap(&m.pack(1, 1), &m.pack(2, 1)).await, "
         NOT SOUND
@@ -317,7 +317,7 @@ exhibits! {
         DEFECT base/ONE/pack-000001: unable to read the footer of pack 'base/ONE/pack-000001': at byte _: the frame is damaged: frame 4 is not authentic
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
         DEFECT base/TWO/pack-000001: unable to read the footer of pack 'base/TWO/pack-000001': at byte _: the frame is damaged: frame 4 is not authentic
           lost: backup TWO cannot be restored
     ";
@@ -335,7 +335,7 @@ exhibits! {
         DEFECT base/ONE/manifest: unable to read manifest 'base/ONE/manifest': at byte _: the frame is cut off
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_public: async |m: &Museum| m.change(&m.manifest(1), |body| body[4000] ^= 1), "
         NOT SOUND
@@ -349,7 +349,7 @@ exhibits! {
         DEFECT base/ONE/manifest: unable to read manifest 'base/ONE/manifest': at byte _: the frame is damaged: frame 0 is not authentic
           lost: backup ONE cannot be restored
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     two_manifests_swapped: async |m: &Museum| m.swap(&m.manifest(1), &m.manifest(2)).await, "
         NOT SOUND
@@ -372,7 +372,7 @@ exhibits! {
         DEFECT wal-2: unable to read WAL extent 'wal-2' at byte _: the frame is damaged: frame 0 is not authentic
           lost: WAL [0/20000, 0/30000) of timeline 1
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     a_bit_flipped_in_a_wal_header: async |m: &Museum| {
         m.change(&m.extent(2), |body| body[72] ^= 1);
@@ -383,7 +383,7 @@ exhibits! {
         DEFECT wal-2: unable to read WAL extent 'wal-2': the extent at byte _ is damaged: its frames hold 65536 bytes of WAL, its header says 65535
           lost: WAL [0/20000, 0/30000) of timeline 1
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     wal_cut: async |m: &Museum| m.change(&m.extent(2), |body| { body.pop(); }), "
         NOT SOUND
@@ -392,7 +392,7 @@ exhibits! {
         DEFECT wal-2: unable to read WAL extent 'wal-2': the extent at byte _ is damaged: 65663 bytes are left where it needs 65664
           lost: WAL [0/20000, 0/30000) of timeline 1
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     wal_with_more_behind_it: async |m: &Museum| m.change(&m.extent(2), |body| body.push(0)), "
         NOT SOUND
@@ -401,7 +401,7 @@ exhibits! {
         DEFECT wal-2: unable to read WAL extent 'wal-2': the extent at byte _ is damaged: the object ends in its header: 1 bytes, expected _
           lost: WAL [0/20000, 0/30000) of timeline 1
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     // No name tells it from WAL that was never stored; it is told, and a later backup leads on.
     wal_missing: async |m: &Museum| m.remove(&m.extent(2)).await, "
@@ -422,11 +422,11 @@ exhibits! {
         DEFECT wal-1: unable to read WAL extent 'wal-1': the extent at byte _ holds WAL [0/20000, 0/30000) of timeline 1, expected _what follows 0/10000 on timeline 1
           lost: WAL [0/10000, 0/20000) of timeline 1
           lost: times from 12:11:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
         DEFECT wal-2: unable to read WAL extent 'wal-2': the extent at byte _ holds WAL [0/10000, 0/20000) of timeline 1, expected _what follows 0/20000 on timeline 1
           lost: WAL [0/20000, 0/30000) of timeline 1
           lost: times from 12:14:00Z to 12:22:00Z on timeline 1
-          lost: times from 12:11:00Z to 12:21:00Z on timeline 2
+          lost: times from 12:11:00Z to 12:26:00Z on timeline 2
     ";
     wal_that_a_larger_extent_holds_too: async |m: &Museum| {
         let mut body = Vec::new();

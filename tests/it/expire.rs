@@ -271,7 +271,7 @@ async fn a_hold_that_comes_after_the_marks_were_read_stops_the_run() {
     let plan = plan_window(&repository).await;
     assert_eq!(plan.deleted_ids(), [id(0), id(1), id(2)].into());
     let rival = repository.clone();
-    memory.before_list(&repository.cluster().wal_prefix(), async move {
+    memory.before_list(&repository.cluster().backup_prefix(id(2)), async move {
         marks::hold(&rival, id(1), "for a restore").await.unwrap();
     });
     let error = retention::apply(&repository, &plan).await.unwrap_err();

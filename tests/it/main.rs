@@ -14,6 +14,7 @@ mod minis3_semantics;
 #[allow(dead_code, reason = "each test binary uses its own part")]
 #[path = "../harness/proxy.rs"]
 mod proxy;
+mod s3_environment;
 mod s3_server;
 mod store_contract;
 mod store_faults;

@@ -605,7 +605,7 @@ async fn a_certificate_nobody_vouches_for_is_refused_with_a_hint() {
     let (server, ca_file) = s3_server::tls(folder.path());
     let store = with(&server, "s3://tidemark/p", |_| {});
     let error = put(&store, "a").await.unwrap_err();
-    assert_says(&error, Kind::Config, &["certificate"], "ca_file");
+    assert_says(&error, Kind::Denied, &["certificate"], "ca_file");
     assert_eq!(store.requests().retries, 0);
     let store = with(&server, "s3://tidemark/p", |options| options.ca_file = Some(ca_file));
     assert_eq!(put(&store, "a").await.unwrap(), PutOutcome::Created);
