@@ -342,6 +342,11 @@ mod tests {
         LsnRange::new(Lsn(start), Lsn(end)).unwrap()
     }
 
+    /// An intake of a chain that begins with a segment, of which nothing is stored.
+    fn from_segment(damage: Damage) -> Intake {
+        Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Overlap::default(), damage)
+    }
+
     #[test]
     fn where_a_stream_begins_is_no_record_boundary_before_a_record_has_ended() {
         let (wal, commits) = crafted(&[20_000]);
@@ -540,12 +545,7 @@ mod tests {
     #[test]
     fn a_hole_in_what_the_server_sends_is_refused() {
         let now = Clock::system().instant();
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::Report,
-        );
+        let mut intake = from_segment(Damage::Report);
         let (wal, _) = crafted(&[500]);
         let later = Lsn(SEGMENT + 8);
         let error = intake.take(later, Bytes::from(wal), now, &mut Vec::new()).unwrap_err();
@@ -557,12 +557,7 @@ mod tests {
         let (mut wal, commits) = crafted(&[100_000; 22]);
         wal[250_000] ^= 1;
         let now = Clock::system().instant();
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::Report,
-        );
+        let mut intake = from_segment(Damage::Report);
         let pieces: Vec<Bytes> = wal.chunks(8192).map(Bytes::copy_from_slice).collect();
         let mut steps = Vec::new();
         let mut failed = None;
@@ -579,12 +574,7 @@ mod tests {
         assert!(last.cut.range.end() <= Lsn(SEGMENT + 400_000));
         assert!(last.cut.greatest_time <= Some(commits[2].0));
 
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::StoreUnread,
-        );
+        let mut intake = from_segment(Damage::StoreUnread);
         let mut steps = Vec::new();
         for piece in &pieces {
             intake.take(intake.received_end(), piece.clone(), now, &mut steps).unwrap();
@@ -615,12 +605,7 @@ mod tests {
         assert!(before.end().0 < SEGMENT + 8192 && record.end().0 > SEGMENT + 8192, "{record:?}");
         // The first extent ends in the middle of the record, at the end of a page.
         let now = Clock::system().instant();
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::Report,
-        );
+        let mut intake = from_segment(Damage::Report);
         let mut steps = Vec::new();
         let (head, tail) = craft.bytes.split_at(8192);
         for piece in [head, tail] {
@@ -647,12 +632,7 @@ mod tests {
         let abort = [7; 8];
         let prepared = [&abort[..], &0x10_u32.to_le_bytes(), &9_u32.to_le_bytes()].concat();
         let now = Clock::system().instant();
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::Report,
-        );
+        let mut intake = from_segment(Damage::Report);
         for (info, data, waits) in [(0x20, &abort[..], false), (0xC0, &prepared, true)] {
             let before = craft.bytes.len();
             craft.main_data((1, info), 0, data);
@@ -671,12 +651,7 @@ mod tests {
         let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
         craft.filler(100);
         let now = Clock::system().instant();
-        let mut intake = Intake::new(
-            policy(),
-            &attempt(SEGMENT, SEGMENT, &[]),
-            Overlap::default(),
-            Damage::Report,
-        );
+        let mut intake = from_segment(Damage::Report);
         intake.take(Lsn(SEGMENT), Bytes::from(craft.bytes.clone()), now, &mut Vec::new()).unwrap();
         assert_eq!(intake.cutter().due(now), None);
         let mut checkpoint = vec![0; 88];
