@@ -72,24 +72,22 @@ pub(super) fn command_words(config: &Config) -> Result<Vec<String>> {
     let mut file = None;
     for shown in config.settings.shown() {
         let (Some(values), Some(flag)) = (shown.value, shown.key.flag) else { continue };
+        let form = shown.key.form;
         let wanted = matches!(shown.key.group, Group::Repository | Group::Opening);
-        match shown.origin {
+        let is_in_file = match shown.origin {
             Origin::Line(path, _) => {
                 file = Some(path);
-                for value in values.into_iter().filter(|_| wanted) {
-                    let whole = absolute(shown.key.form, value.clone())?;
-                    if whole != value {
-                        words.extend([format!("--{flag}"), whole]);
-                    }
-                }
+                true
             }
-            Origin::Flag(_) | Origin::Variable(_) if wanted && shown.key.form != Form::Secret => {
-                for value in values {
-                    words.push(format!("--{flag}"));
-                    words.push(absolute(shown.key.form, value)?);
-                }
+            Origin::Flag(_) | Origin::Variable(_) => false,
+            Origin::Default => continue,
+        };
+        for value in values.into_iter().filter(|_| wanted && form != Form::Secret) {
+            let whole = absolute(form, value.clone())?;
+            // What the file says, wal-get reads there; a path that is not whole means another place to it.
+            if !is_in_file || whole != value {
+                words.extend([format!("--{flag}"), whole]);
             }
-            _ => {}
         }
     }
     if let Some(path) = file {

@@ -311,20 +311,28 @@ mod tests {
     use crate::config::Environment;
     use crate::repo::{Encryption, Lease, LeaseOptions, Repository};
     use crate::store::Store as _;
-    use crate::store::memory::{Call, Outcome};
+    use crate::store::memory::{Call, Memory, Outcome};
 
-    /// A supervisor with these duties over a repository in memory, and what it told.
-    async fn supervisor(
-        repository: &Repository,
-        duties: Duties,
-    ) -> (Supervisor, Arc<Mutex<Vec<String>>>) {
+    const DAY: Option<Duration> = Some(Duration::from_secs(86_400));
+
+    /// A supervisor over a repository in memory, and what it told.
+    struct Scene {
+        store: Memory,
+        clock: Clock,
+        supervisor: Supervisor,
+        told: Arc<Mutex<Vec<String>>>,
+    }
+
+    async fn scene(duties: Duties) -> Scene {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
+        let (store, repository) = Repository::in_memory(&clock).await;
         let told = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&told);
         let supervisor = Supervisor {
             writing: Writing {
                 repository: repository.clone(),
                 writer: repository.writer(&Encryption::None).await.unwrap(),
-                lease: Lease::acquire(repository, LeaseOptions::new("run")).await.unwrap(),
+                lease: Lease::acquire(&repository, LeaseOptions::new("run")).await.unwrap(),
                 identity_made: None,
             },
             duties,
@@ -335,7 +343,22 @@ mod tests {
             }),
         };
         supervisor.status.update(|now| now.phase = Phase::Streaming);
-        (supervisor, told)
+        Scene { store, clock, supervisor, told }
+    }
+
+    impl Scene {
+        async fn run_for(&self, time: Duration) {
+            let (stop, config) = (CancellationToken::new(), config());
+            let mut chores = Chores::new(&self.supervisor, &config, &self.clock);
+            tokio::select! {
+                () = chores.run(&stop) => {}
+                () = tokio::time::sleep(time) => {}
+            }
+        }
+
+        fn lists(&self) -> u64 {
+            self.store.requests().lists
+        }
     }
 
     fn config() -> Config {
@@ -343,45 +366,28 @@ mod tests {
         Config::load(None, Vec::new(), Environment::of(variables)).unwrap()
     }
 
-    async fn run_for(supervisor: &Supervisor, clock: &Clock, time: Duration) {
-        let (stop, config) = (CancellationToken::new(), config());
-        let mut chores = Chores::new(supervisor, &config, clock);
-        tokio::select! {
-            () = chores.run(&stop) => {}
-            () = tokio::time::sleep(time) => {}
-        }
-    }
-
     #[tokio::test(start_paused = true)]
     async fn a_repository_that_does_not_say_what_it_holds_is_told_once_and_asked_seldom() {
-        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
-        let (store, repository) = Repository::in_memory(&clock).await;
-        let day = Some(Duration::from_secs(86_400));
-        let duties = Duties { backup_interval: day, ..Duties::default() };
-        let (supervisor, told) = supervisor(&repository, duties).await;
+        let scene = scene(Duties { backup_interval: DAY, ..Duties::default() }).await;
         for _ in 0..1000 {
-            store.fail_next(Call::List, Outcome::Denied);
+            scene.store.fail_next(Call::List, Outcome::Denied);
         }
-        let before = store.requests().lists;
-        run_for(&supervisor, &clock, Duration::from_secs(600)).await;
-        let told = told.lock().unwrap().clone();
+        let before = scene.lists();
+        scene.run_for(Duration::from_secs(600)).await;
+        let told = scene.told.lock().unwrap().clone();
         assert!(told.len() == 1 && told[0].starts_with("planning base backups failed"), "{told:?}");
-        let asked = store.requests().lists - before;
+        let asked = scene.lists() - before;
         assert!(asked < 100, "{asked} listings in ten minutes");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_process_that_is_started_anew_every_hour_keeps_the_repository_up() {
-        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
-        let (store, repository) = Repository::in_memory(&clock).await;
-        let day = Some(Duration::from_secs(86_400));
-        let duties = Duties { upkeep_interval: day, ..Duties::default() };
-        let (supervisor, _) = supervisor(&repository, duties).await;
-        let before = store.requests().lists;
-        run_for(&supervisor, &clock, Duration::from_secs(3500)).await;
-        let once = store.requests().lists - before;
+        let scene = scene(Duties { upkeep_interval: DAY, ..Duties::default() }).await;
+        let before = scene.lists();
+        scene.run_for(Duration::from_secs(3500)).await;
+        let once = scene.lists() - before;
         assert!(once > 0, "nothing was swept");
-        run_for(&supervisor, &clock, Duration::from_secs(UPKEEP_FIRST.as_secs() - 10)).await;
-        assert_eq!(store.requests().lists - before, once);
+        scene.run_for(UPKEEP_FIRST - Duration::from_secs(10)).await;
+        assert_eq!(scene.lists() - before, once);
     }
 }

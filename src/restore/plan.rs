@@ -191,6 +191,17 @@ impl Plan {
         }
     }
 
+    /// What PostgreSQL is given as its target, except as a standby. The end of the WAL becomes its last
+    /// record: PostgreSQL obeys the action only at a target, and only with one a recovery that ends early (at
+    /// a record it cannot read) is an error to it, and not the end of the WAL and a server that lacks what
+    /// comes after.
+    pub(crate) fn recovery_target(&self) -> Stop {
+        match (&self.stop, self.last_record_lsn) {
+            (Stop::EndOfWal, Some(lsn)) => Stop::After { lsn },
+            (stop, _) => stop.clone(),
+        }
+    }
+
     fn stop_text(&self) -> String {
         match self.stop {
             Stop::EndOfWal => format!("at the end of the WAL, {}", self.applied_end_lsn),

@@ -467,7 +467,7 @@ impl Delivery<'_> {
                 WalDelivery::InPlace => REMOVE_BLOCK.to_owned(),
                 WalDelivery::OnDemand => format!("{REMOVE_BLOCK}; {CLEAN_UP}"),
             }),
-            stop: if is_standby { Stop::EndOfWal } else { self.stop() },
+            stop: if is_standby { Stop::EndOfWal } else { self.plan.recovery_target() },
             timeline: (!is_standby).then_some(self.plan.timeline),
             action: self.options.action,
             upstream,
@@ -483,16 +483,6 @@ impl Delivery<'_> {
         replace(&path, &text, self.directory.owner())?;
         self.write(&root.join(signal), b"")?;
         Ok(elsewhere.map(|(_, place)| place))
-    }
-
-    /// The end of the WAL becomes its last record: PostgreSQL obeys the action only at a target, and only
-    /// with one a recovery that ends early (at a record it cannot read) is an error to it, and not the
-    /// end of the WAL and a server that lacks what comes after.
-    fn stop(&self) -> Stop {
-        match (&self.plan.stop, self.plan.last_record_lsn) {
-            (Stop::EndOfWal, Some(lsn)) => Stop::After { lsn },
-            (stop, _) => stop.clone(),
-        }
     }
 
     fn wal_get_command(&self) -> String {

@@ -77,10 +77,8 @@ impl<'a, S> Remembering<'a, S> {
     fn keep(&self, name: ExtentName, bytes: Bytes) {
         let mut kept = self.kept();
         kept.push_back((name, bytes));
-        let mut kept_bytes: usize = kept.iter().map(|(_, bytes)| bytes.len()).sum();
-        while kept_bytes > KEPT_BYTES_MAX {
-            let oldest = kept.pop_front();
-            kept_bytes -= oldest.map_or(kept_bytes, |(_, bytes)| bytes.len());
+        while kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > KEPT_BYTES_MAX {
+            kept.pop_front();
         }
     }
 }

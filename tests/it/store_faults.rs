@@ -396,15 +396,21 @@ async fn a_server_that_never_answers_is_given_up() {
     assert_eq!(store.requests().gets, 3);
 }
 
+/// A link in front of `server`, and how to open it, with a second for each try besides what its bytes need.
+async fn behind_proxy(server: &Server) -> (Proxy, StoreOptions) {
+    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
+    let proxy = Proxy::start(address).await;
+    let mut options = s3_server::options(server);
+    options.endpoint = Some(format!("http://{}", proxy.address()));
+    options.attempt_timeout = Duration::from_secs(1);
+    (proxy, options)
+}
+
 /// What could be put over a slow link can be fetched over it, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known() {
     let server = memory();
-    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
-    let proxy = Proxy::start(address).await;
-    let mut options = s3_server::options(&server);
-    options.endpoint = Some(format!("http://{}", proxy.address()));
-    options.attempt_timeout = Duration::from_secs(1);
+    let (proxy, mut options) = behind_proxy(&server).await;
     options.attempts_max = 1;
     let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
     let (name, body) = (name("a"), Bytes::from(vec![7; 256 << 10]));
@@ -425,11 +431,7 @@ async fn a_body_has_the_time_that_its_length_needs_whether_or_not_that_was_known
 #[tokio::test(flavor = "multi_thread")]
 async fn a_piece_that_trickles_in_is_asked_for_again() {
     let server = memory();
-    let address = server.endpoint.trim_start_matches("http://").parse().unwrap();
-    let proxy = Proxy::start(address).await;
-    let mut options = s3_server::options(&server);
-    options.endpoint = Some(format!("http://{}", proxy.address()));
-    options.attempt_timeout = Duration::from_secs(1);
+    let (proxy, mut options) = behind_proxy(&server).await;
     let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
     let body = Bytes::from((0..300_000_u32).map(|at| (at % 251) as u8).collect::<Vec<u8>>());
     let name = name("a");

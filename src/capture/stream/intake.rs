@@ -486,8 +486,7 @@ mod tests {
         ) {
             let (wal, commits) = crafted(&fillers);
             let now = Clock::system().instant();
-            let first = attempt(SEGMENT, SEGMENT, &[]);
-            let mut intake = Intake::new(policy(), &first, Overlap::default(), Damage::Report);
+            let mut intake = from_segment(Damage::Report);
             let mut steps = Vec::new();
             for piece in wal.chunks(pieces.0) {
                 let start = intake.received_end();

@@ -49,14 +49,14 @@ struct Open {
     /// The greatest time was there.
     found: bool,
     /// A commit or abort with a greater time was there.
-    newer: Option<PgTime>,
+    newer: bool,
 }
 
 impl Open {
     /// Whether this is other WAL than the stored one. Where the first record is unknown, the time may be
     /// in that: a newer one beside it tells, for an extent's is the greatest.
     fn is_other(&self) -> bool {
-        !self.found && (!self.begins_unknown || self.newer.is_some())
+        !self.found && (!self.begins_unknown || self.newer)
     }
 }
 
@@ -73,7 +73,7 @@ impl Overlap {
         while let Some(expected) = self.coming.pop_front_if(|next| next.range.start() <= position) {
             if expected.range.start() == position {
                 let begins_unknown = !in_step;
-                self.open.push(Open { expected, begins_unknown, found: false, newer: None });
+                self.open.push(Open { expected, begins_unknown, found: false, newer: false });
             }
         }
     }
@@ -92,9 +92,7 @@ impl Overlap {
         let Some(time) = landmark.transaction_time() else { return };
         for open in &mut self.open {
             open.found |= time == open.expected.greatest_time;
-            if time > open.expected.greatest_time {
-                open.newer.get_or_insert(time);
-            }
+            open.newer |= time > open.expected.greatest_time;
         }
     }
 

@@ -79,8 +79,7 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
     if let Some(chain) = stored.iter().find(|range| range.start() <= slot && slot <= range.end()) {
         // The slot trails the durable end by what was in flight, or, after a crash of the server,
         // by up to a checkpoint: no need to read all of that again.
-        let segment = situation.segment_size;
-        let enough = segment.start_of(Lsn(segment.start_of(chain.end()).0.saturating_sub(1)));
+        let enough = segment_before(situation.segment_size, chain.end());
         let stream_from = slot.align_down(WAL_PAGE_BYTES).max(enough);
         return vec![attempt(situation, &stored, stream_from, chain.end(), None)];
     }
@@ -91,12 +90,11 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
         let kept = segment_start <= *end;
         if kept || situation.older == OlderWal::Ask {
             let segment = situation.segment_size;
-            let mut begin = |from| found.push(attempt(situation, &stored, from, *end, None));
-            let segment_start = segment.start_of(*end);
             // A record may go on here that began a segment earlier; but that one may be gone, and this
             // one not.
-            begin(segment.start_of(Lsn(segment_start.0.saturating_sub(1))));
-            begin(segment_start);
+            for stream_from in [segment_before(segment, *end), segment.start_of(*end)] {
+                found.push(attempt(situation, &stored, stream_from, *end, None));
+            }
         }
     }
     if ends.last().is_none_or(|end| *end < segment_start) {
@@ -104,6 +102,11 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
         found.push(attempt(situation, &stored, segment_start, segment_start, gap));
     }
     found
+}
+
+/// Start of the segment before the one that `position` is in.
+fn segment_before(segment: SegmentSize, position: Lsn) -> Lsn {
+    segment.start_of(Lsn(segment.start_of(position).0.saturating_sub(1)))
 }
 
 fn attempt(

@@ -28,8 +28,9 @@ use crate::repo::pack::{FOOTER_BYTES_MAX, FooterPlace, FrameRecord, PackFooter, 
 use crate::repo::writer::seal_blocks_from;
 use crate::store::{Multipart, ObjectName, PutOutcome, Store};
 
-/// How long a stopped backup tries to take back what it has uploaded.
-const TAKE_BACK_TIME: Duration = Duration::from_secs(10);
+/// How long a stopped backup tries to take back what it has uploaded: whoever gives up may have been asked
+/// to stop.
+pub(super) const TAKE_BACK_TIME: Duration = Duration::from_secs(10);
 
 /// What all packs of a backup come to.
 #[derive(Debug, Default)]

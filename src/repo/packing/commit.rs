@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
-use super::collector::Collected;
+use super::collector::{Collected, TAKE_BACK_TIME};
 use super::patience::{self, outlast};
 use crate::error::{Context, Error, Kind, Result};
 use crate::repo::manifest::{BackupKind, ChecksumFailure, Manifest, ManifestFacts, PublicManifest};
@@ -16,9 +16,6 @@ use crate::store::PutOutcome;
 /// A manifest is refused so long after its last pack was put: the sweep takes packs without a
 /// manifest for leftovers after twice as long, and must never race with a commit.
 pub const COMMIT_TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Longest that deleting the packs of a backup that is given up may take.
-const ABORT_TIME: Duration = Duration::from_secs(10);
 
 /// A backup whose packs are durable and that has no manifest yet.
 pub struct PackedBackup {
@@ -107,12 +104,11 @@ impl PackedBackup {
         let name = |number| repository.name(&Object::Pack(PackName { backup, number })).ok();
         let names: Vec<_> =
             self.collected.packs.iter().filter_map(|pack| name(pack.number)).collect();
-        // Whoever gives up may have been asked to stop.
-        let deleted = tokio::time::timeout(ABORT_TIME, repository.store().delete(&names)).await;
+        let deleted = tokio::time::timeout(TAKE_BACK_TIME, repository.store().delete(&names)).await;
         let problem = match deleted {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
-            Err(_elapsed) => format!("the store took longer than {} s", ABORT_TIME.as_secs()),
+            Err(_elapsed) => format!("the store took longer than {} s", TAKE_BACK_TIME.as_secs()),
         };
         tracing::warn!("packs of the abandoned backup '{backup}' are left behind: {problem}");
     }
