@@ -154,15 +154,16 @@ fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Times
         let _ = writeln!(text, "Held: {id}{colon}{reason}");
     }
     text.push_str(&reachable(catalog));
-    for WalGap { gap, last_commit_before, commit_after, expired, minimal } in catalog.gaps() {
+    for WalGap { gap, last_commit_before, commit_after, expired, barrier } in catalog.gaps() {
         let around = |time: Option<Timestamp>| time.map_or("unknown".to_owned(), words::time);
-        let (what, place) = match (expired, minimal) {
-            (true, _) => ("Expired WAL", gap.missing.to_string()),
-            (false, true) => (
-                "GAP, wal_level was 'minimal'",
-                format!("from {} on, only a backup taken later leads past it", gap.missing.start()),
-            ),
-            (false, false) => ("GAP, WAL lost", gap.missing.to_string()),
+        let (what, place) = match (expired, barrier) {
+            (true, _) => ("Expired WAL".to_owned(), gap.missing.to_string()),
+            (false, Some(kind)) => {
+                let from = gap.missing.start();
+                let place = format!("from {from} on, only a backup taken later leads past it");
+                (format!("GAP, {kind}"), place)
+            }
+            (false, None) => ("GAP, WAL lost".to_owned(), gap.missing.to_string()),
         };
         let _ = writeln!(
             text,

@@ -203,7 +203,7 @@ pub(super) fn object_name(bytes: &[u8]) {
         assert!(!extent.range.is_empty());
     }
     let marks = repo::fuzz::marks(text.lines());
-    let count = marks.holds.len() + marks.expired.len() + marks.minimal.len();
+    let count = marks.holds.len() + marks.expired.len() + marks.barriers.len();
     assert!(count <= text.lines().count());
     let Ok(name) = ObjectName::new(text) else { return };
     if let Some(object) = Object::parse(&cluster(), &name) {

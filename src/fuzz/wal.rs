@@ -9,10 +9,11 @@ use jiff::Timestamp;
 
 use super::input::{Input, pieces};
 use crate::capture::stream::cutter::{Cut, CutPolicy, CutReason};
-use crate::capture::stream::intake::{Damage, Intake, Step};
+use crate::capture::stream::intake::{Intake, Step, Unreadable};
 use crate::capture::stream::overlap::{self, Overlap};
 use crate::capture::stream::resume::Attempt;
 use crate::clock::Clock;
+use crate::error::{Kind, Result};
 use crate::pg::bytes::{i64_at, u16_at, u32_at, u64_at};
 use crate::pg::control::StandbyLimits;
 use crate::pg::{Checkpoint, Lsn, LsnRange, PgTime, SegmentSize, TimelineId, crc32c};
@@ -461,7 +462,6 @@ pub(super) fn intake(bytes: &[u8]) {
         mend_wal(&mut wal, start);
     }
     let wal = Bytes::from(wal);
-    let policy = policy();
     let attempt = Attempt {
         timeline: TimelineId::FIRST,
         stream_from: start,
@@ -469,22 +469,16 @@ pub(super) fn intake(bytes: &[u8]) {
         known: LsnRange::new(known_start, known_end).into_iter().collect(),
         gap: None,
     };
-    let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
-    let mut intake = Intake::new(policy, &attempt, Overlap::default(), Damage::StoreUnread);
-    let mut steps = Vec::new();
-    let mut position = start;
-    for piece in pieces(&wal, &sizes) {
-        let piece = wal.slice_ref(piece);
-        let end = Lsn(position.0 + piece.len() as u64);
-        intake.take(position, piece, now, &mut steps).expect("what follows on is taken");
-        assert_eq!(intake.received_end(), end);
-        assert!(intake.boundary() <= end);
-        if intake.cutter().due(now).is_some() {
-            intake.cut(CutReason::Commit, &mut steps);
-        }
-        position = end;
-    }
-    intake.cut(CutReason::StreamEnd, &mut steps);
+    let position = Lsn(start.0 + wal.len() as u64);
+    let mut unreadable = Unreadable::default();
+    // The WAL is of two segments at most, and damage in each is reported twice.
+    let tries = (0..5).find_map(|_| match receive(&attempt, &wal, &sizes, &mut unreadable) {
+        Err(error) if error.kind() == Kind::Corrupt => None,
+        outcome => Some(outcome),
+    });
+    let Ok(steps) = tries.expect("what was refused twice at one place is taken there") else {
+        return;
+    };
 
     let (mut next, mut extent_start) = (store_from, None);
     let mut stored = Vec::new();
@@ -507,17 +501,55 @@ pub(super) fn intake(bytes: &[u8]) {
                 let last = Lsn(range.end().0 - 1);
                 assert_eq!(segment_size().number_of(range.start()), segment_size().number_of(last));
                 assert!(extent.boundary <= range.end());
+                for barrier in &extent.barriers {
+                    // What is marked is not behind the extent, and what it says begins before its end.
+                    assert!(barrier.range.start() < range.end(), "{barrier:?} {range}");
+                    assert!(barrier.range.is_empty() || barrier.range.end() >= range.end());
+                }
                 stored.push(extent.cut);
             }
-            Step::Boundary(at) | Step::DamagedWal(at) => assert!(at <= position),
-            Step::MinimalWal(at) => assert!(at > start),
+            Step::Boundary(at) => assert!(at <= position),
+            Step::Barrier(barrier) => {
+                assert!(start <= barrier.range.start() && barrier.range.start() <= position);
+            }
         }
     }
     assert_eq!(extent_start, None, "bytes were left behind");
     let stored_all =
         if position > known_end || position <= known_start { position } else { known_start };
     assert_eq!(next, stored_all.max(store_from));
-    check_sent_again(policy, &attempt, &stored, wal);
+    check_sent_again(&attempt, &stored, unreadable, wal);
+}
+
+/// One connection on which all of `wal` comes, in pieces.
+///
+/// # Errors
+/// `unsupported` when it begins with a page of no server that is known, and `corrupt`, which is noted.
+fn receive(
+    attempt: &Attempt,
+    wal: &Bytes,
+    sizes: &[usize],
+    unreadable: &mut Unreadable,
+) -> Result<Vec<Step>> {
+    let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
+    let mut intake = Intake::new(policy(), attempt, Overlap::default(), unreadable.clone());
+    let mut steps = Vec::new();
+    for piece in pieces(wal, sizes) {
+        let piece = wal.slice_ref(piece);
+        let end = Lsn(intake.received_end().0 + piece.len() as u64);
+        if let Err(error) = intake.take(intake.received_end(), piece, now, &mut steps) {
+            assert!(matches!(error.kind(), Kind::Corrupt | Kind::Unsupported), "{error}");
+            unreadable.note(intake.last_record_end().expect("it was decoded"));
+            return Err(error);
+        }
+        assert_eq!(intake.received_end(), end);
+        assert!(intake.boundary() <= end);
+        if intake.cutter().due(now).is_some() {
+            intake.cut(CutReason::Commit, &mut steps);
+        }
+    }
+    intake.cut(CutReason::StreamEnd, &mut steps);
+    Ok(steps)
 }
 
 /// Each commit is due at once.
@@ -529,8 +561,9 @@ fn policy() -> CutPolicy {
     }
 }
 
-/// A server that sends in one piece what was stored is not taken for one that was set back.
-fn check_sent_again(policy: CutPolicy, attempt: &Attempt, stored: &[Cut], wal: Bytes) {
+/// A server that sends in one piece what was stored is not taken for one that was set back, and what is
+/// `unreadable` in it begins at the same places.
+fn check_sent_again(attempt: &Attempt, stored: &[Cut], unreadable: Unreadable, wal: Bytes) {
     let Some(last) = stored.last() else { return };
     let expected = stored.iter().filter_map(|cut| {
         let greatest_time = cut.greatest_time?;
@@ -539,7 +572,7 @@ fn check_sent_again(policy: CutPolicy, attempt: &Attempt, stored: &[Cut], wal: B
     let overlap = Overlap::new(expected.collect());
     let again = Attempt { store_from: last.range.end(), known: Vec::new(), ..attempt.clone() };
     let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
-    let mut intake = Intake::new(policy, &again, overlap, Damage::StoreUnread);
+    let mut intake = Intake::new(policy(), &again, overlap, unreadable);
     intake.take(again.stream_from, wal, now, &mut Vec::new()).expect("this is what was stored");
 }
 

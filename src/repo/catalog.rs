@@ -26,7 +26,7 @@ use super::coverage::{Gap, StoredExtent, WalCatalog};
 use super::interval::{BackupSpan, Interval, Lineage, WalGap};
 use super::lease::LeaseInfo;
 use super::manifest::PublicManifest;
-use super::marks::Marks;
+use super::marks::{BarrierKind, Marks};
 use super::names::{BackupId, KeyId};
 
 /// A backup that is listed: its manifest is there and can be read.
@@ -146,7 +146,7 @@ impl Catalog {
     #[must_use]
     pub fn lineage(&self) -> Lineage<'_> {
         let Self { wal, histories, marks, .. } = self;
-        Lineage { wal, histories, minimal: &marks.minimal }
+        Lineage { wal, histories, barriers: &marks.barriers }
     }
 
     /// The backup with this id.
@@ -221,18 +221,18 @@ impl Catalog {
         self.backups.iter().any(reaches)
     }
 
-    /// The holes in the WAL, and where it does not hold all changes, each once.
+    /// The holes in the WAL, and what only a backup taken later leads past, each once.
     #[must_use]
     pub fn gaps(&self) -> Vec<WalGap> {
         let lineage = self.lineage();
-        let holes = lineage.gaps().into_iter().map(|gap| (gap, false));
-        let minimal = lineage.minimal_gaps().into_iter().map(|gap| (gap, true));
-        let all: BTreeSet<(Gap, bool)> = holes.chain(minimal).collect();
-        let gaps = all.into_iter().map(|(gap, minimal)| {
+        let holes = lineage.gaps().into_iter().map(|gap| (gap, None));
+        let barriers = lineage.barriers_within().map(|(gap, kind)| (gap, Some(kind)));
+        let all: BTreeSet<(Gap, Option<BarrierKind>)> = holes.chain(barriers).collect();
+        let gaps = all.into_iter().map(|(gap, barrier)| {
             let (last_commit_before, commit_after) = lineage.times_around(&gap);
             let horizon = self.marks.expired.get(&gap.timeline);
             let expired = horizon.is_some_and(|horizon| gap.missing.end() <= *horizon);
-            WalGap { gap, last_commit_before, commit_after, expired, minimal }
+            WalGap { gap, last_commit_before, commit_after, expired, barrier }
         });
         gaps.collect()
     }
@@ -299,6 +299,7 @@ impl Catalog {
 pub(super) mod tests {
     use super::super::coverage::tests::timeline;
     use super::super::manifest::BackupKind;
+    use super::super::marks::Barrier;
     use super::*;
     use crate::pg::SystemId;
 
@@ -461,10 +462,11 @@ pub(super) mod tests {
             ..Catalog::default()
         };
         assert!(catalog.reaches(timeline(1), Lsn(100)) && catalog.gaps().is_empty());
-        catalog.marks.minimal.insert((timeline(1), Lsn(60)));
+        catalog.marks.barriers.insert((timeline(1), Barrier::minimal(Lsn(60))));
         assert!(!catalog.reaches(timeline(1), Lsn(100)) && catalog.reaches(timeline(1), Lsn(60)));
         let [gap] = catalog.gaps()[..] else { panic!("{:?}", catalog.gaps()) };
-        assert!(gap.minimal && !gap.expired && gap.gap.missing.is_empty());
+        assert!(gap.barrier == Some(BarrierKind::Minimal) && !gap.expired);
+        assert!(gap.gap.missing.is_empty());
         catalog.backups.push(backup(1, (70, 80), (2, 3)));
         assert!(catalog.reaches(timeline(1), Lsn(100)));
         let ends: Vec<_> = catalog.intervals().iter().map(|i| i.until_lsn.0).collect();

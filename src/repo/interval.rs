@@ -8,8 +8,8 @@
 //!   own WAL from start to end is there without a hole. This is what PostgreSQL demands at start-up
 //!   ("requested timeline is not a child of this server's history", "WAL ends before end of online
 //!   backup").
-//! - Where the server went on with `wal_level = minimal` the WAL does not hold all changes: what can be
-//!   restored from a backup that began before ends there (see [`super::marks`]).
+//! - Where the server went on with `wal_level = minimal`, or its own WAL is damaged, what can be restored
+//!   from a backup that began before ends (see [`super::marks`]).
 //! - WAL past a fork belongs to the branch: what an ancestor wrote after the switch point is never
 //!   part of a descendant's path.
 //! - Just before a switch point the new timeline may hold the bytes as well: a promoted server copies
@@ -27,6 +27,7 @@ use jiff::Timestamp;
 use crate::pg::{Lsn, LsnRange, PgTime, TimelineHistory, TimelineId, timeline::PathPart};
 
 use super::coverage::{Gap, WalCatalog, intersection, range, serialize_range};
+use super::marks::{Barrier, BarrierKind};
 use super::names::{BackupId, ExtentName};
 
 /// What a complete backup needs and when it ended.
@@ -100,9 +101,9 @@ pub struct WalGap {
     pub commit_after: Option<Timestamp>,
     /// Whether retention removed it on purpose; otherwise it was lost.
     pub expired: bool,
-    /// Nothing is missing (the range is empty), but from here on the WAL does not hold all changes,
-    /// because the server ran with `wal_level = minimal`: only a backup taken later leads on.
-    pub minimal: bool,
+    /// Nothing is missing, but only a backup taken later leads on; with [`BarrierKind::Minimal`] the range
+    /// is empty, with [`BarrierKind::Damaged`] it is what cannot be read of the server's WAL.
+    pub barrier: Option<BarrierKind>,
 }
 
 /// The WAL and how timelines descend from one another.
@@ -112,8 +113,8 @@ pub struct Lineage<'a> {
     pub wal: &'a WalCatalog,
     /// The history files that are there.
     pub histories: &'a BTreeMap<TimelineId, TimelineHistory>,
-    /// Where the server went on with `wal_level = minimal` ([`super::marks::Marks::minimal`]).
-    pub minimal: &'a BTreeSet<(TimelineId, Lsn)>,
+    /// Places that only a backup taken later leads past ([`super::marks::Marks::barriers`]).
+    pub barriers: &'a BTreeSet<(TimelineId, Barrier)>,
 }
 
 impl Lineage<'_> {
@@ -150,7 +151,8 @@ impl Lineage<'_> {
     #[must_use]
     pub fn walk(&self, target: TimelineId, from: Lsn, limit: Lsn) -> Vec<Stretch> {
         let path = self.path(target);
-        let limit = minimal_after(&path, self.minimal, from).map_or(limit, |lsn| lsn.min(limit));
+        let barrier = barrier_after(&path, self.barriers, from);
+        let limit = barrier.map_or(limit, |(lsn, _)| lsn.min(limit));
         let mut stretches = Vec::new();
         let mut position = from;
         for (index, part) in path.iter().enumerate() {
@@ -249,8 +251,8 @@ impl Lineage<'_> {
         if until_lsn < backup.end_lsn {
             return None;
         }
-        let barrier = minimal_after(&self.path(target), self.minimal, backup.id.start_lsn());
-        let ends_for_good = barrier.is_some_and(|barrier| barrier <= until_lsn);
+        let barrier = barrier_after(&self.path(target), self.barriers, backup.id.start_lsn());
+        let ends_for_good = barrier.is_some_and(|(lsn, _)| lsn <= until_lsn);
         let at_tip = self.wal.last_end(target).is_none_or(|end| end <= until_lsn);
         let newest = stretches.iter().filter_map(|stretch| self.newest_commit(target, stretch));
         let own = stretches.iter().filter_map(|stretch| {
@@ -289,11 +291,10 @@ impl Lineage<'_> {
         self.timelines().into_iter().flat_map(|target| self.gaps_towards(target)).collect()
     }
 
-    /// Where the WAL goes on but does not hold all changes, each once: as gaps of no length.
-    #[must_use]
-    pub(super) fn minimal_gaps(&self) -> BTreeSet<Gap> {
+    /// Where the WAL goes on but only a backup taken later does, each once.
+    pub(super) fn barriers_within(&self) -> impl Iterator<Item = (Gap, BarrierKind)> {
         let timelines = self.timelines();
-        let is_within_wal = |timeline: TimelineId, lsn: Lsn| {
+        let is_within_wal = move |timeline: TimelineId, lsn: Lsn| {
             timelines.iter().map(|target| self.path(*target)).any(|path| {
                 let all = path.iter().flat_map(|part| {
                     let whole = range(part.start, part.end.unwrap_or(Lsn(u64::MAX)));
@@ -307,10 +308,12 @@ impl Lineage<'_> {
                 before && behind && is_held_on(&path, timeline, lsn)
             })
         };
-        let within = self.minimal.iter().filter(|(timeline, lsn)| is_within_wal(*timeline, *lsn));
-        within
-            .map(|(timeline, lsn)| Gap { timeline: *timeline, missing: range(*lsn, *lsn) })
-            .collect()
+        let all = self.barriers.iter();
+        let within =
+            all.filter(move |(timeline, barrier)| is_within_wal(*timeline, barrier.range.start()));
+        within.map(|(timeline, barrier)| {
+            (Gap { timeline: *timeline, missing: barrier.range }, barrier.kind)
+        })
     }
 
     fn gaps_towards(&self, target: TimelineId) -> Vec<Gap> {
@@ -386,15 +389,20 @@ pub(super) fn recoverable_times(
 }
 
 /// The first position from `from` on along `path` that a backup which begins at `from` does not lead
-/// past, because the server went on with `wal_level = minimal` there.
-pub(crate) fn minimal_after(
+/// past, and why.
+pub(crate) fn barrier_after(
     path: &[PathPart],
-    minimal: &BTreeSet<(TimelineId, Lsn)>,
+    barriers: &BTreeSet<(TimelineId, Barrier)>,
     from: Lsn,
-) -> Option<Lsn> {
-    let ahead =
-        minimal.iter().filter(|(timeline, lsn)| *lsn >= from && is_held_on(path, *timeline, *lsn));
-    ahead.map(|(_, lsn)| *lsn).min()
+) -> Option<(Lsn, BarrierKind)> {
+    let ahead = |(timeline, barrier): &(TimelineId, Barrier)| {
+        let (start, end) = (barrier.range.start(), barrier.range.end());
+        // A timeline that goes on elsewhere leaves the rest of a damaged segment behind.
+        let end = part_at(path, start)?.end.map_or(end, |switch| switch.min(end));
+        let is_ahead = from <= start || from < end;
+        (is_ahead && is_held_on(path, *timeline, start)).then(|| (start.max(from), barrier.kind))
+    };
+    barriers.iter().filter_map(ahead).min()
 }
 
 /// Whether what `timeline` holds at `position` belongs to `path`: it is the timeline of that place, or a
@@ -439,8 +447,8 @@ mod tests {
         wal: &'a WalCatalog,
         histories: &'a BTreeMap<TimelineId, TimelineHistory>,
     ) -> Lineage<'a> {
-        static NONE: BTreeSet<(TimelineId, Lsn)> = BTreeSet::new();
-        Lineage { wal, histories, minimal: &NONE }
+        static NONE: BTreeSet<(TimelineId, Barrier)> = BTreeSet::new();
+        Lineage { wal, histories, barriers: &NONE }
     }
 
     /// Timeline 2 left 1 at 150 and 3 left 2 at 300; 1 went on after the fork.
@@ -573,8 +581,8 @@ mod tests {
     #[test]
     fn no_backup_leads_past_a_place_where_the_server_left_changes_out_of_its_wal() {
         let (wal, histories) = forked();
-        let minimal = [(timeline(1), Lsn(120)), (timeline(1), Lsn(170))].into();
-        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &histories) };
+        let barriers = [120, 170].map(|lsn| (timeline(1), Barrier::minimal(Lsn(lsn)))).into();
+        let lineage = Lineage { barriers: &barriers, ..lineage(&wal, &histories) };
         let to = |backup: BackupSpan, number| {
             let interval = lineage.interval(&backup, timeline(number));
             interval.map(|found| (found.until_lsn.0, found.arrived, found.open))
@@ -588,7 +596,7 @@ mod tests {
         assert_eq!(to(after, 2), Some((300, true, true)));
         let across = span(1, 100, 130);
         assert!(to(across, 1).is_none() && !lineage.is_complete(&across));
-        let shown: Vec<_> = lineage.minimal_gaps().into_iter().map(|gap| gap.missing).collect();
+        let shown: Vec<_> = lineage.barriers_within().map(|(gap, _)| gap.missing).collect();
         assert_eq!(shown, [range(Lsn(120), Lsn(120)), range(Lsn(170), Lsn(170))]);
         let (before, after) =
             lineage.times_around(&Gap { timeline: timeline(1), missing: shown[0] });
@@ -599,9 +607,9 @@ mod tests {
     fn a_mark_where_no_wal_lies_yet_or_any_more_is_no_gap_and_what_ends_there_does_not_grow() {
         let wal = WalCatalog::new([extent(1, 50, 100, 0)]);
         let none = BTreeMap::new();
-        let minimal = [(timeline(1), Lsn(50)), (timeline(1), Lsn(100))].into();
-        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &none) };
-        assert!(lineage.minimal_gaps().is_empty());
+        let barriers = [50, 100].map(|lsn| (timeline(1), Barrier::minimal(Lsn(lsn)))).into();
+        let lineage = Lineage { barriers: &barriers, ..lineage(&wal, &none) };
+        assert_eq!(lineage.barriers_within().count(), 0);
         let interval = lineage.interval(&span(1, 60, 70), timeline(1)).unwrap();
         assert_eq!((interval.until_lsn, interval.open), (Lsn(100), false));
     }
@@ -610,11 +618,35 @@ mod tests {
     fn a_copy_of_the_parents_wal_tells_where_changes_were_left_out_too() {
         let histories = [history(2, &[(1, 150)])].into();
         let wal = WalCatalog::new([extent(1, 0, 130, 0), extent(2, 128, 200, 0)]);
-        let minimal = [(timeline(2), Lsn(140))].into();
-        let lineage = Lineage { minimal: &minimal, ..lineage(&wal, &histories) };
+        let barriers = [(timeline(2), Barrier::minimal(Lsn(140)))].into();
+        let lineage = Lineage { barriers: &barriers, ..lineage(&wal, &histories) };
         let until =
             |target| lineage.interval(&span(1, 10, 20), timeline(target)).unwrap().until_lsn;
         assert_eq!((until(2), until(1)), (Lsn(140), Lsn(130)));
+    }
+
+    #[test]
+    fn no_backup_from_before_the_end_of_damaged_wal_leads_past_its_start() {
+        let (wal, histories) = forked();
+        let damaged = Barrier::damaged(range(Lsn(120), Lsn(160)));
+        let barriers = [(timeline(1), damaged)].into();
+        let lineage = Lineage { barriers: &barriers, ..lineage(&wal, &histories) };
+        let to = |start: u64, target| {
+            let interval = lineage.interval(&span(1, start, start + 2), timeline(target));
+            interval.map(|found| (found.until_lsn.0, found.arrived, found.open))
+        };
+        for (start, until) in
+            [(20, Some(120)), (119, None), (120, None), (140, None), (159, None), (160, Some(180))]
+        {
+            assert_eq!(to(start, 1).map(|found| found.0), until, "from {start}");
+        }
+        assert_eq!(to(20, 2), Some((120, false, false)));
+        // What the rest of the segment holds on a timeline that left before is its own.
+        let on_branch = lineage.interval(&span(2, 150, 155), timeline(2)).unwrap();
+        assert_eq!((on_branch.until_lsn, on_branch.open), (Lsn(300), true));
+        let shown: Vec<_> = lineage.barriers_within().collect();
+        let gap = Gap { timeline: timeline(1), missing: damaged.range };
+        assert_eq!(shown, [(gap, BarrierKind::Damaged)]);
     }
 
     proptest! {

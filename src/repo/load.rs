@@ -24,7 +24,7 @@ use super::catalog::{
 use super::coverage::{StoredExtent, WalCatalog};
 use super::lease;
 use super::manifest::PublicManifest;
-use super::marks::Marks;
+use super::marks;
 use super::names::{BackupId, Object};
 
 /// Listing requests in flight.
@@ -53,7 +53,7 @@ impl Catalog {
         catalog.load_histories(repository, timelines).await?;
         catalog.confirm_gaps(repository).await?;
         // A mark is put before what it is about changes: listed last, none is missing that the WAL needs.
-        let (marks, foreign_count) = load_marks(repository).await?;
+        let (marks, foreign_count) = marks::load(repository).await?;
         catalog.marks = marks;
         catalog.foreign_count += foreign_count;
         Ok(catalog)
@@ -230,20 +230,6 @@ impl WalCatalog {
         };
         Ok(Self::new(extents))
     }
-}
-
-/// The marks of a cluster, and how many objects below them are none of ours.
-pub(super) async fn load_marks(repository: &Repository) -> Result<(Marks, u64)> {
-    let mut marks = Marks::default();
-    let mut foreign_count = 0;
-    let prefix = format!("{}marks/", repository.cluster().prefix());
-    for object in repository.store().list_all(&prefix).await? {
-        match Object::parse(repository.cluster(), &object.name) {
-            Some(Object::Mark(name)) if marks.add(&name) => {}
-            _ => foreign_count += 1,
-        }
-    }
-    Ok((marks, foreign_count))
 }
 
 /// Extents of `timeline` that begin inside `starts`.
@@ -560,14 +546,15 @@ mod tests {
     async fn a_mark_that_is_put_while_the_wal_is_listed_is_seen_with_the_wal_behind_it() {
         let (memory, repository) = scene().await;
         put(&memory, &repository, Object::Extent(extent(1, 0x1000, 0x2000))).await;
+        let barrier = marks::Barrier::minimal(Lsn(0x2000));
         let (rival, place) = (memory.clone(), repository.clone());
         memory.before_list(&repository.cluster().wal_prefix(), async move {
-            marks::put_minimal(&place, timeline(1), Lsn(0x2000)).await.unwrap();
+            marks::put_barrier(&place, timeline(1), &barrier).await.unwrap();
             put(&rival, &place, Object::Extent(extent(1, 0x2000, 0x3000))).await;
         });
         let catalog = Catalog::load(&repository).await.unwrap();
         assert_eq!(catalog.wal.extent_count(), 2);
-        assert_eq!(catalog.marks.minimal, [(timeline(1), Lsn(0x2000))].into());
+        assert_eq!(catalog.marks.barriers, [(timeline(1), barrier)].into());
     }
 
     #[tokio::test]

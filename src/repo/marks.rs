@@ -5,37 +5,111 @@
 //! <cluster>/marks/hold-<backup id>                      this backup is not deleted
 //! <cluster>/marks/expired-<timeline 8 HEX>-<LSN 16 HEX> WAL before this was removed on purpose
 //! <cluster>/marks/minimal-<timeline 8 HEX>-<LSN 16 HEX> no backup from before leads past this record
+//! <cluster>/marks/damaged-<timeline 8 HEX>-<start LSN 16 HEX>-<end LSN 16 HEX>
+//!                                                       no backup from before the end leads past the start
 //! ```
 //! The content of a hold is its reason, for people; that of the others is empty.
 //!
-//! # When the WAL does not hold all changes
-//! A server that is started with `wal_level = minimal` says so in its WAL (`XLOG_PARAMETER_CHANGE`) and
-//! from there on leaves changes out. The WAL goes on without a hole, so nothing in a listing would tell:
-//! PostgreSQL 14 and later refuse to replay that record, 13 replays it and is silently incomplete. The
-//! mark names the start of the record, the last position that a backup from before reaches. One that
-//! begins after it does not need what was left out: while the level is minimal none can be taken.
+//! # Barriers
+//! WAL can be there without a hole and yet lead nowhere; no name of an extent tells.
+//! - `minimal`: a server that is started with `wal_level = minimal` says so in its WAL
+//!   (`XLOG_PARAMETER_CHANGE`) and from there on leaves changes out. PostgreSQL 14 and later refuse to
+//!   replay that record, 13 replays it and is silently incomplete. The mark names the start of the record,
+//!   the last position that a backup from before reaches. One that begins after it does not need what was
+//!   left out: while the level is minimal none can be taken.
+//! - `damaged`: the server sends WAL that cannot be decoded, and sends the same when it is asked again. A
+//!   recovery stops at the end of the last record before, which is where the mark's range begins. Up to the
+//!   end of the segment, where it ends, nothing is known of what is stored.
 //!
 //! # Durability
-//! The mark is durable before any extent that ends behind the record is put, so whatever listing shows
-//! such WAL shows the mark, and nothing is acknowledged in between. Dying after the mark and before the
-//! extent leaves a mark at the end of the WAL, where every interval ends anyway; the server still has
-//! that WAL and sends it again. If it never does (the timeline ended before it on another server), the
-//! mark lies behind the switch point, on no path. A mark is never deleted: there is one for each such
-//! start of a server, and what it says stays true.
+//! The mark is durable before the extent that it speaks of is put (the one with the end of the record; the
+//! one with the first bytes that could not be decoded), so whatever listing shows such WAL shows the mark,
+//! and nothing is acknowledged in between. Dying after the mark and before the extent leaves a mark at the
+//! end of the WAL, where every interval ends anyway; the server still has that WAL and sends it again. If it
+//! never does (the timeline ended before it on another server), the mark lies behind the switch point, on no
+//! path. Nothing deletes a mark: there is one for each such start of a server or damaged segment, and what
+//! it says stays true. Only a server that was healed between the mark and the extent makes one bar WAL that
+//! is sound; then the base backup that follows every barrier leads on.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use bytes::Bytes;
 
 use crate::error::{Context, Error, Kind, Result};
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{Lsn, LsnRange, TimelineId};
 
 use super::Repository;
+use super::coverage::range;
 use super::names::{BackupId, Object};
 use crate::store::PutOutcome;
 
 /// Longest reason of a hold.
 const REASON_BYTES_MAX: usize = 1024;
+
+/// Why WAL that is there leads no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BarrierKind {
+    /// The server went on with `wal_level = minimal`: from here on not all changes are there.
+    Minimal,
+    /// The server's own WAL is damaged here: a recovery stops.
+    Damaged,
+}
+
+impl fmt::Display for BarrierKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Minimal => "the server ran with wal_level = minimal",
+            Self::Damaged => "the server's own WAL is damaged",
+        })
+    }
+}
+
+/// A place that only a backup taken later leads past.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Barrier {
+    /// What is there.
+    pub range: LsnRange,
+    /// Why it is one.
+    pub kind: BarrierKind,
+}
+
+impl Barrier {
+    /// The record at `record_lsn` says that the server goes on with `wal_level = minimal`; the range is
+    /// empty, nothing is missing.
+    #[must_use]
+    pub fn minimal(record_lsn: Lsn) -> Self {
+        Self { range: range(record_lsn, record_lsn), kind: BarrierKind::Minimal }
+    }
+
+    /// Within `range` the server's WAL cannot be decoded.
+    #[must_use]
+    pub fn damaged(range: LsnRange) -> Self {
+        Self { range, kind: BarrierKind::Damaged }
+    }
+
+    /// The mark that says so of WAL of `timeline`.
+    fn mark(&self, timeline: TimelineId) -> Object {
+        let (start, end) = (self.range.start().0, self.range.end().0);
+        let timeline = timeline.get();
+        Object::Mark(match self.kind {
+            BarrierKind::Minimal => format!("minimal-{timeline:08X}-{start:016X}"),
+            BarrierKind::Damaged => format!("damaged-{timeline:08X}-{start:016X}-{end:016X}"),
+        })
+    }
+
+    /// What the mark called `name` says.
+    fn parse(name: &str) -> Option<(TimelineId, Self)> {
+        if let Some((timeline, record_lsn)) = parse_position(name, "minimal-") {
+            return Some((timeline, Self::minimal(record_lsn)));
+        }
+        let (head, end) = name.rsplit_once('-')?;
+        let (timeline, start) = parse_position(head, "damaged-")?;
+        let range = LsnRange::new(start, Lsn(hex(end, 16)?)).filter(|range| !range.is_empty())?;
+        Some((timeline, Self::damaged(range)))
+    }
+}
 
 /// What the marks of a cluster say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,8 +118,8 @@ pub struct Marks {
     pub holds: BTreeSet<BackupId>,
     /// Of each timeline, the position before which retention removed WAL.
     pub expired: BTreeMap<TimelineId, Lsn>,
-    /// Starts of records by which the server said that it goes on with `wal_level = minimal`.
-    pub minimal: BTreeSet<(TimelineId, Lsn)>,
+    /// Places that only a backup taken later leads past.
+    pub barriers: BTreeSet<(TimelineId, Barrier)>,
 }
 
 impl Marks {
@@ -55,8 +129,8 @@ impl Marks {
             self.holds.insert(id);
             return true;
         }
-        if let Some(record) = parse_position(name, "minimal-") {
-            self.minimal.insert(record);
+        if let Some(barrier) = Barrier::parse(name) {
+            self.barriers.insert(barrier);
             return true;
         }
         let Some((timeline, horizon)) = parse_position(name, "expired-") else { return false };
@@ -66,15 +140,34 @@ impl Marks {
     }
 }
 
+/// The marks of a cluster, and how many objects below them are none of ours.
+///
+/// # Errors
+/// What the store reports.
+pub(crate) async fn load(repository: &Repository) -> Result<(Marks, u64)> {
+    let mut marks = Marks::default();
+    let mut foreign_count = 0;
+    let prefix = format!("{}marks/", repository.cluster().prefix());
+    for object in repository.store().list_all(&prefix).await? {
+        match Object::parse(repository.cluster(), &object.name) {
+            Some(Object::Mark(name)) if marks.add(&name) => {}
+            _ => foreign_count += 1,
+        }
+    }
+    Ok((marks, foreign_count))
+}
+
 /// `<kind><timeline 8 HEX>-<LSN 16 HEX>`.
 fn parse_position(name: &str, kind: &str) -> Option<(TimelineId, Lsn)> {
     let (timeline, lsn) = name.strip_prefix(kind)?.split_once('-')?;
-    let hex = |text: &str, width| {
-        let digits = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'));
-        (text.len() == width && digits).then(|| u64::from_str_radix(text, 16).ok()).flatten()
-    };
     let timeline = TimelineId::new(u32::try_from(hex(timeline, 8)?).ok()?)?;
     Some((timeline, Lsn(hex(lsn, 16)?)))
+}
+
+/// The number that `text` is, in exactly `width` upper-case hexadecimal digits.
+fn hex(text: &str, width: usize) -> Option<u64> {
+    let digits = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'));
+    (text.len() == width && digits).then(|| u64::from_str_radix(text, 16).ok()).flatten()
 }
 
 /// The mark that says that WAL of `timeline` before `horizon` was removed on purpose.
@@ -82,23 +175,24 @@ pub(super) fn expired(timeline: TimelineId, horizon: Lsn) -> Object {
     Object::Mark(format!("expired-{:08X}-{:016X}", timeline.get(), horizon.0))
 }
 
-/// Says that the record at `record_lsn` of `timeline` is the one by which the server went on with
-/// `wal_level = minimal`.
+/// Says that no backup from before `barrier` leads past it on `timeline`.
 ///
 /// # Durability
-/// When it returns, the mark is durable; it must be before an extent that holds the record's end is put.
+/// When it returns, the mark is durable; it must be before the extent that it speaks of is put.
 ///
 /// # Errors
 /// What the store reports.
-pub async fn put_minimal(
+pub async fn put_barrier(
     repository: &Repository,
     timeline: TimelineId,
-    record_lsn: Lsn,
+    barrier: &Barrier,
 ) -> Result<()> {
-    let mark = Object::Mark(format!("minimal-{:08X}-{:016X}", timeline.get(), record_lsn.0));
-    let put = repository.store().put_if_absent(&repository.name(&mark)?, Bytes::new()).await;
+    let name = repository.name(&barrier.mark(timeline))?;
+    let put = repository.store().put_if_absent(&name, Bytes::new()).await;
     put.map(drop).context(|| {
-        format!("unable to mark where timeline {timeline} goes on with wal_level = minimal")
+        let Barrier { range, kind } = barrier;
+        let from = range.start();
+        format!("unable to mark that from {from} of timeline {timeline} on {kind}")
     })
 }
 
@@ -227,7 +321,16 @@ mod tests {
             let Object::Mark(name) = expired(TimelineId::FIRST, Lsn(horizon)) else { panic!() };
             assert!(marks.add(&name));
         }
-        assert!(marks.add("minimal-00000002-00000000030000A8"));
+        let second = TimelineId::new(2).unwrap();
+        let range = LsnRange::new(Lsn(0x300_00A8), Lsn(0x400_0000)).unwrap();
+        let barriers = [Barrier::minimal(Lsn(0x300_00A8)), Barrier::damaged(range)];
+        for (barrier, known) in barriers.iter().zip([
+            "minimal-00000002-00000000030000A8",
+            "damaged-00000002-00000000030000A8-0000000004000000",
+        ]) {
+            assert_eq!(barrier.mark(second), Object::Mark(known.to_owned()));
+            assert!(marks.add(known));
+        }
         for foreign in [
             "hold-",
             "expired-1-2",
@@ -235,11 +338,16 @@ mod tests {
             "minimal-00000002-00000000030000a8",
             "minimal-00000000-00000000030000A8",
             "minimal-",
+            "minimal-00000002-00000000030000A8-0000000004000000",
+            "damaged-00000002-00000000030000A8",
+            "damaged-00000002-00000000030000A8-00000000030000A8",
+            "damaged-00000002-00000000030000A8-0000000003000000",
+            "damaged-00000002-00000000030000A8-0000000004000000-",
             "x",
         ] {
             assert!(!marks.add(foreign), "{foreign}");
         }
-        assert_eq!(marks.minimal, [(TimelineId::new(2).unwrap(), Lsn(0x300_00A8))].into());
+        assert_eq!(marks.barriers, barriers.map(|barrier| (second, barrier)).into());
         assert_eq!(marks.holds, [id.parse().unwrap()].into());
         assert_eq!(marks.expired, [(TimelineId::FIRST, Lsn(0x30))].into());
     }

@@ -280,13 +280,13 @@ impl fmt::Display for VerifyReport {
             )?;
         }
         for gap in &self.gaps {
-            let WalGap { gap, last_commit_before, commit_after, expired, minimal } = gap;
-            if *minimal {
+            let WalGap { gap, last_commit_before, commit_after, expired, barrier } = gap;
+            if let Some(kind) = barrier {
                 let (start, timeline) = (gap.missing.start(), gap.timeline);
                 writeln!(
                     f,
-                    "WAL of timeline {timeline} from {start} on: wal_level was 'minimal', only a \
-                     backup taken later leads past it"
+                    "WAL of timeline {timeline} from {start} on: {kind}, only a backup taken later \
+                     leads past it"
                 )?;
                 continue;
             }

@@ -12,6 +12,7 @@
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, TimelineId};
 use crate::repo::coverage::{Gap, WalCatalog};
+use crate::repo::marks::BarrierKind;
 use crate::repo::names::ExtentName;
 
 /// A part of one extent.
@@ -33,8 +34,8 @@ pub(crate) enum ChainEnd {
     Tip,
     /// More is stored, behind WAL that is missing.
     Gap(Gap),
-    /// From here on the WAL does not hold all changes, because the server ran with `wal_level = minimal`.
-    Minimal(Lsn),
+    /// From here on only a backup taken later leads.
+    Barrier(Lsn, BarrierKind),
 }
 
 /// Contiguous WAL along a path.
@@ -119,12 +120,12 @@ impl Chain {
         self
     }
 
-    /// The chain up to `lsn` if it comes so far, where the WAL goes on without all changes.
-    pub(crate) fn barred_at(self, lsn: Lsn) -> Self {
+    /// The chain up to `lsn` if it comes so far, where a barrier is.
+    pub(crate) fn barred_at(self, lsn: Lsn, kind: BarrierKind) -> Self {
         if self.end < lsn {
             return self;
         }
-        Self { stopped_by: ChainEnd::Minimal(lsn), ..self.cut(lsn) }
+        Self { stopped_by: ChainEnd::Barrier(lsn, kind), ..self.cut(lsn) }
     }
 
     /// The pieces, in order.

@@ -148,7 +148,7 @@ fn holdings_of(catalog: &Catalog) -> Holdings {
         bases: usable.map(base).collect(),
         wal: catalog.wal.clone(),
         histories: catalog.histories.clone(),
-        minimal: catalog.marks.minimal.clone(),
+        barriers: catalog.marks.barriers.clone(),
         caught_up: progress.and_then(|progress| {
             let (timeline, durable_end_lsn) = (progress.timeline, progress.durable_end_lsn);
             progress.caught_up_time.map(|time| CaughtUp { timeline, durable_end_lsn, time })

@@ -11,7 +11,7 @@
 //! - WAL from the backup's start to the stop is there without a hole, and the record at which Postgres
 //!   stops is complete in it, so "recovery ended before configured recovery target was reached" cannot
 //!   happen.
-//! - No chain leads past a place where the server went on with `wal_level = minimal`, unless its backup
+//! - No chain leads past a barrier ([`crate::repo::marks`]), unless its backup
 //!   began behind it: the WAL does not hold all changes from there on.
 //! - Names decide, extents confirm: an extent whose greatest time is not after the target holds no record
 //!   to stop at, so only extents on both sides of the target are read. A transaction or a restore point
@@ -26,7 +26,8 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::coverage::{Gap, WalCatalog};
-use crate::repo::interval::minimal_after;
+use crate::repo::interval::barrier_after;
+use crate::repo::marks::{Barrier, BarrierKind};
 use crate::repo::names::BackupId;
 use crate::wal::Landmark;
 
@@ -68,8 +69,8 @@ pub(crate) struct Holdings {
     pub(crate) wal: WalCatalog,
     pub(crate) histories: BTreeMap<TimelineId, TimelineHistory>,
     pub(crate) caught_up: Option<CaughtUp>,
-    /// Where the server went on with `wal_level = minimal`.
-    pub(crate) minimal: BTreeSet<(TimelineId, Lsn)>,
+    /// Places that only a backup taken later leads past.
+    pub(crate) barriers: BTreeSet<(TimelineId, Barrier)>,
 }
 
 /// A target found.
@@ -183,8 +184,8 @@ impl Holdings {
         let [.., last] = &chains;
         let chain =
             chains.iter().find(|chain| chain.end() > base.start_lsn).unwrap_or(last).clone();
-        match minimal_after(path, &self.minimal, base.start_lsn) {
-            Some(lsn) => chain.barred_at(lsn),
+        match barrier_after(path, &self.barriers, base.start_lsn) {
+            Some((lsn, kind)) => chain.barred_at(lsn, kind),
             None => chain,
         }
     }
@@ -506,8 +507,8 @@ impl<S: WalSource> Search<'_, S> {
             ChainEnd::Gap(Gap { timeline, missing }) if stop == Stop::EndOfWal => {
                 notes.push(format!("WAL {missing} of timeline {timeline} is missing; what is stored after it cannot be reached from this backup"));
             }
-            ChainEnd::Minimal(lsn) if stop == Stop::EndOfWal => {
-                notes.push(format!("from {lsn} on the server ran with wal_level = minimal; what is stored after it cannot be reached from this backup"));
+            ChainEnd::Barrier(lsn, kind) if stop == Stop::EndOfWal => {
+                notes.push(format!("from {lsn} on {kind}; what is stored after it cannot be reached from this backup"));
             }
             _ => {}
         }
@@ -712,7 +713,7 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
             format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
-        (_, _, Some(ChainEnd::Minimal(lsn))) => behind_minimal(lsn),
+        (_, _, Some(ChainEnd::Barrier(lsn, kind))) => behind_barrier(lsn, kind),
         (Some(_), Some(_), _) => {
             "it is between the WAL of one backup and the end of the next".to_owned()
         }
@@ -736,10 +737,8 @@ fn why_not_time(at: Timestamp, intervals: &[Interval], beyond: Option<&Chain>) -
     (why, hint + ".")
 }
 
-fn behind_minimal(lsn: Lsn) -> String {
-    format!(
-        "it is after {lsn}, where the server went on with wal_level = minimal, and before the end of a backup taken later"
-    )
+fn behind_barrier(lsn: Lsn, kind: BarrierKind) -> String {
+    format!("it is after {lsn}, from where on {kind}, and before the end of a backup taken later")
 }
 
 fn why_not_lsn(at: Lsn, intervals: &[Interval], beyond: Option<&Chain>) -> (String, String) {
@@ -751,7 +750,7 @@ fn why_not_lsn(at: Lsn, intervals: &[Interval], beyond: Option<&Chain>) -> (Stri
         (_, _, Some(ChainEnd::Gap(Gap { timeline, missing }))) => {
             format!("it is in a gap or behind it: WAL {missing} of timeline {timeline} is missing")
         }
-        (_, _, Some(ChainEnd::Minimal(lsn))) => behind_minimal(lsn),
+        (_, _, Some(ChainEnd::Barrier(lsn, kind))) => behind_barrier(lsn, kind),
         _ => "it is after the end of the durable WAL".to_owned(),
     };
     let sides =

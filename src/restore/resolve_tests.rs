@@ -7,6 +7,7 @@ use super::settings::Stop;
 use super::target::{Edge, Target, TimelineChoice};
 use crate::error::{Error, Kind};
 use crate::pg::{Lsn, LsnRange, TimelineHistory, TimelineId};
+use crate::repo::marks::Barrier;
 use crate::repo::names::BackupId;
 
 const START: Lsn = Lsn(0x300_0000);
@@ -316,10 +317,31 @@ async fn a_target_in_a_gap_names_both_sides() {
 }
 
 #[tokio::test]
+async fn nothing_behind_damaged_wal_is_reached_from_a_backup_that_began_before_its_end() {
+    let mut world = World::new();
+    let (start, end) = (world.abort.start(), world.abort.end());
+    let barrier = Barrier::damaged(LsnRange::new(start, end).unwrap());
+    world.holdings.barriers.insert((TimelineId::FIRST, barrier));
+    let latest = world.to(Target::Latest).await.unwrap();
+    assert_eq!((latest.chain.end(), around(&latest)), (start, (102, 0)));
+    assert!(latest.notes[0].contains("the server's own WAL is damaged"), "{:?}", latest.notes);
+    let behind = Target::Time { at: ts("10:00:37"), edge: Edge::Inclusive };
+    let error = world.to(behind.clone()).await.unwrap_err();
+    assert!(error.message().contains("the server's own WAL is damaged"), "{error}");
+    // One that begins inside leads nowhere.
+    let inside = Lsn(start.0 + 8);
+    world.holdings.bases.push(base(&world.craft, inside, world.commits[2].start(), "10:00:36"));
+    let error = world.to(behind.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    world.holdings.bases.push(base(&world.craft, end, world.commits[2].start(), "10:00:36"));
+    assert_eq!(world.to(behind).await.unwrap().base.start_lsn, end);
+}
+
+#[tokio::test]
 async fn nothing_behind_minimal_wal_is_reached_from_a_backup_that_began_before_it() {
     let mut world = World::new();
     let barrier = world.abort.start();
-    world.holdings.minimal.insert((TimelineId::FIRST, barrier));
+    world.holdings.barriers.insert((TimelineId::FIRST, Barrier::minimal(barrier)));
     let latest = world.to(Target::Latest).await.unwrap();
     assert_eq!((latest.chain.end(), around(&latest)), (barrier, (102, 0)));
     assert!(latest.notes[0].contains("wal_level = minimal"), "{:?}", latest.notes);

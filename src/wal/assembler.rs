@@ -20,7 +20,7 @@ use super::page::{
     damaged_page, damaged_record,
 };
 use super::rmgr::RmgrId;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::pg::{Crc32c, Lsn, LsnRange, SegmentSize, SystemId, TimelineId};
 
 /// `XLOG_SWITCH`, an operation of the XLOG resource manager.
@@ -248,7 +248,8 @@ impl Assembler {
         if self.state == State::BehindEnd && !at_segment_start {
             return Err(data_behind_end(start, self.last_end_lsn));
         }
-        let page = PageHeader::decode(bytes, start, self.segment_size)?;
+        let page = PageHeader::decode(bytes, start, self.segment_size)
+            .map_err(|error| self.not_another_server(error))?;
         self.check_page(&page, start)?;
         let first = self.page.is_none();
         self.page = Some(page);
@@ -270,6 +271,17 @@ impl Assembler {
             }
             (PageStart::Continued { rest_bytes }, _) => self.check_continued(rest_bytes, start),
             (PageStart::Record, _) => Err(self.cut_off(start)),
+        }
+    }
+
+    /// Behind a page of a server that is known, a page of one that is not is damaged.
+    #[cold]
+    fn not_another_server(&self, error: Error) -> Error {
+        match error.kind() {
+            Kind::Unsupported if self.page.is_some() => {
+                Error::new(Kind::Corrupt, error.message().to_owned())
+            }
+            _ => error,
         }
     }
 
@@ -311,7 +323,7 @@ impl Assembler {
     }
 
     #[cold]
-    fn cut_off(&self, page: Lsn) -> crate::error::Error {
+    fn cut_off(&self, page: Lsn) -> Error {
         let start = match self.state {
             State::InUnknown { .. } => self.last_end_lsn,
             _ => self.record_start_lsn,
@@ -372,8 +384,9 @@ impl Assembler {
             self.check_crc(&header)?;
         }
         self.advance(RECORD_HEADER_BYTES + body_bytes);
-        let range = self.end_record(&header)?;
+        let range = self.record_range(&header)?;
         sink.whole(&WholeRecord { header: &header, body, range, major })?;
+        self.end_record(range);
         Ok(rest)
     }
 
@@ -470,24 +483,31 @@ impl Assembler {
             self.crc.update(head.first_chunk::<RECORD_CRC_OFFSET>().map_or(&[], |head| head));
             self.check_crc(&header)?;
         }
-        let range = self.end_record(&header)?;
-        sink.end(&header, range)
+        let range = self.record_range(&header)?;
+        sink.end(&header, range)?;
+        self.end_record(range);
+        Ok(())
     }
 
-    /// Notes that a record ended at `position`, and gives its range.
+    /// Range of the record whose last byte is before `position`.
     #[inline]
-    fn end_record(&mut self, header: &RecordHeader) -> Result<LsnRange> {
+    fn record_range(&self, header: &RecordHeader) -> Result<LsnRange> {
         let switch = header.rmgr == RmgrId::XLOG && header.operation() == XLOG_SWITCH;
-        let aligned = align_up(self.position);
-        self.state = State::Between;
-        self.last_end_lsn = aligned;
-        if switch && self.segment_size.start_of(aligned) != aligned {
-            self.last_end_lsn = self.segment_size.end_of(aligned);
-            self.state = State::InSwitchPadding;
+        let mut end = align_up(self.position);
+        if switch && self.segment_size.start_of(end) != end {
+            end = self.segment_size.end_of(end);
         }
-        self.last_start_lsn = Some(self.record_start_lsn);
-        LsnRange::new(self.record_start_lsn, self.last_end_lsn)
+        LsnRange::new(self.record_start_lsn, end)
             .ok_or_else(|| damaged_record(self.record_start_lsn, "it ends before it begins"))
+    }
+
+    /// Notes that the record of this range is complete: whoever is to take it in could.
+    #[inline]
+    fn end_record(&mut self, range: LsnRange) {
+        let padded = range.end() > align_up(self.position);
+        self.state = if padded { State::InSwitchPadding } else { State::Between };
+        self.last_end_lsn = range.end();
+        self.last_start_lsn = Some(range.start());
     }
 
     /// `ValidXLogRecordHeader`; gives the major version of the page.
@@ -553,26 +573,26 @@ fn check_length(length_bytes: u32, start: Lsn) -> Result<()> {
 }
 
 #[cold]
-fn unknown_rmgr(header: &RecordHeader, start: Lsn) -> crate::error::Error {
+fn unknown_rmgr(header: &RecordHeader, start: Lsn) -> Error {
     let number = header.rmgr.0;
     damaged_record(start, &format!("there is no resource manager {number}"))
 }
 
 #[cold]
-fn bad_chain(header: &RecordHeader, start: Lsn, expected: Option<Lsn>) -> crate::error::Error {
+fn bad_chain(header: &RecordHeader, start: Lsn, expected: Option<Lsn>) -> Error {
     let found = header.previous_lsn;
     let expected = expected.map_or("an earlier one".to_owned(), |expected| expected.to_string());
     damaged_record(start, &format!("it follows record {found}, expected {expected}"))
 }
 
 #[cold]
-fn bad_crc(header: &RecordHeader, start: Lsn, found: u32) -> crate::error::Error {
+fn bad_crc(header: &RecordHeader, start: Lsn, found: u32) -> Error {
     let expected = header.crc;
     damaged_record(start, &format!("its CRC is {found:08x}, expected {expected:08x}"))
 }
 
 #[cold]
-fn data_behind_end(found: Lsn, end: Lsn) -> crate::error::Error {
+fn data_behind_end(found: Lsn, end: Lsn) -> Error {
     damaged_page(
         found.align_down(XLOG_BLCKSZ),
         &format!("there are bytes at {found} behind the end of the WAL at {end}"),

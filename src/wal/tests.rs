@@ -24,16 +24,26 @@ fn scan(start: Lsn, bytes: &[u8]) -> Result<(Vec<Landmark>, Scanner)> {
 fn scan_cut(start: Lsn, bytes: &[u8], sizes: &[usize]) -> Result<(Vec<Landmark>, Scanner)> {
     let mut scanner = Scanner::new(mib(), start);
     let mut found = Vec::new();
+    feed_cut(&mut scanner, bytes, sizes, &mut |landmark| found.push(landmark))?;
+    Ok((found, scanner))
+}
+
+fn feed_cut(
+    scanner: &mut Scanner,
+    bytes: &[u8],
+    sizes: &[usize],
+    found: &mut dyn FnMut(Landmark),
+) -> Result<()> {
     let mut rest = bytes;
     for size in sizes.iter().cycle() {
         let (now, later) = rest.split_at((*size).min(rest.len()));
-        scanner.feed(now, &mut |landmark| found.push(landmark))?;
+        scanner.feed(now, found)?;
         rest = later;
         if rest.is_empty() {
             break;
         }
     }
-    Ok((found, scanner))
+    Ok(())
 }
 
 fn read(start: Lsn, bytes: &[u8], sizes: &[usize]) -> Result<Vec<String>> {
@@ -182,6 +192,33 @@ fn damage_is_never_taken_for_a_record() {
     }
     let (found, _) = scan(START, &wal.bytes).unwrap();
     assert!(found.is_empty());
+}
+
+#[test]
+fn behind_a_page_of_a_known_server_one_of_an_unknown_is_damaged() {
+    let mut wal = Craft::new(15, mib(), START);
+    let first = wal.filler(5000);
+    wal.filler(9000);
+    let mut damaged = wal.bytes.clone();
+    damaged[8192..8194].copy_from_slice(&0xD199_u16.to_le_bytes());
+    let mut scanner = Scanner::new(mib(), START);
+    assert_eq!(scanner.feed(&damaged, &mut |_| ()).unwrap_err().kind(), Kind::Corrupt);
+    assert_eq!(scanner.last_record_end(), first.end());
+    let of_page = scan(Lsn(START.0 + 8192), &damaged[8192..]).unwrap_err();
+    assert_eq!(of_page.kind(), Kind::Unsupported);
+}
+
+#[test]
+fn a_record_that_cannot_be_taken_in_is_not_one_that_was_read() {
+    for pieces in [[usize::MAX, 1], [7, 100]] {
+        let mut wal = Craft::new(15, mib(), START);
+        let before = wal.filler(100);
+        wal.main_data((1, 0), 5, &[1, 2, 3]);
+        let mut scanner = Scanner::new(mib(), START);
+        let failed = feed_cut(&mut scanner, &wal.bytes, &pieces, &mut |_| ());
+        assert_eq!(failed.unwrap_err().kind(), Kind::Corrupt);
+        assert_eq!(scanner.last_record_end(), before.end());
+    }
 }
 
 #[test]
@@ -452,6 +489,7 @@ proptest! {
     fn any_damage_is_refused_or_read_and_never_panics(
         wal in any_wal(),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        sizes in proptest::collection::vec(1_usize..20_000, 1..4),
         check in any::<bool>(),
     ) {
         let mut bytes = wal;
@@ -462,7 +500,12 @@ proptest! {
         // Without the CRC check the damage reaches the decoders.
         let check = if check { CrcCheck::Every } else { CrcCheck::None };
         let mut scanner = Scanner::new(mib(), START).with_crc_check(check);
-        let _ = scanner.feed(&bytes, &mut |_| ());
+        let outcome = scanner.feed(&bytes, &mut |_| ());
+        // However the bytes come, the damage begins at the same place.
+        let mut pieces = Scanner::new(mib(), START).with_crc_check(check);
+        let in_pieces = feed_cut(&mut pieces, &bytes, &sizes, &mut |_| ());
+        prop_assert_eq!(in_pieces.is_err(), outcome.is_err());
+        prop_assert_eq!(pieces.last_record_end(), scanner.last_record_end());
         let mut reader = RecordReader::new(mib(), START).with_crc_check(check);
         let _ = reader.feed(&bytes, &mut |record| {
             for image in record.blocks.iter().filter_map(|block| block.image) {

@@ -11,11 +11,11 @@
 mod harness;
 
 mod bad_input;
+mod barriers;
 mod base;
 mod check;
 mod kill;
 mod memory;
-mod minimal_wal;
 mod pitr;
 mod restore;
 mod run;

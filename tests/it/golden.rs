@@ -314,11 +314,15 @@ async fn marks_of_version_1_are_read_and_written_again() {
     let second = TimelineId::new(2).unwrap();
     assert_eq!(catalog.marks.holds, [backup_id()].into());
     assert_eq!(catalog.marks.expired, [(TimelineId::FIRST, Lsn(0x200_0000))].into());
-    let record = (second, Lsn(0x1_2345_6789_ABC8));
-    assert_eq!(catalog.marks.minimal, [record].into());
+    let at = Lsn(0x1_2345_6789_ABC8);
+    let damaged = LsnRange::new(at, Lsn(0x1_2345_6790_0000)).unwrap();
+    let barriers = [marks::Barrier::minimal(at), marks::Barrier::damaged(damaged)];
+    assert_eq!(catalog.marks.barriers, barriers.map(|barrier| (second, barrier)).into());
     let listed = memory.list_all("main/marks/").await.unwrap();
-    marks::put_minimal(&repository, record.0, record.1).await.unwrap();
-    assert_eq!(memory.list_all("main/marks/").await.unwrap(), listed, "it is the same object");
+    for barrier in &barriers {
+        marks::put_barrier(&repository, second, barrier).await.unwrap();
+    }
+    assert_eq!(memory.list_all("main/marks/").await.unwrap(), listed, "they are the same objects");
 }
 
 #[tokio::test]

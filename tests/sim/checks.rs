@@ -9,7 +9,7 @@ use tidemark::capture::stream::{Snapshot, WalGap as ReportedGap};
 use tidemark::pg::{Lsn, TimelineId};
 use tidemark::repo::Catalog;
 
-use crate::model::{Backup, Ending, Line};
+use crate::model::{Backup, Barrier, Ending, Line};
 use crate::net::Change;
 use crate::server::{Ack, State};
 use crate::work::{Settings, days_before};
@@ -203,7 +203,7 @@ impl Judge {
                     }
                     None => {}
                 }
-                self.minimal_wal(name, before, state);
+                self.barriers(name, before, state);
             }
             Change::Deleted { names, process } => {
                 let gone: BTreeSet<&str> = names.iter().map(String::as_str).collect();
@@ -216,30 +216,29 @@ impl Judge {
         }
     }
 
-    /// WAL behind a place where changes are left out comes after the mark that says so, and no mark says
-    /// so of any other place.
-    fn minimal_wal(&mut self, name: &str, before: &Names, state: &State) {
-        let mark = |line: &Line, at: u64| {
-            format!("main/marks/minimal-{:08X}-{at:016X}", line.number_at(at))
+    /// WAL behind a place that no backup from before leads past comes after the mark that says so, and no
+    /// mark says so of any other place.
+    fn barriers(&mut self, name: &str, before: &Names, state: &State) {
+        let all = || {
+            let lines = state.lines.iter();
+            lines.flat_map(|line| line.barriers.iter().map(move |barrier| (line, barrier)))
         };
-        let all =
-            || state.lines.iter().flat_map(|line| line.minimals.iter().map(move |m| (line, *m)));
-        let is_said = |(line, (at, _)): (&Line, Span)| {
-            let name_of =
-                |part: (u32, u64, u64)| format!("main/marks/minimal-{:08X}-{at:016X}", part.0);
-            line.parts().into_iter().any(|part| name_of(part) == name)
+        let is_said = |(line, barrier): (&Line, &Barrier)| {
+            line.parts().into_iter().any(|(number, _, _)| barrier.mark(number) == name)
         };
-        if name.starts_with("main/marks/minimal-") && !all().any(is_said) {
-            return self.accuse(format!("{name} is said of WAL that holds all changes"));
+        let says_so = ["minimal", "damaged"].map(|kind| format!("main/marks/{kind}-"));
+        if says_so.iter().any(|mark| name.starts_with(mark)) && !all().any(is_said) {
+            return self.accuse(format!("{name} is said of WAL that leads on"));
         }
         let Some(Stored { timeline, span: (start, end), .. }) = parse_extent(name) else { return };
-        let unmarked = all().find(|(line, (at, record_end))| {
-            let inside = start < *record_end && *record_end <= end;
-            let ours = line.number_at(*at) == timeline;
-            inside && ours && !before.contains_key(&mark(line, *at))
+        let unmarked = all().find_map(|(line, barrier)| {
+            let mark = barrier.mark(line.number_at(barrier.at));
+            let inside = start < barrier.told && barrier.told <= end;
+            let ours = line.number_at(barrier.at) == timeline;
+            (inside && ours && !before.contains_key(&mark)).then_some(mark)
         });
-        if let Some((line, (at, _))) = unmarked {
-            self.accuse(format!("{name} is stored before {}", mark(line, at)));
+        if let Some(mark) = unmarked {
+            self.accuse(format!("{name} is stored before {mark}"));
         }
     }
 
@@ -256,7 +255,11 @@ impl Judge {
         let prefix = format!("main/base/{id}/pack-");
         let packs = names.keys().filter(|name| name.starts_with(&prefix)).cloned();
         self.committed.insert(id.to_owned(), packs.collect());
-        let spans = coverage(names, &state.lines[backup.line]);
+        let line = &state.lines[backup.line];
+        if let Some(barrier) = line.barrier_after(backup.start).filter(|at| *at < backup.end) {
+            self.accuse(format!("backup {id} is listed and its WAL leads to {barrier:x} only"));
+        }
+        let spans = coverage(names, line);
         let missing = holes((backup.start, backup.end), &spans);
         if backup.end == 0 || !missing.is_empty() {
             self.accuse(format!("backup {id} is listed without its WAL {missing:x?}"));
@@ -411,7 +414,7 @@ impl Judge {
             };
             let start = interval.backup.start_lsn().0;
             let end = contiguous_end(&coverage(names, line), start);
-            let end = line.minimal_after(start).map_or(end, |barrier| end.min(barrier));
+            let end = line.barrier_after(start).map_or(end, |barrier| end.min(barrier));
             if interval.until_lsn.0 != end {
                 self.accuse(format!("{interval:?}: the WAL reaches to {}", Lsn(end)));
             }
@@ -429,7 +432,7 @@ impl Judge {
         let said: BTreeSet<(u32, Span)> = catalog
             .gaps()
             .iter()
-            .filter(|gap| !gap.minimal)
+            .filter(|gap| gap.barrier.is_none())
             .map(|gap| {
                 let missing = gap.gap.missing;
                 (gap.gap.timeline.get(), (missing.start().0, missing.end().0))

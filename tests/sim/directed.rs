@@ -99,6 +99,16 @@ fn a_sidecar_outlives_an_outage_that_is_longer_than_its_lease() {
 /// one goes on, and a backup leads past it.
 #[test]
 fn a_past_with_minimal_wal_is_not_forgotten_by_whoever_comes_later() {
+    is_not_forgotten(|world| world.server.minimal(world.now));
+}
+
+/// The same, for a server whose own WAL is damaged.
+#[test]
+fn a_past_with_damaged_wal_is_not_forgotten_by_whoever_comes_later() {
+    is_not_forgotten(|world| world.server.damage());
+}
+
+fn is_not_forgotten(spoil: fn(&World)) {
     let mut world = world();
     world.load_bytes = 2000;
     world.start_sidecar();
@@ -108,10 +118,9 @@ fn a_past_with_minimal_wal_is_not_forgotten_by_whoever_comes_later() {
         world.run(STEP, STEP);
     }
     world.run(seconds(5), STEP);
-    let now = world.now;
-    world.server.minimal(now);
-    let at = world.server.state().line().minimals[0].0;
-    let mark = format!("main/marks/minimal-00000001-{at:016X}");
+    spoil(&world);
+    let barrier = world.server.state().line().barriers[0].clone();
+    let (at, mark) = (barrier.at, barrier.mark(1));
     let short = Duration::from_millis(2);
     while !world.net.names().contains_key(&mark) && world.judge.violations.is_empty() {
         world.run(short, short);
@@ -120,10 +129,12 @@ fn a_past_with_minimal_wal_is_not_forgotten_by_whoever_comes_later() {
     let ends = |world: &mut World| {
         let catalog = world.look(async |_, repository, _| Catalog::load(repository).await).unwrap();
         let ends: Vec<u64> = catalog.intervals().iter().map(|it| it.until_lsn.0).collect();
-        (ends, catalog.gaps().iter().filter(|gap| gap.minimal).count(), catalog)
+        (ends, catalog.gaps().iter().filter(|gap| gap.barrier.is_some()).count(), catalog)
     };
-    let (before, gap_count, _) = ends(&mut world);
-    assert!(before[0] <= at && gap_count == 0, "nothing lies behind it yet");
+    let (before, gap_count, catalog) = ends(&mut world);
+    let stored_end = catalog.durable_end().unwrap().1.0;
+    assert!(before[0] <= at && stored_end < barrier.told);
+    assert_eq!(gap_count, usize::from(stored_end > at), "only what lies behind something is a gap");
     world.start_sidecar();
     world.run(seconds(60), STEP);
     let (after, gap_count, catalog) = ends(&mut world);

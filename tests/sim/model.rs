@@ -42,6 +42,30 @@ pub struct Point {
     pub end: u64,
 }
 
+/// A place that no backup which began before its end leads past.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Barrier {
+    /// The mark that says so, for the timeline that holds the place.
+    kind: &'static str,
+    /// How far a backup from before leads.
+    pub at: u64,
+    /// Where the first backup that leads on may begin.
+    pub until: u64,
+    /// Whoever stores the byte before this has marked it.
+    pub told: u64,
+}
+
+impl Barrier {
+    /// The name of the mark of timeline `number`.
+    pub fn mark(&self, number: u32) -> String {
+        let Self { kind, at, until, .. } = self;
+        match *kind {
+            "damaged" => format!("main/marks/damaged-{number:08X}-{at:016X}-{until:016X}"),
+            kind => format!("main/marks/{kind}-{number:08X}-{at:016X}"),
+        }
+    }
+}
+
 /// A timeline with the whole way to it: bytes before a switch point are its ancestors'.
 #[derive(Clone, Debug)]
 pub struct Line {
@@ -56,8 +80,7 @@ pub struct Line {
     paddings: Vec<(u64, u64)>,
     pub endings: Vec<Ending>,
     pub points: Vec<Point>,
-    /// Start and end of each record by which the server went on with `wal_level = minimal`.
-    pub minimals: Vec<(u64, u64)>,
+    pub barriers: Vec<Barrier>,
 }
 
 impl Line {
@@ -71,7 +94,7 @@ impl Line {
             paddings: Vec::new(),
             endings: Vec::new(),
             points: Vec::new(),
-            minimals: Vec::new(),
+            barriers: Vec::new(),
         }
     }
 
@@ -85,7 +108,7 @@ impl Line {
         line.paddings.retain(|(_, end)| *end <= at);
         line.endings.retain(|ending| ending.end <= at);
         line.points.retain(|point| point.end <= at);
-        line.minimals.retain(|(_, end)| *end <= at);
+        line.barriers.retain(|barrier| barrier.told <= at);
         line
     }
 
@@ -265,13 +288,29 @@ impl Line {
         let numbers = [100, 8, 10, 0, 64, wal_level].map(u32::to_le_bytes).concat();
         let record = self.record((0, 0x60), 0, &[&numbers[..], &[0; 4]].concat());
         if wal_level == 0 {
-            self.minimals.push(record);
+            let (at, told) = record;
+            self.barriers.push(Barrier { kind: "minimal", at, until: at + 1, told });
         }
     }
 
-    /// Where the WAL from `start` on stops to hold all changes.
-    pub fn minimal_after(&self, start: u64) -> Option<u64> {
-        self.minimals.iter().map(|(at, _)| *at).find(|at| *at >= start)
+    /// A record of which a byte changes on the disk, and a switch to the next segment.
+    pub fn damaged(&mut self) {
+        let at = self.records.last().map_or(ORIGIN, |(_, end)| *end);
+        // 24 bytes of header, 5 of the data's: the record needs no padding.
+        let (_, told) = self.filler(3000 + 3, 1);
+        // In the last page of the record, behind its header.
+        let place = (told - 16 - ORIGIN) as usize;
+        self.bytes[place] ^= 0x20;
+        self.switch();
+        let until = self.end();
+        self.paddings.push((at, until));
+        self.barriers.push(Barrier { kind: "damaged", at, until, told });
+    }
+
+    /// How far a backup that begins at `start` leads, when there is something that bars its way.
+    pub fn barrier_after(&self, start: u64) -> Option<u64> {
+        let ahead = self.barriers.iter().filter(|barrier| start < barrier.until);
+        ahead.map(|barrier| barrier.at.max(start)).min()
     }
 
     /// The last record of a base backup that began at `start`; gives its end.

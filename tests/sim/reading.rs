@@ -292,7 +292,7 @@ pub fn nothing_is_missing(judge: &mut Judge, catalog: &Catalog, state: &State) {
     let gives_up = judge.settings.lag_ceiling_bytes.is_some();
     let Some(made) = state.slot_made.filter(|_| !gives_up) else { return };
     let line = state.line();
-    for gap in catalog.gaps().iter().filter(|gap| !gap.expired && !gap.minimal) {
+    for gap in catalog.gaps().iter().filter(|gap| !gap.expired && gap.barrier.is_none()) {
         let missing = gap.gap.missing;
         let ours = line.number_at(missing.start().0) == gap.gap.timeline.get();
         if ours && missing.start().0 >= made {

@@ -162,7 +162,7 @@ fn sleep_through(world: &mut World, dice: &mut Dice, step: Duration) {
 
 fn server_trouble(world: &mut World, dice: &mut Dice) {
     let now = world.now;
-    match dice.below(7) {
+    match dice.below(8) {
         0 | 1 => {
             world.note("connections break");
             world.server.break_connections();
@@ -179,6 +179,10 @@ fn server_trouble(world: &mut World, dice: &mut Dice) {
         6 => {
             world.note("the server runs with wal_level = minimal");
             world.server.minimal(now);
+        }
+        7 => {
+            world.note("the server's WAL is damaged");
+            world.server.damage();
         }
         4 => {
             world.note("the server is promoted under the stream");

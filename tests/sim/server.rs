@@ -248,6 +248,11 @@ impl Server {
         });
     }
 
+    /// The server's disk changes a byte of WAL that nobody has read yet.
+    pub fn damage(&self) {
+        self.change(|state| state.line_mut().damaged());
+    }
+
     /// A standby that has received `all` or all but the last of the WAL is promoted and takes the
     /// place of this server. One that has all of it may be the one we stream from: its connections
     /// last.
@@ -260,6 +265,9 @@ impl Server {
             // Never before its own beginning or before what was checkpointed.
             let at = line.records[last].1.max(begin).max(line.boundary_before(state.redo));
             let at = if seamless { line.end() } else { at };
+            // A standby stops at damaged WAL: here it had that before.
+            let inside = line.barriers.iter().find(|it| it.at < at && at < it.until);
+            let at = inside.map_or(at, |barrier| barrier.until);
             let (previous, mut line) = (line.number, line.fork(number, at));
             let time = state.time(now);
             line.end_of_recovery(previous, time);

@@ -28,7 +28,8 @@ use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, re
 use crate::clock::{Clock, Instant};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
-use crate::repo::{Lease, LeaseOptions, Object, Repository, WalCatalog, lease};
+use crate::repo::interval::barrier_after;
+use crate::repo::{Lease, LeaseOptions, Object, Repository, WalCatalog, lease, marks};
 
 /// Between two looks at the repository while another process streams.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
@@ -66,6 +67,8 @@ pub struct OtherStream {
 pub struct NeededWal {
     /// Timeline of its end.
     pub timeline: TimelineId,
+    /// Where replay begins.
+    pub start_lsn: Lsn,
     /// From the first byte of the segment it starts in, which recovery reads first, to its end.
     pub range: LsnRange,
     /// The way to its timeline.
@@ -91,7 +94,7 @@ impl NeededWal {
             Error::new(Kind::Corrupt, message)
         };
         let (timeline, range) = (history.timeline, range.ok_or_else(backwards)?);
-        Ok(Self { timeline, range, history, segment_size })
+        Ok(Self { timeline, start_lsn, range, history, segment_size })
     }
 }
 
@@ -321,6 +324,7 @@ impl<'a> Looks<'a> {
             // The process that put it may have died before it was sure of that.
             let wal = self.repository.cluster().wal_prefix();
             self.repository.store().make_durable(&wal).await?;
+            ensure_replayable(self.repository, self.needed).await?;
             return Ok(true);
         }
         if stored_end > self.best {
@@ -379,6 +383,22 @@ fn not_stored(needed: &NeededWal, stored_end: Lsn) -> Error {
         "Look after the process that streams the WAL (its log, or `tidemark list`), then take the \
          backup again.",
     )
+}
+
+/// Looks for a mark by which the needed WAL, all of which was listed before, leads nowhere.
+///
+/// # Errors
+/// `unavailable` when there is one: the next backup begins behind it. What the store reports.
+async fn ensure_replayable(repository: &Repository, needed: &NeededWal) -> Result<()> {
+    let (marks, _) = marks::load(repository).await?;
+    let barrier = barrier_after(&needed.history.path(), &marks.barriers, needed.start_lsn);
+    let Some((lsn, kind)) = barrier.filter(|(lsn, _)| *lsn < needed.range.end()) else {
+        return Ok(());
+    };
+    let range = needed.range;
+    let message = format!("the WAL {range} of the backup cannot be replayed: from {lsn} on {kind}");
+    Err(Error::new(Kind::Unavailable, message)
+        .hint("Take the backup again: it begins behind that place."))
 }
 
 /// How far the needed WAL is stored without a hole, by the repository's listing; its start when its
@@ -523,6 +543,32 @@ mod tests {
             let repository = repository(&extents).await;
             let found = stored_end(&repository, &needed).await.unwrap();
             assert_eq!(found, Lsn(expected), "{extents:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_backup_whose_wal_cannot_be_replayed_is_not_complete() {
+        let history = TimelineHistory::first_timeline_only(TimelineId::FIRST);
+        let needed = needed(history, 3 * SEG + 40, 4 * SEG + 100);
+        let cases = [
+            ((2 * SEG, 3 * SEG), true),
+            ((4 * SEG + 100, 5 * SEG), true),
+            ((3 * SEG - 10, 4 * SEG), false),
+            ((4 * SEG, 5 * SEG), false),
+        ];
+        for ((start, end), complete) in cases {
+            let repository = repository(&[(1, 3 * SEG, 4 * SEG + 100)]).await;
+            let barrier = marks::Barrier::damaged(LsnRange::new(Lsn(start), Lsn(end)).unwrap());
+            marks::put_barrier(&repository, TimelineId::FIRST, &barrier).await.unwrap();
+            let mut looks = Looks::begin(&needed, &repository, Duration::ZERO);
+            match looks.is_stored(Duration::ZERO).await {
+                Ok(stored) => assert!(stored && complete, "{barrier:?}"),
+                Err(error) => {
+                    assert!(!complete, "{barrier:?}");
+                    assert!(error.message().contains("the server's own WAL is damaged"), "{error}");
+                    assert!(error.is_transient(), "the next one succeeds");
+                }
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use tokio_util::sync::CancellationToken;
 
+use super::intake::Unreadable;
 use super::ledger::{Held, Ledger};
 use super::merging::Merging;
 use super::pump::{Ended, Pump};
@@ -28,6 +29,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
 use crate::repo::lease::{Guard, Lease, Progress};
+use crate::repo::marks::Barrier;
 
 /// First pause before connecting again.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
@@ -68,10 +70,8 @@ pub(super) struct Engine<'a> {
     pub(super) uploads: Uploads,
     pub(super) sealer: Sealer,
     pub(super) lag: LagWatch,
-    /// Where the decoder failed last.
-    pub(super) damaged_at: Option<Lsn>,
-    /// The decoder failed twice at one place: store that segment unread.
-    pub(super) store_unread: bool,
+    /// Where the decoder failed.
+    pub(super) unreadable: Unreadable,
     merging: Option<Merging>,
     connected_before: bool,
     /// The newest timeline of a server that this process has streamed.
@@ -127,8 +127,7 @@ impl<'a> Engine<'a> {
                 options.budget.thread_count,
             )?,
             lag: LagWatch { ceiling_bytes: options.lag_ceiling_bytes, before_bytes: None },
-            damaged_at: None,
-            store_unread: false,
+            unreadable: Unreadable::default(),
             merging: None,
             connected_before: false,
             newest_timeline: None,
@@ -556,12 +555,10 @@ impl<'a> Engine<'a> {
         self.lease.report(progress);
     }
 
-    /// No base backup from before leads past `position`. Where changes were not logged, the repository is
-    /// told by the upload of the extent that holds the record (see [`super::uploads`]).
-    pub(super) fn note_barrier(&self, timeline: TimelineId, position: Lsn, reason: &str) {
-        if let Some(point) = LsnRange::new(position, position) {
-            self.record_gap(timeline, point, reason);
-        }
+    /// No base backup from before leads past `barrier`. The repository is told by the upload of the extent that
+    /// it belongs to (see [`super::uploads`]).
+    pub(super) fn note_barrier(&self, timeline: TimelineId, barrier: &Barrier) {
+        self.record_gap(timeline, barrier.range, &barrier.kind.to_string());
     }
 
     /// Hands sealed extents to the uploads.

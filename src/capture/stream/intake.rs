@@ -10,7 +10,7 @@
 //! 3. Bytes follow each other without a hole; a server that leaves one out is not believed.
 //! 4. What is stored already is compared as far as it can be (see [`super::overlap`]).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
@@ -20,14 +20,16 @@ use super::resume::Attempt;
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime};
+use crate::repo::marks::Barrier;
 use crate::wal::{CheckpointKind, Landmark, Scanner};
 
 /// Most commit times kept of one extent for the latency histogram. The first ones are kept: they
 /// wait longest, so sampling never flatters.
 const COMMIT_TIMES_MAX: usize = 1024;
-/// Most records kept of one extent by which the server went on with `wal_level = minimal`: a server is
-/// stopped and started for each, and a backup in between ends with a segment, where extents end too.
-const MINIMAL_MAX: usize = 1024;
+/// Most barriers kept of one extent: damage ends with a segment, and for each record by which it goes on with
+/// `wal_level = minimal` a server is stopped and started; a backup in between ends with a segment, where
+/// extents end too.
+const BARRIERS_MAX: usize = 1024;
 
 /// What is to be done with received WAL, in order.
 #[derive(Debug)]
@@ -43,12 +45,8 @@ pub enum Step {
     Cut(CutExtent),
     /// The repository holds everything up to here already, and a record ends here.
     Boundary(Lsn),
-    /// The server ran with `wal_level = minimal` before this position: its WAL does not hold all
-    /// changes, and only a base backup taken later can be restored past it.
-    MinimalWal(Lsn),
-    /// What follows this position in its segment cannot be decoded and is stored as it is: a recovery stops
-    /// there, and only a base backup taken later can be restored past it.
-    DamagedWal(Lsn),
+    /// What is to be stored now only a base backup taken later leads past.
+    Barrier(Barrier),
 }
 
 /// A complete extent and what is known about the records in it.
@@ -61,18 +59,34 @@ pub struct CutExtent {
     pub boundary: Lsn,
     /// Times of the first commits inside.
     pub commit_times: Vec<PgTime>,
-    /// Starts of the records that end inside by which the server went on with `wal_level = minimal`:
-    /// each is marked in the repository before the extent is put.
-    pub minimal: Vec<Lsn>,
+    /// What no backup from before leads past: each is marked in the repository before the extent is put.
+    /// A record by which the server went on with `wal_level = minimal` ends inside, and of damaged WAL the
+    /// first bytes that could not be decoded are.
+    pub barriers: Vec<Barrier>,
 }
 
-/// What to do when the decoder cannot read the WAL at a position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Damage {
-    /// Report it: the bytes may have been damaged on the way, so ask for them again.
-    Report,
-    /// The server sends the same again: store the rest of that segment unread.
-    StoreUnread,
+/// Most places remembered where the server sends damaged WAL again: a stream that begins anew comes across
+/// those of the last two segments, which is at most one each.
+const UNREADABLE_MAX: usize = 16;
+
+/// Where the decoder cannot read the WAL: ends of the last records before.
+#[derive(Clone, Debug, Default)]
+pub struct Unreadable {
+    last: Option<Lsn>,
+    /// Seen twice: what the server sends is not damaged on the way.
+    again: BTreeSet<Lsn>,
+}
+
+impl Unreadable {
+    /// The decoder failed after `last_record_end`.
+    pub fn note(&mut self, last_record_end: Lsn) {
+        if self.last.replace(last_record_end) == Some(last_record_end) {
+            self.again.insert(last_record_end);
+            if self.again.len() > UNREADABLE_MAX {
+                self.again.pop_first();
+            }
+        }
+    }
 }
 
 /// The WAL received on one connection.
@@ -83,7 +97,8 @@ pub struct Intake {
     scanner: Option<Scanner>,
     /// Where the decoder began: perhaps in the middle of a record.
     decoded_from: Lsn,
-    damage: Damage,
+    /// Where WAL is stored unread, up to the end of its segment; damage elsewhere is reported.
+    unreadable: Unreadable,
     cutter: Cutter,
     received_end: Lsn,
     /// Ranges at or after `received_end` that are stored already, ascending.
@@ -91,26 +106,34 @@ pub struct Intake {
     /// What the known ranges should turn out to be.
     overlap: Overlap,
     commit_times: Vec<PgTime>,
-    minimal: Vec<Lsn>,
+    barriers: Vec<Barrier>,
+    /// Of the segment that is stored unread, what the decoder cannot read, until more of it is stored.
+    unread: Option<LsnRange>,
 }
 
 impl Intake {
     /// Begins as `attempt` says; what is stored already is compared with `overlap`.
     #[must_use]
-    pub fn new(policy: CutPolicy, attempt: &Attempt, overlap: Overlap, damage: Damage) -> Self {
+    pub fn new(
+        policy: CutPolicy,
+        attempt: &Attempt,
+        overlap: Overlap,
+        unreadable: Unreadable,
+    ) -> Self {
         let before = LsnRange::new(attempt.stream_from, attempt.store_from);
         let before = before.filter(|range| !range.is_empty());
         Self {
             policy,
             scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from)),
             decoded_from: attempt.stream_from,
-            damage,
+            unreadable,
             cutter: Cutter::new(policy, attempt.store_from),
             received_end: attempt.stream_from,
             known: before.into_iter().chain(attempt.known.iter().copied()).collect(),
             overlap,
             commit_times: Vec::new(),
-            minimal: Vec::new(),
+            barriers: Vec::new(),
+            unread: None,
         }
     }
 
@@ -135,7 +158,7 @@ impl Intake {
     ///
     /// # Errors
     /// `unavailable` when the bytes do not follow on; `corrupt` when the decoder cannot read them
-    /// and [`Damage::Report`] was asked for; `conflict` when they are other WAL than is stored. The bytes
+    /// where it was able to, or not seen to fail twice; `conflict` when they are other WAL than is stored. The bytes
     /// before are in `steps` or pending.
     pub fn take(
         &mut self,
@@ -176,8 +199,8 @@ impl Intake {
         if let Some(cut) = self.cutter.cut(reason) {
             let boundary = self.boundary();
             let commit_times = std::mem::take(&mut self.commit_times);
-            let minimal = std::mem::take(&mut self.minimal);
-            steps.push(Step::Cut(CutExtent { cut, boundary, commit_times, minimal }));
+            let barriers = std::mem::take(&mut self.barriers);
+            steps.push(Step::Cut(CutExtent { cut, boundary, commit_times, barriers }));
         }
     }
 
@@ -187,10 +210,12 @@ impl Intake {
         (first.start() <= self.received_end).then(|| first.end())
     }
 
-    /// How far to decode at once in the known range that ends at `known_end`.
+    /// How far to decode at once in the known range that ends at `known_end`: where a segment begins the
+    /// decoder may begin anew.
     fn next_edge(&mut self, known_end: Lsn) -> Lsn {
         let in_step = self.boundary() != Lsn::INVALID;
         self.overlap.begin(self.received_end, in_step);
+        let known_end = known_end.min(self.policy.segment_size.end_of(self.received_end));
         self.overlap.edge_after(self.received_end).map_or(known_end, |edge| edge.min(known_end))
     }
 
@@ -211,6 +236,10 @@ impl Intake {
     }
 
     fn store(&mut self, piece: Bytes, now: Instant, steps: &mut Vec<Step>) {
+        // What was stored before was marked by whoever stored it, or was sound then.
+        if let Some(range) = self.unread.take() {
+            self.note_barrier(Barrier::damaged(range), steps);
+        }
         let (start, len_bytes) = (self.received_end, piece.len() as u64);
         self.received_end = Lsn(start.0 + len_bytes);
         self.cutter.received(len_bytes, now);
@@ -236,11 +265,17 @@ impl Intake {
         }
     }
 
+    /// End of the last record that the decoder read; `None` while a segment is stored unread.
+    #[must_use]
+    pub fn last_record_end(&self) -> Option<Lsn> {
+        self.scanner.as_ref().map(Scanner::last_record_end)
+    }
+
     /// Lets the decoder see `piece`, which lies at `received_end` and in one extent.
     fn decode(
         &mut self,
         piece: &Bytes,
-        stored: bool,
+        is_new: bool,
         now: Instant,
         steps: &mut Vec<Step>,
     ) -> Result<()> {
@@ -248,6 +283,7 @@ impl Intake {
         if self.scanner.is_none() && segment_size.start_of(self.received_end) == self.received_end {
             self.scanner = Some(Scanner::new(segment_size, self.received_end));
             self.decoded_from = self.received_end;
+            self.unread = None;
         }
         let Some(scanner) = &mut self.scanner else { return Ok(()) };
         // Noted only when the whole piece was read: a piece that is refused is not stored, and its
@@ -255,24 +291,23 @@ impl Intake {
         let mut landmarks = Vec::new();
         match scanner.feed(piece, &mut |landmark| landmarks.push(landmark)) {
             Ok(()) => {}
-            Err(error) if self.damage == Damage::StoreUnread => {
+            Err(error) if self.unreadable.again.contains(&scanner.last_record_end()) => {
                 tracing::error!(
                     "the server's WAL is damaged near {}; it is stored as it is, and a recovery \
                      will stop there: {error}",
                     self.received_end
                 );
-                steps.push(Step::DamagedWal(scanner.last_record_end()));
+                let segment_end = segment_size.end_of(self.received_end);
+                let unread = LsnRange::new(scanner.last_record_end(), segment_end);
+                self.unread = unread.filter(|range| !range.is_empty());
                 self.scanner = None;
                 self.overlap.forget();
             }
             Err(error) => return Err(error),
         }
         for landmark in &landmarks {
-            if let Landmark::ParameterChange { wal_level: 0, range, .. } = landmark {
-                steps.push(Step::MinimalWal(range.end()));
-            }
-            if stored {
-                self.note(landmark, now);
+            if is_new {
+                self.note(landmark, now, steps);
             } else {
                 self.overlap.note(landmark);
             }
@@ -281,7 +316,7 @@ impl Intake {
     }
 
     /// Tells the cutter about a record that somebody waits for.
-    fn note(&mut self, landmark: &Landmark, now: Instant) {
+    fn note(&mut self, landmark: &Landmark, now: Instant, steps: &mut Vec<Step>) {
         match landmark {
             Landmark::Commit { time, .. } => {
                 self.cutter.committed(now);
@@ -308,14 +343,20 @@ impl Intake {
                 }
             }
             Landmark::ParameterChange { wal_level: 0, range, .. } => {
-                if self.minimal.len() < MINIMAL_MAX {
-                    self.minimal.push(range.start());
-                }
+                self.note_barrier(Barrier::minimal(range.start()), steps);
             }
             Landmark::Checkpoint { .. }
             | Landmark::Switch { .. }
             | Landmark::Tablespace { .. }
             | Landmark::ParameterChange { .. } => {}
+        }
+    }
+
+    /// Belongs to the extent being filled.
+    fn note_barrier(&mut self, barrier: Barrier, steps: &mut Vec<Step>) {
+        steps.push(Step::Barrier(barrier));
+        if self.barriers.len() < BARRIERS_MAX {
+            self.barriers.push(barrier);
         }
     }
 }
@@ -343,8 +384,27 @@ mod tests {
     }
 
     /// An intake of a chain that begins with a segment, of which nothing is stored.
-    fn from_segment(damage: Damage) -> Intake {
-        Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Overlap::default(), damage)
+    fn from_segment(unreadable: Unreadable) -> Intake {
+        Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Overlap::default(), unreadable)
+    }
+
+    /// Of a server that sent WAL twice that cannot be read after each of these.
+    fn unreadable(ends: &[Lsn]) -> Unreadable {
+        let mut unreadable = Unreadable::default();
+        ends.iter().flat_map(|end| [end, end]).for_each(|end| unreadable.note(*end));
+        unreadable
+    }
+
+    #[test]
+    fn damage_is_known_from_the_second_time_on_and_what_was_known_stays_so() {
+        let mut known = Unreadable::default();
+        for (at, again) in [(5, 0), (5, 1), (9, 1), (9, 2), (5, 2), (7, 2), (9, 2), (7, 2), (7, 3)]
+        {
+            known.note(Lsn(at));
+            assert_eq!(known.again.len(), again, "{at}");
+        }
+        (200..400).for_each(|at| known.note(Lsn(at / 2)));
+        assert_eq!(known.again.first(), Some(&Lsn(200 - UNREADABLE_MAX as u64)));
     }
 
     #[test]
@@ -352,8 +412,12 @@ mod tests {
         let (wal, commits) = crafted(&[20_000]);
         let from = SEGMENT + 8192;
         let (clock, known) = (Clock::system(), SEGMENT + wal.len() as u64);
-        let mut intake =
-            Intake::new(policy(), &attempt(from, known, &[]), Overlap::default(), Damage::Report);
+        let mut intake = Intake::new(
+            policy(),
+            &attempt(from, known, &[]),
+            Overlap::default(),
+            Unreadable::default(),
+        );
         let mut steps = Vec::new();
         let wal = Bytes::from(wal).slice(8192..);
         intake.take(Lsn(from), wal.slice(..5000), clock.instant(), &mut steps).unwrap();
@@ -394,7 +458,7 @@ mod tests {
                     out.push((extent, std::mem::take(&mut bytes)));
                     next = None;
                 }
-                Step::Boundary(_) | Step::MinimalWal(_) | Step::DamagedWal(_) => {}
+                Step::Boundary(_) | Step::Barrier(_) => {}
             }
         }
         assert!(bytes.is_empty(), "stored and not cut");
@@ -403,7 +467,7 @@ mod tests {
 
     fn run(attempt: &Attempt, wal: &[u8], piece: usize) -> Vec<(CutExtent, Vec<u8>)> {
         let now = Clock::system().instant();
-        let mut intake = Intake::new(policy(), attempt, Overlap::default(), Damage::Report);
+        let mut intake = Intake::new(policy(), attempt, Overlap::default(), Unreadable::default());
         let mut steps = Vec::new();
         let from = (attempt.stream_from.0 - SEGMENT) as usize;
         for piece in wal[from..].chunks(piece) {
@@ -466,7 +530,7 @@ mod tests {
         let end = stored.last().map_or(Lsn(stream_from), |last| last.cut.range.end());
         let attempt = attempt(stream_from, end.0, &[]);
         let overlap = Overlap::new(times.collect());
-        let mut intake = Intake::new(policy(), &attempt, overlap, Damage::Report);
+        let mut intake = Intake::new(policy(), &attempt, overlap, Unreadable::default());
         let from = (stream_from - SEGMENT) as usize;
         for piece in wal[from..].chunks(piece) {
             let (start, now) = (intake.received_end(), Clock::system().instant());
@@ -486,7 +550,7 @@ mod tests {
         ) {
             let (wal, commits) = crafted(&fillers);
             let now = Clock::system().instant();
-            let mut intake = from_segment(Damage::Report);
+            let mut intake = from_segment(Unreadable::default());
             let mut steps = Vec::new();
             for piece in wal.chunks(pieces.0) {
                 let start = intake.received_end();
@@ -544,7 +608,7 @@ mod tests {
     #[test]
     fn a_hole_in_what_the_server_sends_is_refused() {
         let now = Clock::system().instant();
-        let mut intake = from_segment(Damage::Report);
+        let mut intake = from_segment(Unreadable::default());
         let (wal, _) = crafted(&[500]);
         let later = Lsn(SEGMENT + 8);
         let error = intake.take(later, Bytes::from(wal), now, &mut Vec::new()).unwrap_err();
@@ -556,7 +620,7 @@ mod tests {
         let (mut wal, commits) = crafted(&[100_000; 22]);
         wal[250_000] ^= 1;
         let now = Clock::system().instant();
-        let mut intake = from_segment(Damage::Report);
+        let mut intake = from_segment(Unreadable::default());
         let pieces: Vec<Bytes> = wal.chunks(8192).map(Bytes::copy_from_slice).collect();
         let mut steps = Vec::new();
         let mut failed = None;
@@ -573,25 +637,88 @@ mod tests {
         assert!(last.cut.range.end() <= Lsn(SEGMENT + 400_000));
         assert!(last.cut.greatest_time <= Some(commits[2].0));
 
-        let mut intake = from_segment(Damage::StoreUnread);
+        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
+        let last_whole = last_whole.unwrap().1.end();
+        assert_eq!(intake.last_record_end(), Some(last_whole));
+        let mut intake = from_segment(unreadable(&[last_whole]));
         let mut steps = Vec::new();
         for piece in &pieces {
             intake.take(intake.received_end(), piece.clone(), now, &mut steps).unwrap();
         }
         intake.cut(CutReason::Shutdown, &mut steps);
-        let told: Vec<Lsn> = steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::DamagedWal(at) => Some(*at),
-                _ => None,
-            })
-            .collect();
-        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
-        assert_eq!(told, [last_whole.unwrap().1.end()]);
+        let told = told(&steps);
+        let damaged = Barrier::damaged(LsnRange::new(last_whole, Lsn(2 * SEGMENT)).unwrap());
+        assert_eq!(told, [damaged]);
         let all = extents(steps);
+        // Marked with the extent that holds what could not be decoded.
+        let marked = all.iter().filter(|(extent, _)| !extent.barriers.is_empty());
+        let marked: Vec<_> =
+            marked.map(|(extent, _)| (extent.cut.range, &extent.barriers)).collect();
+        let [(range, barriers)] = marked[..] else { panic!("{marked:?}") };
+        assert_eq!(*barriers, [damaged]);
+        assert!(range.end() > Lsn(SEGMENT + 250_000), "{range}");
         let stored: Vec<u8> = all.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
         assert!(stored == wal);
         assert_eq!(all.last().unwrap().0.cut.greatest_time, Some(commits.last().unwrap().0));
+    }
+
+    fn told(steps: &[Step]) -> Vec<Barrier> {
+        let told = steps.iter().filter_map(|step| match step {
+            Step::Barrier(barrier) => Some(*barrier),
+            _ => None,
+        });
+        told.collect()
+    }
+
+    #[test]
+    fn damage_in_what_is_stored_is_told_when_more_of_its_segment_is_stored() {
+        let (mut wal, commits) = crafted(&[100_000; 22]);
+        wal[250_000] ^= 1;
+        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
+        let unreadable = unreadable(&[last_whole.unwrap().1.end()]);
+        let end = SEGMENT + wal.len() as u64;
+        let damaged_end = 2 * SEGMENT;
+        // How far it is stored, and whether something new may not be replayed.
+        for (known, counts) in
+            [(SEGMENT, 1), (SEGMENT + 900_000, 1), (damaged_end, 0), (damaged_end + 8, 0)]
+        {
+            let attempt = attempt(SEGMENT, known, &[]);
+            let mut intake =
+                Intake::new(policy(), &attempt, Overlap::default(), unreadable.clone());
+            let (now, mut steps) = (Clock::system().instant(), Vec::new());
+            for piece in wal.chunks(8192) {
+                let piece = Bytes::copy_from_slice(piece);
+                intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
+            }
+            intake.cut(CutReason::Shutdown, &mut steps);
+            assert_eq!(intake.received_end(), Lsn(end));
+            assert_eq!(told(&steps).len(), counts, "stored up to {known:X}");
+            let marked =
+                extents(steps).iter().map(|(extent, _)| extent.barriers.len()).sum::<usize>();
+            assert_eq!(marked, counts, "stored up to {known:X}");
+        }
+    }
+
+    #[test]
+    fn behind_a_damaged_segment_that_is_stored_the_next_is_decoded_however_its_bytes_come() {
+        let (mut wal, commits) = crafted(&[100_000; 22]);
+        wal[250_000] ^= 1;
+        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
+        let unreadable = unreadable(&[last_whole.unwrap().1.end()]);
+        let known = 2 * SEGMENT + 1000;
+        for piece_bytes in [8192, 300_000, wal.len()] {
+            let attempt = attempt(SEGMENT, known, &[]);
+            let mut intake =
+                Intake::new(policy(), &attempt, Overlap::default(), unreadable.clone());
+            let (now, mut steps) = (Clock::system().instant(), Vec::new());
+            for piece in wal.chunks(piece_bytes) {
+                let piece = Bytes::copy_from_slice(piece);
+                intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
+            }
+            intake.cut(CutReason::Shutdown, &mut steps);
+            let times = extents(steps).into_iter().map(|(extent, _)| extent.cut.greatest_time);
+            assert_eq!(times.max().unwrap(), Some(commits.last().unwrap().0), "{piece_bytes}");
+        }
     }
 
     #[test]
@@ -604,7 +731,7 @@ mod tests {
         assert!(before.end().0 < SEGMENT + 8192 && record.end().0 > SEGMENT + 8192, "{record:?}");
         // The first extent ends in the middle of the record, at the end of a page.
         let now = Clock::system().instant();
-        let mut intake = from_segment(Damage::Report);
+        let mut intake = from_segment(Unreadable::default());
         let mut steps = Vec::new();
         let (head, tail) = craft.bytes.split_at(8192);
         for piece in [head, tail] {
@@ -613,15 +740,15 @@ mod tests {
             intake.cut(CutReason::Idle, &mut steps);
         }
         let place = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
-        let told = place(|step| matches!(step, Step::MinimalWal(_)));
-        let cut = place(|step| matches!(step, Step::Cut(cut) if !cut.minimal.is_empty()));
+        let told = place(|step| matches!(step, Step::Barrier(_)));
+        let cut = place(|step| matches!(step, Step::Cut(cut) if !cut.barriers.is_empty()));
         assert!(told < cut);
-        let marks: Vec<_> = extents(steps).into_iter().map(|(extent, _)| extent.minimal).collect();
-        assert_eq!(marks, [vec![], vec![record.start()]]);
+        let marks: Vec<_> = extents(steps).into_iter().map(|(extent, _)| extent.barriers).collect();
+        assert_eq!(marks, [vec![], vec![Barrier::minimal(record.start())]]);
         // What is stored already was marked by whoever stored it.
         let end = SEGMENT + craft.bytes.len() as u64;
         let stored = run(&attempt(SEGMENT, end - 8, &[]), &craft.bytes, 1000);
-        assert!(stored.iter().all(|(extent, _)| extent.minimal.is_empty()));
+        assert!(stored.iter().all(|(extent, _)| extent.barriers.is_empty()));
     }
 
     #[test]
@@ -631,7 +758,7 @@ mod tests {
         let abort = [7; 8];
         let prepared = [&abort[..], &0x10_u32.to_le_bytes(), &9_u32.to_le_bytes()].concat();
         let now = Clock::system().instant();
-        let mut intake = from_segment(Damage::Report);
+        let mut intake = from_segment(Unreadable::default());
         for (info, data, waits) in [(0x20, &abort[..], false), (0xC0, &prepared, true)] {
             let before = craft.bytes.len();
             craft.main_data((1, info), 0, data);
@@ -650,7 +777,7 @@ mod tests {
         let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
         craft.filler(100);
         let now = Clock::system().instant();
-        let mut intake = from_segment(Damage::Report);
+        let mut intake = from_segment(Unreadable::default());
         intake.take(Lsn(SEGMENT), Bytes::from(craft.bytes.clone()), now, &mut Vec::new()).unwrap();
         assert_eq!(intake.cutter().due(now), None);
         let mut checkpoint = vec![0; 88];

@@ -251,7 +251,7 @@ mod tests {
     fn stored(start: u64, end: u64, chain: u64) -> Stored {
         let cut = Cut { range: range(start, end), greatest_time: None, reason: CutReason::Idle };
         let extent =
-            CutExtent { cut, boundary: Lsn(end), commit_times: Vec::new(), minimal: Vec::new() };
+            CutExtent { cut, boundary: Lsn(end), commit_times: Vec::new(), barriers: Vec::new() };
         Stored { extent, timeline: TimelineId::FIRST, chain, stored_bytes: 1 }
     }
 

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cutter::{CutPolicy, CutReason};
 use super::engine::{Engine, SessionEnd};
-use super::intake::{Damage, Intake, Step};
+use super::intake::{Intake, Step};
 use super::overlap::Overlap;
 use super::resume::Attempt;
 use super::sealer::Place;
@@ -109,11 +109,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             flush_interval: options.flush_interval,
             idle_flush_interval: options.idle_flush_interval,
         };
-        let damage = match std::mem::take(&mut engine.store_unread) {
-            true => Damage::StoreUnread,
-            false => Damage::Report,
-        };
-        let intake = Intake::new(policy, attempt, overlap, damage);
+        let intake = Intake::new(policy, attempt, overlap, engine.unreadable.clone());
         let requests = engine.status.flush_requests();
         let told_at = engine.clock.instant();
         Self {
@@ -433,13 +429,13 @@ impl<'e, 'a> Pump<'e, 'a> {
         ))
     }
 
-    /// Remembers where the decoder failed, so that the second time is not the same again.
+    /// Remembers where the decoder failed, so that the third time is not the same again.
     fn note_damage(&mut self, error: Error) -> Error {
         if error.kind() != Kind::Corrupt {
             return error;
         }
-        let at = self.intake.boundary();
-        self.engine.store_unread = self.engine.damaged_at.replace(at) == Some(at);
+        let Some(at) = self.intake.last_record_end() else { return error };
+        self.engine.unreadable.note(at);
         error.context(format!("the WAL received after {at} is damaged"))
     }
 
@@ -515,16 +511,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                     self.engine.sealer.finish(extent, chain, &mut sealed).await?;
                 }
                 Step::Boundary(boundary) => self.engine.ledger.note_boundary(boundary),
-                Step::MinimalWal(position) => self.engine.note_barrier(
-                    self.timeline,
-                    position,
-                    "the server ran with wal_level = minimal before it",
-                ),
-                Step::DamagedWal(position) => self.engine.note_barrier(
-                    self.timeline,
-                    position,
-                    "the server's WAL is damaged behind it, and a recovery stops there",
-                ),
+                Step::Barrier(barrier) => self.engine.note_barrier(self.timeline, &barrier),
             }
         }
         self.engine.upload(sealed);

@@ -6,8 +6,8 @@
 //! greatest commit time, so what is there was made from the same WAL by an earlier try or an earlier
 //! life of this process.
 //!
-//! Where the server went on with `wal_level = minimal`, the mark that says so
-//! ([`marks::put_minimal`]) is durable before the extent that holds the record is put: no listing shows that
+//! Where only a backup taken later leads on, the mark that says so ([`marks::put_barrier`]) is durable before
+//! the extent that it speaks of is put: no listing shows that
 //! WAL without the mark, nothing is acknowledged before both are there, and dying in between leaves a mark
 //! at the end of the WAL, where every interval ends anyway. Who has lost the lease puts no mark: his server
 //! may be one that was rolled back, whose WAL at that place is not the WAL that another stores.
@@ -191,10 +191,10 @@ impl Put {
     /// Tries once: first what must be known about the extent, then the extent.
     async fn attempt(&self) -> Result<()> {
         let sealed = &self.upload.sealed;
-        for record_lsn in &self.upload.extent.minimal {
+        for barrier in &self.upload.extent.barriers {
             self.guard.ensure_held()?;
             let repository = self.writer.repository();
-            marks::put_minimal(repository, sealed.name.timeline, *record_lsn).await?;
+            marks::put_barrier(repository, sealed.name.timeline, barrier).await?;
         }
         self.writer.put_extent(sealed).await.map(drop)
     }
@@ -227,8 +227,8 @@ mod tests {
     fn upload(writer: &Writer, start: u64) -> Upload {
         let range = LsnRange::new(Lsn(start), Lsn(start + 10)).unwrap();
         let cut = Cut { range, greatest_time: None, reason: CutReason::Idle };
-        let (commit_times, minimal) = (Vec::new(), Vec::new());
-        let extent = CutExtent { cut, boundary: Lsn(start), commit_times, minimal };
+        let (commit_times, barriers) = (Vec::new(), Vec::new());
+        let extent = CutExtent { cut, boundary: Lsn(start), commit_times, barriers };
         let mut builder =
             ExtentBuilder::new(writer, TimelineId::FIRST, Lsn(start), Level::default()).unwrap();
         builder.push(Bytes::from_static(b"0123456789")).unwrap();
@@ -266,9 +266,9 @@ mod tests {
 
     const MARK: &str = "main/marks/minimal-00000001-00000000000003EA";
 
-    fn minimal_upload(writer: &Writer) -> Upload {
+    fn marked_upload(writer: &Writer) -> Upload {
         let mut upload = upload(writer, 1000);
-        upload.extent.minimal.push(Lsn(1002));
+        upload.extent.barriers.push(marks::Barrier::minimal(Lsn(1002)));
         upload
     }
 
@@ -285,7 +285,7 @@ mod tests {
         let mut uploads = Uploads::new(writer.clone(), lease.guard(), 2, &status);
         // The mark's put fails: nothing else may be tried.
         memory.fail_next(Call::Put, Outcome::FailsBefore);
-        uploads.push(minimal_upload(&writer));
+        uploads.push(marked_upload(&writer));
         tokio::time::sleep(Duration::from_millis(1)).await;
         assert!(status.snapshot().repository_error.unwrap().contains("unable to mark"));
         assert!(names(&memory).await.is_empty());
@@ -305,7 +305,7 @@ mod tests {
         lease.release().await;
         assert!(guard.ensure_held().is_err());
         let mut uploads = Uploads::new(writer.clone(), guard, 2, &Arc::new(Status::new()));
-        uploads.push(minimal_upload(&writer));
+        uploads.push(marked_upload(&writer));
         tokio::time::sleep(Duration::from_secs(60)).await;
         assert!(names(&memory).await.is_empty());
     }

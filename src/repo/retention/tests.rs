@@ -9,6 +9,7 @@ use crate::repo::catalog::tests::{at_minute, backup};
 use crate::repo::catalog::{BackupObjects, DamagedObject, IncompleteBackup};
 use crate::repo::coverage::WalCatalog;
 use crate::repo::coverage::tests::timeline;
+use crate::repo::marks::Barrier;
 
 /// 128 KiB of WAL a minute, so that positions and times mean the same.
 const MINUTE_BYTES: u64 = 1 << 17;
@@ -115,7 +116,7 @@ fn a_backup_that_minimal_wal_cut_off_from_the_window_is_no_base_of_it() {
     let window = options(None, Some(1), Some(15));
     assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [0, 20]);
     let noon = Lsn((10 * DAY + DAY / 2).unsigned_abs() * MINUTE_BYTES);
-    catalog.marks.minimal.insert((timeline(1), noon));
+    catalog.marks.barriers.insert((timeline(1), Barrier::minimal(noon)));
     assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [20]);
     // The second check sees the same barrier: what stays reaches as far as before.
     let all = plan(&catalog, &options(None, Some(2), None), now(30)).unwrap();

@@ -11,7 +11,8 @@ use futures::stream;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, TimelineId};
 use crate::repo::coverage::{StoredExtent, WalCatalog};
-use crate::repo::load::{list_extents, load_marks};
+use crate::repo::load::list_extents;
+use crate::repo::marks;
 use crate::repo::names::{EXTENT_PLAIN_BYTES_MAX, ExtentName, Object};
 
 use super::{Defect, Found, Run, WalReport};
@@ -177,7 +178,7 @@ async fn around(run: &Run, timeline: TimelineId, vanished: Vec<ExtentName>) -> R
     let gone: BTreeSet<ExtentName> = vanished.iter().copied().collect();
     let wal = WalCatalog::new(extents.into_iter().filter(|extent| !gone.contains(&extent.name)));
     // After the WAL: a mark is put before what it is about is deleted.
-    let (marks, _) = load_marks(&run.repository).await?;
+    let (marks, _) = marks::load(&run.repository).await?;
     let horizon = marks.expired.get(&timeline).copied().unwrap_or_default();
     Ok(Around { vanished, wal, horizon })
 }
