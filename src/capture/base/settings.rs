@@ -75,17 +75,17 @@ impl ServerFacts {
     }
 }
 
-/// Refuses a server whose pages have another size than those we know.
-fn check_block_size(settings: &BTreeMap<String, String>) -> Result<()> {
-    match settings.get("block_size") {
-        Some(found) if *found != BLCKSZ.to_string() => {
+/// Refuses a server whose pages, or pages of WAL, have another size than those we know.
+fn check_block_sizes(settings: &BTreeMap<String, String>) -> Result<()> {
+    for name in ["block_size", "wal_block_size"] {
+        if let Some(found) = settings.get(name).filter(|found| **found != BLCKSZ.to_string()) {
             let message = format!(
-                "unable to back up a server with pages of {found} bytes (block_size), expected {BLCKSZ}"
+                "unable to back up a server with pages of {found} bytes ({name}), expected {BLCKSZ}"
             );
-            Err(Error::new(Kind::Unsupported, message))
+            return Err(Error::new(Kind::Unsupported, message));
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Connects and asks; the connection is ready for `BASE_BACKUP`.
@@ -115,7 +115,7 @@ pub async fn meet(
             Err(error) => return Err(error),
         }
     }
-    check_block_size(&settings)?;
+    check_block_sizes(&settings)?;
     let facts = ServerFacts {
         system_id: identity.system_id,
         version: connection.version(),
@@ -138,11 +138,13 @@ mod tests {
 
     #[test]
     fn pages_of_another_size_are_refused() {
-        check_block_size(&settings(&[("block_size", "8192")])).unwrap();
-        for found in ["4096", "32768"] {
-            let error = check_block_size(&settings(&[("block_size", found)])).unwrap_err();
+        let usual = [("block_size", "8192"), ("wal_block_size", "8192")];
+        check_block_sizes(&settings(&usual)).unwrap();
+        for (name, found) in [("block_size", "4096"), ("wal_block_size", "32768")] {
+            let error = check_block_sizes(&settings(&[usual[0], usual[1], (name, found)]));
+            let error = error.unwrap_err();
             assert_eq!(error.kind(), Kind::Unsupported);
-            assert!(error.message().contains(found), "{error}");
+            assert!(error.message().contains(&format!("{found} bytes ({name})")), "{error}");
         }
     }
 
