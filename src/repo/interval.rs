@@ -309,8 +309,19 @@ impl Lineage<'_> {
             })
         };
         let all = self.barriers.iter();
-        let within =
-            all.filter(move |(timeline, barrier)| is_within_wal(*timeline, barrier.range.start()));
+        // A server that is asked again for a segment it has damaged may tell of a part of it.
+        let is_told_before = |(timeline, barrier): &(TimelineId, Barrier)| {
+            let (start, end) = (barrier.range.start(), barrier.range.end());
+            self.barriers.iter().any(|(other, wider)| {
+                (other, wider.kind) == (timeline, barrier.kind)
+                    && wider != barrier
+                    && wider.range.start() <= start
+                    && end <= wider.range.end()
+            })
+        };
+        let within = all.filter(move |known @ (timeline, barrier)| {
+            is_within_wal(*timeline, barrier.range.start()) && !is_told_before(known)
+        });
         within.map(|(timeline, barrier)| {
             (Gap { timeline: *timeline, missing: barrier.range }, barrier.kind)
         })
@@ -396,13 +407,37 @@ pub(crate) fn barrier_after(
     from: Lsn,
 ) -> Option<(Lsn, BarrierKind)> {
     let ahead = |(timeline, barrier): &(TimelineId, Barrier)| {
-        let (start, end) = (barrier.range.start(), barrier.range.end());
-        // A timeline that goes on elsewhere leaves the rest of a damaged segment behind.
-        let end = part_at(path, start)?.end.map_or(end, |switch| switch.min(end));
+        let start = barrier.range.start();
+        let end = end_on(path, *timeline, barrier)?;
         let is_ahead = from <= start || from < end;
         (is_ahead && is_held_on(path, *timeline, start)).then(|| (start.max(from), barrier.kind))
     };
     barriers.iter().filter_map(ahead).min()
+}
+
+/// End of what `path` reads before `position` and nothing is known of, because it is damaged.
+pub(crate) fn damage_before(
+    path: &[PathPart],
+    barriers: &BTreeSet<(TimelineId, Barrier)>,
+    position: Lsn,
+) -> Option<Lsn> {
+    let behind = |(timeline, barrier): &(TimelineId, Barrier)| {
+        let start = barrier.range.start();
+        let is_behind = barrier.kind == BarrierKind::Damaged && start < position;
+        (is_behind && is_held_on(path, *timeline, start))
+            .then(|| end_on(path, *timeline, barrier))
+            .flatten()
+    };
+    barriers.iter().filter_map(behind).max()
+}
+
+/// Where a barrier that `timeline` holds ends on `path`: a timeline that goes on elsewhere leaves the rest of
+/// a damaged segment behind.
+fn end_on(path: &[PathPart], timeline: TimelineId, barrier: &Barrier) -> Option<Lsn> {
+    let (start, end) = (barrier.range.start(), barrier.range.end());
+    let part = part_at(path, start)?;
+    let switch = part.end.filter(|_| part.timeline == timeline);
+    Some(switch.map_or(end, |switch| switch.min(end)))
 }
 
 /// Whether what `timeline` holds at `position` belongs to `path`: it is the timeline of that place, or a
@@ -647,6 +682,24 @@ mod tests {
         let shown: Vec<_> = lineage.barriers_within().collect();
         let gap = Gap { timeline: timeline(1), missing: damaged.range };
         assert_eq!(shown, [(gap, BarrierKind::Damaged)]);
+        // A part of it that was told again is the same gap.
+        let part = Barrier::damaged(range(Lsn(130), Lsn(160)));
+        let barriers = [(timeline(1), damaged), (timeline(1), part)].into();
+        let lineage = Lineage { barriers: &barriers, ..lineage };
+        assert_eq!(lineage.barriers_within().collect::<Vec<_>>(), shown);
+    }
+
+    #[test]
+    fn a_damaged_copy_of_the_parents_wal_bars_what_follows_in_its_segment() {
+        let histories = [history(2, &[(1, 150)])].into();
+        let wal = WalCatalog::new([extent(1, 0, 130, 0), extent(2, 128, 300, 0)]);
+        let barriers = [(timeline(2), Barrier::damaged(range(Lsn(140), Lsn(200))))].into();
+        let lineage = Lineage { barriers: &barriers, ..lineage(&wal, &histories) };
+        assert!(lineage.interval(&span(2, 160, 170), timeline(2)).is_none());
+        assert!(lineage.interval(&span(2, 200, 210), timeline(2)).is_some());
+        let path = lineage.path(timeline(2));
+        assert_eq!(damage_before(&path, &barriers, Lsn(140)), None);
+        assert_eq!(damage_before(&path, &barriers, Lsn(141)), Some(Lsn(200)));
     }
 
     proptest! {

@@ -18,8 +18,9 @@
 //!   the last position that a backup from before reaches. One that begins after it does not need what was
 //!   left out: while the level is minimal none can be taken.
 //! - `damaged`: the server sends WAL that cannot be decoded, and sends the same when it is asked again. A
-//!   recovery stops at the end of the last record before, which is where the mark's range begins. Up to the
-//!   end of the segment, where it ends, nothing is known of what is stored.
+//!   recovery stops at the end of the last record before. There the mark's range begins, or where decoding
+//!   or storing began, if that is later or no record ended since. Up to the end of the segment, where it
+//!   ends, nothing is known of what is stored.
 //!
 //! # Durability
 //! The mark is durable before the extent that it speaks of is put (the one with the end of the record; the

@@ -205,6 +205,15 @@ impl Extents {
         self.bytes.retain(|name, _| !name.range.contains(position));
     }
 
+    /// Of extents that begin inside `unread` no time is known: nobody has read them.
+    pub(crate) fn forget_times(&mut self, unread: LsnRange) {
+        let unread = std::mem::take(&mut self.bytes).into_iter().map(|(mut name, bytes)| {
+            name.time = name.time.filter(|_| !unread.contains(name.range.start()));
+            (name, bytes)
+        });
+        self.bytes = unread.collect();
+    }
+
     pub(crate) fn catalog(&self) -> WalCatalog {
         WalCatalog::new(self.bytes.iter().map(|(name, bytes)| StoredExtent {
             name: *name,

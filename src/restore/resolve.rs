@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::coverage::{Gap, WalCatalog};
-use crate::repo::interval::barrier_after;
+use crate::repo::interval::{barrier_after, damage_before};
 use crate::repo::marks::{Barrier, BarrierKind};
 use crate::repo::names::BackupId;
 use crate::wal::Landmark;
@@ -247,11 +247,11 @@ impl<S: WalSource> Search<'_, S> {
         for base in self.in_order(bases) {
             let chain = self.holdings.chain_of(base, self.path);
             if chain.end() < base.end_lsn {
-                notes.push(format!(
-                    "backup {} is passed over: WAL it needs is missing from {} on",
-                    base.id,
-                    chain.end()
-                ));
+                let why = match chain.stopped_by() {
+                    ChainEnd::Barrier(lsn, kind) => format!("from {lsn} on {kind}"),
+                    _ => format!("WAL it needs is missing from {} on", chain.end()),
+                };
+                notes.push(format!("backup {} is passed over: {why}", base.id));
                 continue;
             }
             if let Target::Time { at, .. } = self.request.target
@@ -278,13 +278,16 @@ impl<S: WalSource> Search<'_, S> {
     /// from before the backup tells; where there is none, the time at which the backup began.
     async fn holds_later_commits(&self, base: &Base, at: Timestamp) -> Result<bool> {
         let target = &self.request.target;
+        let damage = damage_before(self.path, &self.holdings.barriers, base.start_lsn);
+        // Of damaged WAL no time is known: it is as if it were not there.
+        let read_from = damage.unwrap_or(Lsn(0)).min(base.start_lsn);
         let mut position = base.start_lsn;
         for part in self.path.iter().rev().filter(|part| part.start < base.start_lsn) {
             let until = part.end.map_or(position, |end| end.min(position));
             let runs = self.holdings.wal.coverage(part.timeline).iter().rev();
             let mut reaching = runs.filter(|run| run.start() < until && until <= run.end());
             let Some(run) = reaching.next() else { break };
-            let from = run.start().max(part.start);
+            let from = run.start().max(part.start).max(read_from);
             let extents: Vec<_> =
                 self.holdings.wal.extents_in(part.timeline, span(from, until)).collect();
             for extent in extents.iter().rev() {

@@ -372,6 +372,26 @@ async fn nothing_behind_minimal_wal_is_reached_from_a_backup_that_began_before_i
 }
 
 #[tokio::test]
+async fn of_damaged_wal_in_front_of_a_backup_no_time_is_known() {
+    let mut world = World::new();
+    // With the commit of 10:00:30 in it, which nobody has read.
+    let damaged = LsnRange::new(world.commits[1].start(), world.abort.end()).unwrap();
+    let base = base(&world.craft, damaged.end(), world.commits[2].start(), "10:00:36");
+    let request = Request {
+        target: Target::Time { at: ts("10:00:25"), edge: Edge::Inclusive },
+        backup: Some(base.id),
+        ..Request::default()
+    };
+    world.holdings.bases.push(base);
+    let from = world.commits[0].end();
+    world.extents.forget_times(LsnRange::new(from, damaged.end()).unwrap());
+    world.holdings.wal = world.extents.catalog();
+    assert!(world.ask(&request).await.is_ok(), "nothing says that there was a commit");
+    world.holdings.barriers.insert((TimelineId::FIRST, Barrier::damaged(damaged)));
+    assert_eq!(world.ask(&request).await.unwrap_err().kind(), Kind::NotFound);
+}
+
+#[tokio::test]
 async fn a_promotion_is_followed_and_the_branch_left_behind_needs_its_number() {
     let mut world = World::new();
     let last = world.to(Target::Latest).await.unwrap().last_record.unwrap().start();

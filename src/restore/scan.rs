@@ -135,7 +135,7 @@ pub(crate) async fn landmarks<S: WalSource>(
     each: &mut (dyn FnMut(Landmark) -> ControlFlow<()> + Send),
 ) -> Result<()> {
     let begin = begin_before(source, chain, segment_size, span.start()).await?;
-    let mut scanner = Some(Scanner::new(segment_size, begin));
+    let mut scanner = Some(Scanner::new(segment_size, begin).of_sent_wal());
     let mut fetched =
         std::pin::pin!(pieces(source, chain.within(begin, span.end()), EXTENTS_AHEAD));
     while let Some(next) = fetched.next().await {

@@ -78,6 +78,10 @@ pub(super) struct Assembler {
     segment_size: SegmentSize,
     check: CrcCheck,
     expected_system_id: Option<SystemId>,
+    /// The bytes come from a server that sends nothing behind the end of its WAL.
+    sent: bool,
+    /// The first byte.
+    begin: Lsn,
     /// Next byte to come.
     position: Lsn,
     state: State,
@@ -107,6 +111,8 @@ impl Assembler {
             segment_size,
             check: CrcCheck::Every,
             expected_system_id: None,
+            sent: false,
+            begin: start,
             position: start,
             state: State::Between,
             last_end_lsn: start,
@@ -129,6 +135,10 @@ impl Assembler {
 
     pub(super) fn set_system_id(&mut self, expected: SystemId) {
         self.expected_system_id = Some(expected);
+    }
+
+    pub(super) fn set_sent(&mut self) {
+        self.sent = true;
     }
 
     pub(super) fn position(&self) -> Lsn {
@@ -238,6 +248,10 @@ impl Assembler {
         let at_segment_start = self.segment_size.start_of(start) == start;
         if bytes.iter().all(|byte| *byte == 0) {
             return match self.state {
+                // The padding behind a switch ends with the segment, so none begins one.
+                _ if self.sent && (at_segment_start || self.page.is_some()) => {
+                    Err(damaged_page(start, "there are zeros where its header should be"))
+                }
                 State::Between | State::BehindEnd => {
                     self.state = State::BehindEnd;
                     Ok(())
@@ -409,6 +423,10 @@ impl Assembler {
         if length_bytes == 0 {
             let collected = self.header_bytes.get(..filled).unwrap_or_default();
             self.check_zeros(self.record_start_lsn, collected)?;
+            if self.sent {
+                let what = "there are zeros where it should begin";
+                return Err(damaged_record(self.record_start_lsn, what));
+            }
             self.state = State::BehindEnd;
             return Ok(later);
         }
@@ -517,7 +535,8 @@ impl Assembler {
         check_length(header.length_bytes, start)?;
         let chained = match self.last_start_lsn {
             Some(last) => header.previous_lsn == last,
-            None => header.previous_lsn < start,
+            // All between where we began and here was the rest of a record, or padding.
+            None => header.previous_lsn < self.begin,
         };
         let major = self.major().ok_or_else(|| damaged_record(start, "it is on no page"))?;
         if !header.rmgr.is_valid(major) {

@@ -71,6 +71,15 @@ impl Scanner {
         self
     }
 
+    /// For WAL that a server sends, or that one has sent: it ends where the last byte is, so zeros where a
+    /// page or a record should begin are no end of it. Behind a switch they are padding, also where a
+    /// scan begins in the middle of that.
+    #[must_use]
+    pub fn of_sent_wal(mut self) -> Self {
+        self.assembler.set_sent();
+        self
+    }
+
     /// Takes in the bytes at [`Scanner::position`] and gives the landmarks whose last byte is among
     /// them, in order.
     ///

@@ -160,6 +160,47 @@ fn zeros_end_the_wal_and_nothing_may_follow_them() {
 }
 
 #[test]
+fn what_a_server_sends_has_zeros_behind_a_switch_and_nowhere_else() {
+    let size = mib();
+    let mut wal = Craft::new(15, size, START);
+    wal.filler(20_000);
+    let switch = wal.switch();
+    let segment_bytes = (switch.end().0 - START.0) as usize;
+    wal.filler(30_000);
+    wal.commit(7, PgTime(3));
+    let sent = |from: usize, bytes: &[u8], sizes: &[usize]| {
+        let mut scanner = Scanner::new(size, Lsn(START.0 + from as u64)).of_sent_wal();
+        let outcome = feed_cut(&mut scanner, &bytes[from..], sizes, &mut |_| ());
+        (outcome.map_err(|error| error.kind()), scanner.last_record_end())
+    };
+    for sizes in [&[usize::MAX][..], &[1000], &[8192], &[1]] {
+        for from in [0, 8192, 40 * 8192, segment_bytes] {
+            assert_eq!(sent(from, &wal.bytes, sizes).0, Ok(()), "from {from}");
+        }
+        // A record, a page within one, the first page of a segment: none is ever all zero.
+        let of_record = segment_bytes + 40;
+        let within = segment_bytes + 8192;
+        for (from, zeros) in [(0, of_record..of_record + 8000), (0, within..within + 8192)] {
+            let mut damaged = wal.bytes.clone();
+            damaged[zeros].fill(0);
+            assert_eq!(sent(from, &damaged, sizes), (Err(Kind::Corrupt), switch.end()));
+        }
+        let mut damaged = wal.bytes.clone();
+        damaged[..segment_bytes].fill(0);
+        assert_eq!(sent(0, &damaged, sizes), (Err(Kind::Corrupt), START));
+        // Where it looks like padding, the record behind it follows one that nobody has seen.
+        let mut unswitched = Craft::new(15, size, START);
+        for _ in 0..60 {
+            unswitched.filler(20_000);
+        }
+        let from = 20 * 8192;
+        let mut damaged = unswitched.bytes.clone();
+        damaged[from..segment_bytes].fill(0);
+        assert_eq!(sent(from, &damaged, sizes).0, Err(Kind::Corrupt));
+    }
+}
+
+#[test]
 fn a_record_that_was_never_finished_is_passed_over() {
     let mut wal = Craft::new(17, mib(), START);
     wal.filler(500);

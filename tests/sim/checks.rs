@@ -224,7 +224,7 @@ impl Judge {
             lines.flat_map(|line| line.barriers.iter().map(move |barrier| (line, barrier)))
         };
         let is_said = |(line, barrier): (&Line, &Barrier)| {
-            line.parts().into_iter().any(|(number, _, _)| barrier.mark(number) == name)
+            line.parts().into_iter().any(|(number, _, _)| line.is_said(barrier, number, name))
         };
         let says_so = ["minimal", "damaged"].map(|kind| format!("main/marks/{kind}-"));
         if says_so.iter().any(|mark| name.starts_with(mark)) && !all().any(is_said) {
@@ -232,10 +232,10 @@ impl Judge {
         }
         let Some(Stored { timeline, span: (start, end), .. }) = parse_extent(name) else { return };
         let unmarked = all().find_map(|(line, barrier)| {
-            let mark = barrier.mark(line.number_at(barrier.at));
+            let number = line.number_at(barrier.at);
             let inside = start < barrier.told && barrier.told <= end;
-            let ours = line.number_at(barrier.at) == timeline;
-            (inside && ours && !before.contains_key(&mark)).then_some(mark)
+            let is_marked = || before.keys().any(|name| line.is_said(barrier, number, name));
+            (inside && number == timeline && !is_marked()).then(|| barrier.mark(number))
         });
         if let Some(mark) = unmarked {
             self.accuse(format!("{name} is stored before {mark}"));
@@ -415,7 +415,8 @@ impl Judge {
             let start = interval.backup.start_lsn().0;
             let end = contiguous_end(&coverage(names, line), start);
             let end = line.barrier_after(start).map_or(end, |barrier| end.min(barrier));
-            if interval.until_lsn.0 != end {
+            let until = interval.until_lsn.0;
+            if until != end && !(until < end && line.is_padding(until, end)) {
                 self.accuse(format!("{interval:?}: the WAL reaches to {}", Lsn(end)));
             }
             // Every commit up to the time that is promised is there.

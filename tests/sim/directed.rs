@@ -6,6 +6,7 @@ use jiff::SignedDuration;
 use tidemark::repo::Catalog;
 use tidemark::repo::retention::RetentionOptions;
 
+use crate::model::Damage;
 use crate::net::Weather;
 use crate::work::Settings;
 use crate::world::World;
@@ -105,7 +106,7 @@ fn a_past_with_minimal_wal_is_not_forgotten_by_whoever_comes_later() {
 /// The same, for a server whose own WAL is damaged.
 #[test]
 fn a_past_with_damaged_wal_is_not_forgotten_by_whoever_comes_later() {
-    is_not_forgotten(|world| world.server.damage());
+    is_not_forgotten(|world| world.server.damage(Damage::Byte));
 }
 
 fn is_not_forgotten(spoil: fn(&World)) {

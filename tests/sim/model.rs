@@ -42,6 +42,17 @@ pub struct Point {
     pub end: u64,
 }
 
+/// What a disk does to WAL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// One bit of a record is another.
+    Byte,
+    /// From the end of a record on the segment is zero.
+    Rest,
+    /// A segment is zero.
+    Segment,
+}
+
 /// A place that no backup which began before its end leads past.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Barrier {
@@ -58,7 +69,11 @@ pub struct Barrier {
 impl Barrier {
     /// The name of the mark of timeline `number`.
     pub fn mark(&self, number: u32) -> String {
-        let Self { kind, at, until, .. } = self;
+        self.mark_from(number, self.at)
+    }
+
+    fn mark_from(&self, number: u32, at: u64) -> String {
+        let Self { kind, until, .. } = self;
         match *kind {
             "damaged" => format!("main/marks/damaged-{number:08X}-{at:016X}-{until:016X}"),
             kind => format!("main/marks/{kind}-{number:08X}-{at:016X}"),
@@ -293,18 +308,46 @@ impl Line {
         }
     }
 
-    /// A record of which a byte changes on the disk, and a switch to the next segment.
-    pub fn damaged(&mut self) {
+    /// A record and a switch to the next segment, and the disk damages them.
+    pub fn damaged(&mut self, how: Damage) {
+        if how == Damage::Segment && !self.end().is_multiple_of(SEGMENT) {
+            self.switch();
+        }
         let at = self.records.last().map_or(ORIGIN, |(_, end)| *end);
         // 24 bytes of header, 5 of the data's: the record needs no padding.
-        let (_, told) = self.filler(3000 + 3, 1);
-        // In the last page of the record, behind its header.
-        let place = (told - 16 - ORIGIN) as usize;
-        self.bytes[place] ^= 0x20;
+        let (_, end) = self.filler(3000 + 3, 1);
         self.switch();
         let until = self.end();
+        let place = |position: u64| (position - ORIGIN) as usize;
+        let told = match how {
+            // In the last page of the record, behind its header.
+            Damage::Byte => {
+                self.bytes[place(end - 16)] ^= 0x20;
+                end
+            }
+            Damage::Rest | Damage::Segment => {
+                self.bytes[place(at)..place(until)].fill(0);
+                // A header of a page, and one of a record.
+                at + 64
+            }
+        };
         self.paddings.push((at, until));
         self.barriers.push(Barrier { kind: "damaged", at, until, told });
+    }
+
+    /// Whether there is nothing but padding between two positions. Who begins to read in there cannot tell
+    /// it from zeros that a disk has made.
+    pub fn is_padding(&self, from: u64, until: u64) -> bool {
+        from == until || self.paddings.iter().any(|(start, end)| *start <= from && until <= *end)
+    }
+
+    /// Whether a mark of this name says what `barrier`, which timeline `number` holds, is.
+    pub fn is_said(&self, barrier: &Barrier, number: u32, name: &str) -> bool {
+        let at = name.split('-').nth(2).and_then(|at| u64::from_str_radix(at, 16).ok());
+        at.is_some_and(|at| {
+            let same = at == barrier.at || at < barrier.at && self.is_padding(at, barrier.at);
+            same && barrier.mark_from(number, at) == name
+        })
     }
 
     /// How far a backup that begins at `start` leads, when there is something that bars its way.

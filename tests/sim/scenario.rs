@@ -8,6 +8,7 @@ use tidemark::repo::Catalog;
 use tidemark::repo::retention::RetentionOptions;
 
 use crate::dice::Dice;
+use crate::model::Damage;
 use crate::net::Weather;
 use crate::reading;
 use crate::work::{Command, Settings};
@@ -181,8 +182,9 @@ fn server_trouble(world: &mut World, dice: &mut Dice) {
             world.server.minimal(now);
         }
         7 => {
-            world.note("the server's WAL is damaged");
-            world.server.damage();
+            let how = [Damage::Byte, Damage::Rest, Damage::Segment][dice.below(3) as usize];
+            world.note(format!("the server's WAL is damaged: {how:?}"));
+            world.server.damage(how);
         }
         4 => {
             world.note("the server is promoted under the stream");

@@ -24,7 +24,7 @@ use tidemark::wire::{Session, Slot, SlotLife, StandbyStatus, SystemIdentificatio
 use tokio::sync::Notify;
 
 use crate::dice::Dice;
-use crate::model::{Backup, Line, ORIGIN, SEGMENT, SYSTEM_ID};
+use crate::model::{Backup, Damage, Line, ORIGIN, SEGMENT, SYSTEM_ID};
 
 /// A walsender ends a connection that is silent for so long.
 const SENDER_TIMEOUT: SignedDuration = SignedDuration::from_secs(60);
@@ -248,9 +248,9 @@ impl Server {
         });
     }
 
-    /// The server's disk changes a byte of WAL that nobody has read yet.
-    pub fn damage(&self) {
-        self.change(|state| state.line_mut().damaged());
+    /// The server's disk damages WAL that nobody has read yet.
+    pub fn damage(&self, how: Damage) {
+        self.change(|state| state.line_mut().damaged(how));
     }
 
     /// A standby that has received `all` or all but the last of the WAL is promoted and takes the
@@ -440,6 +440,7 @@ impl Walsender for Connected {
     async fn show(&mut self, name: &str) -> Result<String> {
         Ok(match name {
             "wal_sender_timeout" => "1min".to_owned(),
+            "wal_block_size" => "8192".to_owned(),
             "synchronous_standby_names" if self.alive()?.synchronous => "tidemark".to_owned(),
             _ => String::new(),
         })

@@ -360,6 +360,7 @@ impl<'a> Copy<'a> {
         while let Some(event) = source.next().await? {
             match event {
                 BaseBackupEvent::Start { start_lsn, timeline, tablespaces } => {
+                    self.ensure_leads_on(start_lsn).await?;
                     self.begin(start_lsn, timeline, tablespaces)?;
                 }
                 BaseBackupEvent::Archive { index } => {
@@ -396,6 +397,20 @@ impl<'a> Copy<'a> {
         facts.history =
             ends.history(&facts.history, facts.system_id, &self.base.postgres, clock).await?;
         Ok(ended)
+    }
+
+    /// Ends a backup that could not be restored before it is copied: a standby, which cannot switch to a new
+    /// segment, begins one where its last restartpoint does. What is asked again at the end may fail here.
+    async fn ensure_leads_on(&self, start_lsn: Lsn) -> Result<()> {
+        let repository = self.base.writer.repository();
+        let history = &self.facts.as_ref().ok_or_else(out_of_order)?.history;
+        match wal::ensure_leads_on(repository, history, start_lsn, Lsn(u64::MAX)).await {
+            Err(error) if error.kind() != Kind::Conflict => {
+                tracing::debug!("unable to look for barriers for now: {error}");
+                Ok(())
+            }
+            known => known,
+        }
     }
 
     fn begin(

@@ -305,6 +305,20 @@ impl<'a> Looks<'a> {
         Self { needed, repository, outage_max, best: Lsn::INVALID, since }
     }
 
+    /// How far the WAL is stored, for certain and to be replayed when that is all of it.
+    async fn look(&self) -> Result<Lsn> {
+        let (repository, needed) = (self.repository, self.needed);
+        let stored_end = stored_end(repository, needed).await?;
+        let end = needed.range.end();
+        if stored_end >= end {
+            // The process that put it may have died before it was sure of that.
+            let wal = repository.cluster().wal_prefix();
+            repository.store().make_durable(&wal).await?;
+            ensure_leads_on(repository, &needed.history, needed.start_lsn, end).await?;
+        }
+        Ok(stored_end)
+    }
+
     /// One look.
     ///
     /// # Errors
@@ -312,7 +326,7 @@ impl<'a> Looks<'a> {
     /// cannot be asked for too long.
     async fn is_stored(&mut self, limit: Duration) -> Result<bool> {
         let idle = || self.repository.clock().instant().saturating_duration_since(self.since);
-        let stored_end = match stored_end(self.repository, self.needed).await {
+        let stored_end = match self.look().await {
             // An outage now must not cost the whole backup.
             Err(error) if error.is_transient() && idle() < self.outage_max => {
                 tracing::debug!("unable to list the WAL of the backup for now: {error}");
@@ -321,10 +335,6 @@ impl<'a> Looks<'a> {
             asked => asked?,
         };
         if stored_end >= self.needed.range.end() {
-            // The process that put it may have died before it was sure of that.
-            let wal = self.repository.cluster().wal_prefix();
-            self.repository.store().make_durable(&wal).await?;
-            ensure_replayable(self.repository, self.needed).await?;
             return Ok(true);
         }
         if stored_end > self.best {
@@ -385,20 +395,26 @@ fn not_stored(needed: &NeededWal, stored_end: Lsn) -> Error {
     )
 }
 
-/// Looks for a mark by which the needed WAL, all of which was listed before, leads nowhere.
+/// Looks for a mark by which WAL from `start_lsn` to `end_lsn` on the way of `history` leads nowhere.
 ///
 /// # Errors
-/// `unavailable` when there is one: the next backup begins behind it. What the store reports.
-async fn ensure_replayable(repository: &Repository, needed: &NeededWal) -> Result<()> {
+/// `conflict` when there is one: a backup that begins behind it succeeds. What the store reports.
+pub(super) async fn ensure_leads_on(
+    repository: &Repository,
+    history: &TimelineHistory,
+    start_lsn: Lsn,
+    end_lsn: Lsn,
+) -> Result<()> {
     let (marks, _) = marks::load(repository).await?;
-    let barrier = barrier_after(&needed.history.path(), &marks.barriers, needed.start_lsn);
-    let Some((lsn, kind)) = barrier.filter(|(lsn, _)| *lsn < needed.range.end()) else {
-        return Ok(());
-    };
-    let range = needed.range;
-    let message = format!("the WAL {range} of the backup cannot be replayed: from {lsn} on {kind}");
-    Err(Error::new(Kind::Unavailable, message)
-        .hint("Take the backup again: it begins behind that place."))
+    let barrier = barrier_after(&history.path(), &marks.barriers, start_lsn);
+    let Some((lsn, kind)) = barrier.filter(|(lsn, _)| *lsn < end_lsn) else { return Ok(()) };
+    let message = format!(
+        "the WAL of the backup, which begins at {start_lsn}, cannot be replayed: from {lsn} on {kind}"
+    );
+    Err(Error::new(Kind::Conflict, message).hint(
+        "Take the backup again: it must begin behind that place. On a standby it begins where the last \
+         restartpoint does: run CHECKPOINT on the primary, and there when that is replayed.",
+    ))
 }
 
 /// How far the needed WAL is stored without a hole, by the repository's listing; its start when its
@@ -566,7 +582,7 @@ mod tests {
                 Err(error) => {
                     assert!(!complete, "{barrier:?}");
                     assert!(error.message().contains("the server's own WAL is damaged"), "{error}");
-                    assert!(error.is_transient(), "the next one succeeds");
+                    assert_eq!(error.kind(), Kind::Conflict, "the next one succeeds");
                 }
             }
         }

@@ -558,7 +558,17 @@ impl<'a> Engine<'a> {
     /// No base backup from before leads past `barrier`. The repository is told by the upload of the extent that
     /// it belongs to (see [`super::uploads`]).
     pub(super) fn note_barrier(&self, timeline: TimelineId, barrier: &Barrier) {
-        self.record_gap(timeline, barrier.range, &barrier.kind.to_string());
+        let (range, kind) = (barrier.range, barrier.kind);
+        let from = range.start();
+        if self.stream.options.slot_life == SlotLife::Connection {
+            tracing::warn!("from {from} of timeline {timeline} on {kind}");
+            return;
+        }
+        tracing::error!(
+            "from {from} of timeline {timeline} on {kind}: what follows can be restored only from a \
+             base backup that is still to be taken"
+        );
+        self.status.add_gap(Status::gap(timeline, range, &kind.to_string(), self.clock.now()));
     }
 
     /// Hands sealed extents to the uploads.

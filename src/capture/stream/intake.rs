@@ -19,7 +19,7 @@ use super::overlap::Overlap;
 use super::resume::Attempt;
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, LsnRange, PgTime};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize};
 use crate::repo::marks::Barrier;
 use crate::wal::{CheckpointKind, Landmark, Scanner};
 
@@ -107,7 +107,7 @@ pub struct Intake {
     overlap: Overlap,
     commit_times: Vec<PgTime>,
     barriers: Vec<Barrier>,
-    /// Of the segment that is stored unread, what the decoder cannot read, until more of it is stored.
+    /// Of a segment that is stored unread, what nothing is known of, until more of it is stored.
     unread: Option<LsnRange>,
 }
 
@@ -124,7 +124,7 @@ impl Intake {
         let before = before.filter(|range| !range.is_empty());
         Self {
             policy,
-            scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from)),
+            scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from).of_sent_wal()),
             decoded_from: attempt.stream_from,
             unreadable,
             cutter: Cutter::new(policy, attempt.store_from),
@@ -183,7 +183,7 @@ impl Intake {
             let len = usize::try_from(room).unwrap_or(usize::MAX).min(data.len());
             assert!(len > 0, "an extent without room was not cut");
             let piece = data.split_to(len);
-            self.decode(&piece, known.is_none(), now, steps)?;
+            self.decode(&piece, known, now, steps)?;
             if known.is_some() {
                 self.skip(len as u64, steps);
                 self.overlap.end(self.received_end)?;
@@ -236,7 +236,6 @@ impl Intake {
     }
 
     fn store(&mut self, piece: Bytes, now: Instant, steps: &mut Vec<Step>) {
-        // What was stored before was marked by whoever stored it, or was sound then.
         if let Some(range) = self.unread.take() {
             self.note_barrier(Barrier::damaged(range), steps);
         }
@@ -271,17 +270,27 @@ impl Intake {
         self.scanner.as_ref().map(Scanner::last_record_end)
     }
 
-    /// Lets the decoder see `piece`, which lies at `received_end` and in one extent.
+    /// A timeline begins at `received_end`. What its server sends of a segment that is stored unread is not
+    /// read either, and no backup that begins in there is one to rely on.
+    pub fn timeline_begins(&mut self) {
+        if self.scanner.is_none() {
+            let at = self.received_end;
+            self.unread = rest_of_segment(self.policy.segment_size, at, at);
+        }
+    }
+
+    /// Lets the decoder see `piece`, which lies at `received_end` and in one extent, or is stored already
+    /// as all up to the end that is `known`.
     fn decode(
         &mut self,
         piece: &Bytes,
-        is_new: bool,
+        known: Option<Lsn>,
         now: Instant,
         steps: &mut Vec<Step>,
     ) -> Result<()> {
         let segment_size = self.policy.segment_size;
         if self.scanner.is_none() && segment_size.start_of(self.received_end) == self.received_end {
-            self.scanner = Some(Scanner::new(segment_size, self.received_end));
+            self.scanner = Some(Scanner::new(segment_size, self.received_end).of_sent_wal());
             self.decoded_from = self.received_end;
             self.unread = None;
         }
@@ -297,16 +306,16 @@ impl Intake {
                      will stop there: {error}",
                     self.received_end
                 );
-                let segment_end = segment_size.end_of(self.received_end);
-                let unread = LsnRange::new(scanner.last_record_end(), segment_end);
-                self.unread = unread.filter(|range| !range.is_empty());
+                // What is stored already was marked by whoever stored it, or was sound then.
+                let sound_until = known.unwrap_or(scanner.last_record_end());
+                self.unread = rest_of_segment(segment_size, self.received_end, sound_until);
                 self.scanner = None;
                 self.overlap.forget();
             }
             Err(error) => return Err(error),
         }
         for landmark in &landmarks {
-            if is_new {
+            if known.is_none() {
                 self.note(landmark, now, steps);
             } else {
                 self.overlap.note(landmark);
@@ -359,6 +368,11 @@ impl Intake {
             self.barriers.push(barrier);
         }
     }
+}
+
+/// What `from` leaves of the segment that holds `position`.
+fn rest_of_segment(segment_size: SegmentSize, position: Lsn, from: Lsn) -> Option<LsnRange> {
+    LsnRange::new(from, segment_size.end_of(position)).filter(|range| !range.is_empty())
 }
 
 #[cfg(test)]
@@ -675,7 +689,8 @@ mod tests {
         let (mut wal, commits) = crafted(&[100_000; 22]);
         wal[250_000] ^= 1;
         let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
-        let unreadable = unreadable(&[last_whole.unwrap().1.end()]);
+        let last_whole = last_whole.unwrap().1.end();
+        let unreadable = unreadable(&[last_whole]);
         let end = SEGMENT + wal.len() as u64;
         let damaged_end = 2 * SEGMENT;
         // How far it is stored, and whether something new may not be replayed.
@@ -692,7 +707,11 @@ mod tests {
             }
             intake.cut(CutReason::Shutdown, &mut steps);
             assert_eq!(intake.received_end(), Lsn(end));
-            assert_eq!(told(&steps).len(), counts, "stored up to {known:X}");
+            // What was stored before was sound then, or is marked.
+            let from = last_whole.max(Lsn(known));
+            let expected = LsnRange::new(from, Lsn(damaged_end)).map(Barrier::damaged);
+            let expected: Vec<_> = expected.into_iter().take(counts).collect();
+            assert_eq!(told(&steps), expected, "stored up to {known:X}");
             let marked =
                 extents(steps).iter().map(|(extent, _)| extent.barriers.len()).sum::<usize>();
             assert_eq!(marked, counts, "stored up to {known:X}");

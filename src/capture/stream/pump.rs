@@ -267,6 +267,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             self.engine.note_history(timeline, content);
         }
         self.timeline = timeline;
+        self.intake.timeline_begins();
         self.engine.note_timeline(timeline);
         Ok(None)
     }
@@ -431,12 +432,14 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     /// Remembers where the decoder failed, so that the third time is not the same again.
     fn note_damage(&mut self, error: Error) -> Error {
-        if error.kind() != Kind::Corrupt {
+        // The server is of a version, and has pages, that we know: other ones are not its own.
+        if !matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) {
             return error;
         }
         let Some(at) = self.intake.last_record_end() else { return error };
         self.engine.unreadable.note(at);
-        error.context(format!("the WAL received after {at} is damaged"))
+        let message = format!("the WAL received after {at} is damaged: {}", error.message());
+        Error::new(Kind::Corrupt, message)
     }
 
     fn show_server_end(&self, server_end_lsn: Lsn) {

@@ -10,6 +10,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, SystemId, TimelineHistory, TimelineId};
 use crate::repo::Writer;
+use crate::wal::XLOG_BLCKSZ;
 use crate::wire::{Session, Slot, SlotLife as WireSlotLife};
 
 /// Longest time between two messages of ours, whatever the server allows.
@@ -44,8 +45,9 @@ impl Server {
     /// Connects and asks.
     ///
     /// # Errors
-    /// What connecting and asking report. The inner error is `conflict`: the server is another
-    /// cluster than `expected`, and asking again will not change that.
+    /// What connecting and asking report. The inner error is one that asking again will
+    /// not change: `conflict`, the server is another cluster than `expected`, or `unsupported`, its WAL has
+    /// pages of another size.
     pub async fn meet(
         upstream: &dyn Upstream,
         expected: SystemId,
@@ -57,6 +59,9 @@ impl Server {
             return Ok(Err(other));
         }
         let segment_size = connection.segment_size().await?;
+        if let Err(other) = check_wal_block_size(&connection.show("wal_block_size").await?) {
+            return Ok(Err(other));
+        }
         let timeout = connection.show("wal_sender_timeout").await?;
         let names = connection.show("synchronous_standby_names").await?;
         let name = connection.parameter("application_name").unwrap_or_default();
@@ -90,6 +95,21 @@ impl Server {
         check_system(expected, connection.identify_system().await?.system_id)?;
         Ok(connection)
     }
+}
+
+/// Refuses a server whose WAL has pages of another size than those we know.
+///
+/// # Errors
+/// `unsupported`.
+fn check_wal_block_size(found: &str) -> Result<()> {
+    if found == XLOG_BLCKSZ.to_string() {
+        return Ok(());
+    }
+    let message = format!(
+        "unable to stream from a server with WAL pages of {found} bytes (wal_block_size), expected \
+         {XLOG_BLCKSZ}"
+    );
+    Err(Error::new(Kind::Unsupported, message))
 }
 
 /// Refuses a server that is not the one this repository belongs to.

@@ -126,6 +126,20 @@ fn a_backup_that_minimal_wal_cut_off_from_the_window_is_no_base_of_it() {
 }
 
 #[test]
+fn a_backup_that_damaged_wal_cut_off_from_the_window_is_no_base_of_it() {
+    let mut catalog = Catalog { backups: vec![daily(1, 0), daily(1, 20)], ..month() };
+    let at = |day: i64| Lsn((day * DAY + DAY / 2).unsigned_abs() * MINUTE_BYTES);
+    let damaged = LsnRange::new(at(10), Lsn(at(10).0 + MINUTE_BYTES)).unwrap();
+    catalog.marks.barriers.insert((timeline(1), Barrier::damaged(damaged)));
+    let window = options(None, Some(1), Some(15));
+    assert_eq!(kept_days(&plan(&catalog, &window, now(30)).unwrap()), [20]);
+    // What retention has taken is no gap any more.
+    assert!(!catalog.gaps()[0].expired);
+    catalog.marks.expired.insert(timeline(1), damaged.end());
+    assert!(catalog.gaps()[0].expired);
+}
+
+#[test]
 fn an_old_backup_that_is_held_keeps_only_the_wal_it_needs_itself() {
     let mut catalog = month();
     catalog.marks.holds.insert(catalog.backups[3].id());
