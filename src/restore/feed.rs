@@ -101,7 +101,8 @@ where
 #[must_use]
 pub fn asks_again(request: &WalGetRequest) -> bool {
     let Ok(wal_directory) = wal_directory_of(&request.path) else { return false };
-    let is_standby = wal_directory.join("..").join(STANDBY_SIGNAL).exists();
+    let Ok(data) = data_directory_of(&request.path) else { return false };
+    let is_standby = data.join(STANDBY_SIGNAL).exists();
     is_standby && matches!(Folder::of(&wal_directory).settings(), Ok(None))
 }
 
@@ -110,6 +111,14 @@ fn wal_directory_of(path: &Path) -> Result<PathBuf> {
         Error::new(Kind::Usage, format!("unable to put a WAL file at '{}'", path.display()))
             .hint("Use it as restore_command = 'tidemark wal-get %f %p'.")
     })
+}
+
+/// The data directory whose `pg_wal` a file is put into. By the names of the path: `pg_wal` may be a link
+/// to another volume (`initdb --waldir`), and what is above that volume is not the data directory.
+fn data_directory_of(path: &Path) -> Result<PathBuf> {
+    let whole = std::path::absolute(path)
+        .context(|| format!("unable to find the data directory around '{}'", path.display()))?;
+    Ok(whole.ancestors().nth(2).unwrap_or(Path::new("/")).to_path_buf())
 }
 
 /// A request in a data directory that a restore has made.
@@ -479,8 +488,7 @@ impl Feeder {
 
     /// Size of the server's segments, by the data directory around `path`.
     fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
-        let wal_directory = wal_directory_of(path)?;
-        let control = wal_directory.join("..").join(crate::pg::control::XLOG_CONTROL_FILE);
+        let control = data_directory_of(path)?.join(crate::pg::control::XLOG_CONTROL_FILE);
         let bytes = file::read(&control, crate::pg::control::PG_CONTROL_FILE_SIZE as u64)
             .context(|| format!("unable to read '{}'", control.display()))?;
         Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
@@ -529,6 +537,24 @@ mod tests {
         let request = WalGetRequest { name, path: wal.join("RECOVERYXLOG") };
         let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
         wal_get(&request, &Clock::system(), None, never).await
+    }
+
+    #[test]
+    fn the_data_directory_is_above_the_name_of_pg_wal_and_not_above_what_it_links_to() {
+        let place = tempfile::tempdir().unwrap();
+        let (data, volume) = (place.path().join("data"), place.path().join("volume/wal"));
+        fs::create_dir_all(&data).unwrap();
+        fs::create_dir_all(&volume).unwrap();
+        std::os::unix::fs::symlink(&volume, data.join("pg_wal")).unwrap();
+        let path = data.join("pg_wal/RECOVERYXLOG");
+        let request = WalGetRequest { name: "000000010000000000000003".into(), path };
+        assert!(!asks_again(&request));
+        fs::write(data.join(STANDBY_SIGNAL), "").unwrap();
+        assert!(asks_again(&request));
+        // As PostgreSQL asks, in the data directory, and as somebody does in pg_wal itself.
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(data_directory_of(Path::new("pg_wal/RECOVERYXLOG")).unwrap(), here);
+        assert_eq!(data_directory_of(Path::new("x")).unwrap(), here.parent().unwrap());
     }
 
     #[tokio::test]
