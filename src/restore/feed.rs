@@ -15,9 +15,8 @@ use futures::StreamExt as _;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
-use crate::file;
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, LsnRange, SegmentNumber};
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
 use super::advised;
@@ -28,6 +27,8 @@ use super::run::STANDBY_SIGNAL;
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
 use super::tablespaces::Watch;
+
+mod unplanned;
 
 /// Bytes of WAL kept ahead of PostgreSQL: ten seconds of replay at a fair rate.
 const AHEAD_BYTES: u64 = 256 << 20;
@@ -41,8 +42,6 @@ const START_MAX: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(3);
 /// Pause between two looks by who fetches ahead.
 const REST: Duration = Duration::from_millis(20);
-/// Most timelines that are tried for a newer one, as PostgreSQL does in `findNewestTimeLine`.
-const NEWER_TIMELINES_MAX: u32 = 1000;
 
 /// What `restore_command` is asked for.
 #[derive(Clone, Debug)]
@@ -407,91 +406,6 @@ impl Feeder {
         segments::write(&self.source, &segment, path, identity).await?;
         let watch = Watch::new(size, data, settings.replayed());
         watch.see(path.to_path_buf(), segment.known()).await.map(drop)
-    }
-
-    /// Gives whatever the repository has under that name now.
-    async fn serve(&self, request: &WalGetRequest) -> Result<WalGet> {
-        if let Some(number) = request.name.strip_suffix(".history") {
-            let number = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new);
-            return match number {
-                Some(timeline) => self.serve_history(timeline, &request.path).await,
-                None => Ok(WalGet::NotThere),
-            };
-        }
-        let size = self.segment_size(&request.path)?;
-        let Some((timeline, number)) = size.parse_file_name(&request.name) else {
-            return Ok(WalGet::NotThere);
-        };
-        let Some(whole) = size.range_of(number) else { return Ok(WalGet::NotThere) };
-        let path = self.path_through(timeline).await?;
-        // A timeline that another one left at some point is given up to that point.
-        let part_end = path.iter().find(|part| part.timeline == timeline).and_then(|part| part.end);
-        let end = part_end.map_or(whole.end(), |end| end.min(whole.end()));
-        let Some(wanted) = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty())
-        else {
-            return Ok(WalGet::NotThere);
-        };
-        let chain = self.chain(&path, wanted, whole.start()).await?;
-        if chain.timeline_before(chain.end()) != Some(timeline) {
-            return Ok(WalGet::NotThere);
-        }
-        let pieces = chain.pieces().to_vec();
-        let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
-        let identity =
-            Identity { system_id: self.repository().system_id(), size, owner: self.owner };
-        let written = segments::write(&self.source, &segment, &request.path, identity).await;
-        if written.is_err() {
-            // PostgreSQL must not find half a segment, and does not look once it is told to stop.
-            drop(fs::remove_file(&request.path));
-        }
-        written.map(|()| WalGet::Found)
-    }
-
-    async fn serve_history(&self, timeline: TimelineId, path: &Path) -> Result<WalGet> {
-        match self.repository().history_file(timeline).await {
-            Ok(content) => {
-                let written = fs::write(path, &content);
-                if written.is_err() {
-                    drop(fs::remove_file(path));
-                }
-                written.context(|| format!("unable to write '{}'", path.display()))?;
-                Ok(WalGet::Found)
-            }
-            Err(error) if error.kind() == Kind::NotFound => Ok(WalGet::NotThere),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The path of the newest timeline that descends from `timeline`, found as PostgreSQL finds it.
-    async fn path_through(&self, timeline: TimelineId) -> Result<Vec<PathPart>> {
-        let mut path = match self.history(timeline).await? {
-            Some(history) => history.path(),
-            None => TimelineHistory::first_timeline_only(timeline).path(),
-        };
-        for number in (timeline.get() + 1..).take(NEWER_TIMELINES_MAX as usize) {
-            let Some(newer) = TimelineId::new(number) else { break };
-            let Some(history) = self.history(newer).await? else { break };
-            if history.entries().iter().any(|entry| entry.timeline == timeline) {
-                path = history.path();
-            }
-        }
-        Ok(path)
-    }
-
-    async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>> {
-        match self.repository().history(timeline).await {
-            Ok(history) => Ok(Some(history)),
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Size of the server's segments, by the data directory around `path`.
-    fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
-        let control = data_directory_of(path)?.join(crate::pg::control::XLOG_CONTROL_FILE);
-        let bytes = file::read(&control, crate::pg::control::PG_CONTROL_FILE_SIZE as u64)
-            .context(|| format!("unable to read '{}'", control.display()))?;
-        Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
     }
 
     /// What the repository holds now of `wanted`, all of it in one segment, along `path`; from
