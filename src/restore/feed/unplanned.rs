@@ -9,14 +9,22 @@
 //! - A standby alone is stopped at a fork that it has not come to yet: it learns of a new timeline only when
 //!   its WAL has ended (`rescanLatestTimeLine`), and having replayed more of the old one it could not follow
 //!   any more. One that is past the fork stays there on purpose.
+//! - A recovery that is given less than a segment, or none, ends there and is promoted. So it is told so only
+//!   at the newest WAL: with more of it stored behind a hole, or at a place that leads no further (see
+//!   [`marks`](crate::repo::marks)), it gets an error that names the place. A standby only asks again.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::time::Duration;
 
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::file;
+use crate::pg::backup_label::{BACKUP_LABEL_BYTES_MAX, BackupLabel};
 use crate::pg::control::{ControlFile, PG_CONTROL_FILE_SIZE, XLOG_CONTROL_FILE};
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
+use crate::repo::interval::barrier_after;
+use crate::repo::{list_extents, marks};
 
 use super::{Feeder, WalGet, WalGetRequest, data_directory_of};
 use crate::restore::chain::Chain;
@@ -25,6 +33,12 @@ use crate::restore::segments::{self, Identity, Segment};
 
 /// Most timelines that are tried for a newer one, as PostgreSQL does in `findNewestTimeLine`.
 const NEWER_TIMELINES_MAX: u32 = 1000;
+/// How often a hole is looked at again, and how long apart: extents are stored several at a time, so one
+/// before the newest may still be on its way.
+const GAP_LOOKS: u32 = 10;
+const GAP_PAUSE: Duration = Duration::from_secs(1);
+/// What to do where WAL leads no further.
+const ENDS_EARLY: &str = "Recovery would end there as if it were the end of the WAL. 'tidemark list' shows     what can be restored: use 'tidemark restore' to a target before that place, or a backup taken after it.";
 
 /// What a server does where its WAL ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +53,8 @@ enum AtEnd {
 struct Server {
     segment_size: SegmentSize,
     at_end: AtEnd,
+    /// Where its recovery has begun, or is known to have come to.
+    replay_start_lsn: Lsn,
 }
 
 impl Server {
@@ -52,7 +68,13 @@ impl Server {
             true => AtEnd::Waits,
             false => AtEnd::Stops,
         };
-        Ok(Self { segment_size: ControlFile::decode(&bytes)?.wal_segment_size, at_end })
+        let control = ControlFile::decode(&bytes)?;
+        // As long as there is a label, pg_control may be of a later checkpoint than the backup's start.
+        let label = file::read(&data.join("backup_label"), BACKUP_LABEL_BYTES_MAX as u64);
+        let label = label.ok().and_then(|bytes| BackupLabel::decode(&bytes).ok());
+        let redo_lsn = control.checkpoint.redo_lsn;
+        let replay_start_lsn = label.map_or(redo_lsn, |label| label.start_lsn);
+        Ok(Self { segment_size: control.wal_segment_size, at_end, replay_start_lsn })
     }
 }
 
@@ -78,15 +100,34 @@ impl Ways {
         self.branches.last().map(|branch| branch.fork).filter(|fork| *fork >= position)
     }
 
+    /// Whether the timeline begins after `whole`.
+    fn begin_behind(&self, whole: LsnRange) -> bool {
+        self.own.last().is_some_and(|part| part.start >= whole.end())
+    }
+
     /// Whether `chain`, of the segment `whole`, goes by the name of the timeline: it comes to the timeline,
     /// or to where that begins in the segment.
     fn is_named_for(&self, chain: &Chain, whole: LsnRange) -> bool {
         let begins_at = self.own.last().map(|part| part.start);
-        let comes_to_it = begins_at == Some(chain.end()) && chain.end() < whole.end();
+        let comes_to_it = begins_at == Some(chain.end()) && !self.begin_behind(whole);
         match chain.timeline_before(chain.end()) {
             Some(timeline) => timeline == self.timeline || comes_to_it,
             None => false,
         }
+    }
+}
+
+impl Ways {
+    /// What WAL behind `position` may be stored as: timelines, each with the first position that is on none
+    /// of the ways.
+    fn holders_behind(&self, position: Lsn) -> BTreeSet<(TimelineId, Lsn)> {
+        let branches = self.branches.iter().filter(|branch| branch.fork > position);
+        // The timeline itself is on its own way without an end.
+        let later = branches
+            .flat_map(|branch| branch.path.iter().filter(|part| part.timeline > self.timeline));
+        let parts = self.own.iter().chain(later);
+        let holders = parts.map(|part| (part.timeline, part.end.unwrap_or(Lsn(u64::MAX))));
+        holders.filter(|(_, end)| *end > position).collect()
     }
 }
 
@@ -140,6 +181,9 @@ impl Feeder {
     }
 
     /// The WAL of the segment `whole` that goes by the name of `timeline`, as far as `server` is given it.
+    ///
+    /// # Errors
+    /// `not found` when the server's recovery would end with it too early.
     async fn stored(
         &self,
         timeline: TimelineId,
@@ -147,15 +191,67 @@ impl Feeder {
         server: &Server,
     ) -> Result<Option<Chain>> {
         let ways = self.ways_through(timeline).await?;
-        let limit = match server.at_end {
-            AtEnd::Waits => ways.fork_ahead(whole.start()),
-            AtEnd::Stops => None,
+        let chain = match server.at_end {
+            AtEnd::Waits => {
+                let fork = ways.fork_ahead(whole.start());
+                let end = fork.map_or(whole.end(), |fork| fork.min(whole.end()));
+                let wanted = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty());
+                let Some(wanted) = wanted else { return Ok(None) };
+                self.longest(&ways, wanted).await?
+            }
+            AtEnd::Stops if ways.begin_behind(whole) => return Ok(None),
+            AtEnd::Stops => {
+                self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
+                self.longest_to_the_tip(&ways, whole).await?
+            }
         };
-        let end = limit.map_or(whole.end(), |fork| fork.min(whole.end()));
-        let wanted = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty());
-        let Some(wanted) = wanted else { return Ok(None) };
-        let chain = self.longest(&ways, wanted).await?;
         Ok(ways.is_named_for(&chain, whole).then_some(chain))
+    }
+
+    /// The longest chain of `whole`; when it ends before that does, it ends where all the WAL does.
+    async fn longest_to_the_tip(&self, ways: &Ways, whole: LsnRange) -> Result<Chain> {
+        let mut looks = 0;
+        loop {
+            let chain = self.longest(ways, whole).await?;
+            if chain.end() >= whole.end() {
+                return Ok(chain);
+            }
+            let Some(next) = self.first_stored(ways, chain.end()).await? else { return Ok(chain) };
+            if looks == GAP_LOOKS {
+                let (end, timeline) = (chain.end(), ways.timeline);
+                let message = format!(
+                    "the repository has no WAL from {end} to {next} on timeline {timeline}, and more behind it"
+                );
+                return Err(Error::new(Kind::NotFound, message).hint(ENDS_EARLY));
+            }
+            looks += 1;
+            tokio::time::sleep(GAP_PAUSE).await;
+        }
+    }
+
+    /// Where the first extent begins that is stored from `position` on, on any of the ways.
+    async fn first_stored(&self, ways: &Ways, position: Lsn) -> Result<Option<Lsn>> {
+        let mut first = None;
+        for (timeline, end) in ways.holders_behind(position) {
+            // No further than what was found already.
+            let end = first.map_or(end, |first: Lsn| first.min(end));
+            let Some(starts) = LsnRange::new(position, end) else { continue };
+            let stored = list_extents(self.repository(), timeline, starts).await?;
+            first = stored.iter().map(|extent| extent.name.range.start()).chain(first).min();
+        }
+        Ok(first)
+    }
+
+    /// Refuses the segment in which WAL leads no further for a recovery that begins at `start`.
+    async fn refuse_barrier(&self, ways: &Ways, start: Lsn, whole: LsnRange) -> Result<()> {
+        let (marks, _) = marks::load(self.repository()).await?;
+        match barrier_after(&ways.own, &marks.barriers, start) {
+            Some((lsn, kind)) if lsn < whole.end() => {
+                let message = format!("WAL leads no further than {lsn}: {kind}");
+                Err(Error::new(Kind::NotFound, message).hint(ENDS_EARLY))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The longest chain of `wanted`. Bytes before a fork may be held under the branch's name alone.

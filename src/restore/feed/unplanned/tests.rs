@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::*;
 use crate::clock::Clock;
+use crate::repo::marks::Barrier;
 use crate::repo::{Encryption, ExtentBuilder, Level, Repository, Writer};
 
 const SEGMENT: u64 = 1 << 20;
@@ -141,4 +142,81 @@ async fn the_segment_of_a_fork_goes_by_the_name_of_the_branch_before_that_has_an
     scene.store_history(2, &[(1, lsn(3, 700))]).await;
     scene.store(2, lsn(3, 0), lsn(3, 900)).await;
     assert_eq!(scene.given(1, 3).await, [(1, 50), (2, 650), (0, WHOLE - 700)]);
+}
+
+/// The error for a segment; its message and hint name the place.
+async fn refused(scene: &Scene, number: u32, segment: u64, place: Lsn) {
+    let error = scene.asked(number, segment).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert!(error.message().contains(&place.to_string()), "{error}");
+    assert!(error.hint_text().unwrap().contains("tidemark restore"), "{error:?}");
+    assert!(!scene.path().exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hole_is_not_the_end_of_the_wal_for_a_recovery() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(3, 40)).await;
+    assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+    assert_eq!(scene.given(1, 4).await, []);
+    std::fs::remove_file(scene.path()).unwrap();
+    scene.store(1, lsn(5, 60), lsn(5, 90)).await;
+    refused(&scene, 1, 3, lsn(3, 40)).await;
+    refused(&scene, 1, 4, lsn(4, 0)).await;
+    refused(&scene, 1, 5, lsn(5, 60)).await;
+    assert_eq!(scene.given(1, 2).await, [(1, WHOLE)]);
+    assert_eq!(scene.given(1, 6).await, []);
+    scene.make_standby();
+    assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+    assert_eq!(scene.given(1, 4).await, []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn wal_that_only_a_branch_has_tells_that_its_parents_is_missing() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(3, 40)).await;
+    scene.store_history(2, &[(1, lsn(4, 100))]).await;
+    assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+    std::fs::remove_file(scene.path()).unwrap();
+    scene.store(2, lsn(5, 0), lsn(5, 10)).await;
+    refused(&scene, 1, 3, lsn(3, 40)).await;
+    refused(&scene, 2, 4, lsn(5, 0)).await;
+    // It leads on from the fork; the parent ended there.
+    scene.store(1, lsn(3, 40), lsn(4, 100)).await;
+    scene.store(2, lsn(4, 100), lsn(5, 0)).await;
+    assert_eq!(scene.given(1, 4).await, [(1, 100), (0, WHOLE - 100)]);
+    assert_eq!(scene.given(2, 5).await, [(2, 10), (0, WHOLE - 10)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_extent_that_is_just_being_stored_is_no_hole() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(2, 70)).await;
+    scene.store(1, lsn(3, 0), lsn(3, 10)).await;
+    let arriving = async {
+        tokio::time::sleep(GAP_PAUSE * 3).await;
+        scene.store(1, lsn(2, 70), lsn(3, 0)).await;
+    };
+    let (given, ()) = tokio::join!(scene.given(1, 2), arriving);
+    assert_eq!(given, [(1, WHOLE)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_is_not_led_to_a_place_that_only_a_later_backup_leads_past() {
+    let scene = Scene::new().await;
+    // pg_control says that recovery begins at 20/28 in the numbers of this segment size.
+    scene.store(1, lsn(0x20, 0), lsn(0x24, 0)).await;
+    let damaged = Barrier::damaged(LsnRange::new(lsn(0x22, 8), lsn(0x23, 0)).unwrap());
+    marks::put_barrier(&scene.repository, timeline(1), &damaged).await.unwrap();
+    assert_eq!(scene.given(1, 0x21).await, [(1, WHOLE)]);
+    std::fs::remove_file(scene.path()).unwrap();
+    refused(&scene, 1, 0x22, lsn(0x22, 8)).await;
+    // A backup that began behind it.
+    let label = "START WAL LOCATION: 0/2300028 (file 000000010000000000000023)\n\
+                 CHECKPOINT LOCATION: 0/2300060\n";
+    std::fs::write(scene.data.path().join("backup_label"), label).unwrap();
+    assert_eq!(scene.given(1, 0x23).await, [(1, WHOLE)]);
+    std::fs::remove_file(scene.data.path().join("backup_label")).unwrap();
+    scene.make_standby();
+    assert_eq!(scene.given(1, 0x22).await, [(1, WHOLE)]);
 }
