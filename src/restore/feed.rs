@@ -137,6 +137,8 @@ impl Planned<'_> {
         if folder.hand_over(&request.name, &request.path)? {
             return Ok(Some(WalGet::Found));
         }
+        // Why an earlier attempt ended says nothing about this one: the store may be back.
+        folder.take_failure()?;
         folder.want(&request.name, std::process::id())?;
         let mut patience = clock.instant();
         loop {
@@ -374,7 +376,7 @@ impl Feeder {
             return Err(Error::new(Kind::Conflict, message)
                 .hint("Use the repository that the cluster was restored from."));
         }
-        Ok(Self::without_plan(reader))
+        Ok(Self { source: RepositoryWal::of_restore(reader), owner: None })
     }
 
     /// Writes segment `number` of a plan to `path`, for the server in a data directory.
@@ -418,7 +420,8 @@ impl Feeder {
                 continue;
             }
             // None crosses the start of a segment, so all that hold a byte of it begin inside.
-            extents.extend(list_extents(self.repository(), part.timeline, wanted).await?);
+            let list = || list_extents(self.repository(), part.timeline, wanted);
+            extents.extend(self.source.ask(list).await?);
         }
         let wal = WalCatalog::new(extents);
         let page = first_needed.align_down(super::scan::WAL_PAGE_BYTES);
@@ -438,6 +441,87 @@ impl Feeder {
 mod tests {
     use super::super::handover::tests::settings;
     use super::*;
+    use crate::pg::{SegmentSize, SystemId, TimelineHistory, TimelineId};
+    use crate::repo::{Encryption, ExtentBuilder, Level};
+    use crate::store::memory::{Faults, Memory};
+
+    /// A repository with two segments, and a data directory into which a plan hands them over.
+    struct Scene {
+        clock: Clock,
+        memory: Memory,
+        reader: Reader,
+        _data: tempfile::TempDir,
+        folder: Folder,
+        settings: Settings,
+        request: WalGetRequest,
+    }
+
+    impl Scene {
+        async fn new() -> Self {
+            let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
+            let (memory, repository) = Repository::in_memory(&clock).await;
+            let writer = repository.writer(&Encryption::None).await.unwrap();
+            for start in [0x300_0000, 0x310_0000] {
+                let (first, level) = (TimelineId::FIRST, Level::default());
+                let mut builder = ExtentBuilder::new(&writer, first, Lsn(start), level).unwrap();
+                builder.push(vec![7; 1 << 20].into()).unwrap();
+                writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
+            }
+            let size = SegmentSize::new(1 << 20).unwrap();
+            let path = TimelineHistory::first_timeline_only(TimelineId::FIRST).path();
+            let span = LsnRange::new(Lsn(0x300_0028), Lsn(0x320_0000)).unwrap();
+            let settings = Settings::new("main".into(), SystemId(7), size, &path, span);
+            let data = tempfile::tempdir().unwrap();
+            let folder = Folder::of(&data.path().join("pg_wal"));
+            folder.create(&settings).unwrap();
+            let path = data.path().join("pg_wal/RECOVERYXLOG");
+            let request = WalGetRequest { name: settings.segment_name(0x30).unwrap(), path };
+            let reader = repository.reader(Vec::new());
+            Self { clock, memory, reader, _data: data, folder, settings, request }
+        }
+
+        fn set_down(&self, down: bool) {
+            self.memory.set_faults(Faults { down, ..Faults::default() });
+        }
+
+        fn ahead(&self) -> FetchAhead<'_> {
+            FetchAhead {
+                folder: &self.folder,
+                owner: None,
+                settings: &self.settings,
+                reader: &self.reader,
+                when_idle: WhenIdle::End,
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_of_the_past_keeps_no_segment_away() {
+        let scene = Scene::new().await;
+        scene.folder.fail(&Error::new(Kind::Unavailable, "no store")).unwrap();
+        let open = async || Ok(scene.reader.clone());
+        let given = wal_get(&scene.request, &scene.clock, None, open).await.unwrap();
+        assert_eq!(given, WalGet::Found);
+        assert!(scene.request.path.exists());
+        assert!(scene.folder.take_failure().unwrap().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_of_minutes_ends_neither_who_fetches_ahead_nor_who_waits() {
+        let scene = Scene::new().await;
+        scene.set_down(true);
+        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
+        let waiting = wal_get(&scene.request, &scene.clock, None, never);
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(300)).await;
+            scene.set_down(false);
+        };
+        let ahead = scene.ahead();
+        let (fetched, given, ()) = tokio::join!(ahead.run(0x30), waiting, back);
+        assert_eq!(given.unwrap(), WalGet::Found);
+        fetched.unwrap();
+        assert!(scene.folder.spooled(&scene.settings.segment_name(0x31).unwrap()).exists());
+    }
 
     /// Asks a data directory with these notes for a segment that is on the way to the target.
     async fn asked(notes: &str) -> Result<WalGet> {

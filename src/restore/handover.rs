@@ -19,7 +19,9 @@
 //!   wrong on the way to a segment that is needed is an error, never the end of the WAL.
 //! - So the notes are believed only when they are whole: they name a timeline for every position from the
 //!   first to the last that is handed over. With a hole in them, or when they are gone, nothing is served.
-//! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it.
+//! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it. Both outlast
+//!   an outage of the store of minutes. Why fetching ahead has ended concerns who waits at that time: who
+//!   comes later has another try made.
 //!
 //! # Durability
 //! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
