@@ -27,7 +27,7 @@
 //! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
 //! whatever is lost here is fetched again.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt as _;
@@ -278,7 +278,9 @@ impl Folder {
     pub(crate) fn lock(&self) -> Result<Option<File>> {
         let path = self.0.join(LOCK);
         let attempted = || format!("unable to lock '{}'", path.display());
-        let file = File::open(&path).context(attempted)?;
+        // For writing too: NFS locks a range of bytes for this, exclusively, and refuses to (EBADF) where
+        // nothing could be written.
+        let file = OpenOptions::new().read(true).write(true).open(&path).context(attempted)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -458,6 +460,16 @@ pub(crate) mod tests {
         fs::write(folder.unfinished("c", 7), "").unwrap();
         folder.clear_unfinished().unwrap();
         assert!(folder.spool().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_lock_is_open_for_writing() {
+        use rustix::fs::{OFlags, fcntl_getfl};
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        folder.create(&settings()).unwrap();
+        let held = folder.lock().unwrap().unwrap();
+        assert!(fcntl_getfl(&held).unwrap().contains(OFlags::RDWR));
     }
 
     #[test]
