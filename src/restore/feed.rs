@@ -253,7 +253,7 @@ pub(crate) struct FetchAhead<'a> {
 impl FetchAhead<'_> {
     /// Fetches from segment `first` on, as [`prefetch`].
     pub(crate) async fn run(&self, first: SegmentNumber) -> Result<()> {
-        let Some(_lock) = self.folder.lock()? else { return Ok(()) };
+        let Some(_lock) = self.folder.lock_for_long().await? else { return Ok(()) };
         self.folder.clear_unfinished()?;
         // A failure of an earlier attempt says nothing about this one.
         self.folder.take_failure()?;
