@@ -14,6 +14,7 @@ use crate::file;
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SystemId};
+use crate::repo::patience::insist;
 use crate::repo::{BackupId, Budget, Manifest, Reader};
 
 use super::advised;
@@ -363,7 +364,8 @@ impl Delivery<'_> {
         self.make_folder(&wal)?;
         self.make_folder(&wal.join("archive_status"))?;
         for timeline in &self.plan.histories {
-            let content = self.reader.repository().history_file(*timeline).await?;
+            let repository = self.reader.repository();
+            let content = insist(repository.clock(), || repository.history_file(*timeline)).await?;
             let name = timeline.history_file_name();
             self.write(&wal.join(&name), &content)?;
             self.mark_archived(&name)?;
@@ -403,7 +405,7 @@ impl Delivery<'_> {
         let wanted = segments::of_pieces(pieces, self.plan.wal_segment_bytes);
         let size = self.plan.wal_segment_bytes;
         self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
-        let source = RepositoryWal::new(self.reader);
+        let source = RepositoryWal::of_restore(self.reader);
         let identity =
             Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
         let replayed = self.plan.backup.start_lsn..self.replay_end();
