@@ -13,8 +13,7 @@
 //!
 //! # Durability
 //! [`Directory::finish`] returns when the file systems of the data directory and of every tablespace
-//! have written everything out (`syncfs`, on descriptors opened before the first write, so that a write
-//! error in between is reported there) and only then renamed the marker and synced both folders.
+//! have written everything out (see `syncing`) and only then renamed the marker and synced both folders.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -29,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Kind, Result};
 
 mod remains;
+mod syncing;
 
 /// Name of the file that marks an unfinished restore.
 pub const MARKER: &str = "tidemark.restoring";
@@ -240,8 +240,8 @@ pub struct Directory {
     path: PathBuf,
     marker: File,
     owner: Option<Owner>,
-    /// One descriptor in each file system written to, for `syncfs`.
-    synced: Vec<File>,
+    /// The data directory and those of tablespaces.
+    written: Vec<syncing::Written>,
 }
 
 impl Directory {
@@ -267,12 +267,12 @@ impl Directory {
             }
         };
         lock(&file, &path)?;
-        let mut this = Self { path, marker: file, owner, synced: Vec::new() };
+        let mut this = Self { path, marker: file, owner, written: Vec::new() };
         this.write_marker(marker)?;
-        this.synced.push(open_directory(&this.path)?);
+        this.written.push(syncing::Written::begin(&this.path)?);
         for place in &marker.tablespace_directories {
             make_directory(place, owner)?;
-            this.synced.push(open_directory(place)?);
+            this.written.push(syncing::Written::begin(place)?);
         }
         Ok(this)
     }
@@ -326,9 +326,7 @@ impl Directory {
     /// # Errors
     /// As the file system says; the directory is then still marked as incomplete.
     pub fn finish(mut self, control: &[u8], control_mode: u32) -> Result<()> {
-        for folder in &self.synced {
-            sync_file_system(folder).context(|| self.describe("write out all of"))?;
-        }
+        self.written.iter().try_for_each(syncing::Written::sync)?;
         self.fill_marker(control)?;
         let marker_path = self.path.join(MARKER);
         if let Some(owner) = self.owner {
@@ -346,18 +344,6 @@ impl Directory {
             });
             synced?;
         }
-        Ok(())
-    }
-}
-
-/// Writes out everything of the file system that `folder` is in.
-fn sync_file_system(folder: &File) -> std::io::Result<()> {
-    #[cfg(target_os = "linux")]
-    return rustix::fs::syncfs(folder).map_err(Into::into);
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = folder;
-        rustix::fs::sync();
         Ok(())
     }
 }

@@ -21,8 +21,8 @@
 //!   when it is whole, a directory when all of the restore is there ([`DirectoryModes`]).
 //!
 //! # Durability
-//! Nothing here is synced; [`Directory::finish`] writes out whole file systems before the directory
-//! becomes startable.
+//! Nothing here is synced; [`Directory::finish`] writes out whole file systems, or every file, before the
+//! directory becomes startable.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
