@@ -1,3 +1,5 @@
+//! Files asked for without a plan: of timelines that were left, at holes and at barriers.
+
 use std::path::PathBuf;
 
 use bytes::Bytes;
