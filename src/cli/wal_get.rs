@@ -13,10 +13,10 @@ use crate::restore::{self, WalGet, WalGetRequest};
 
 /// Fetch one WAL segment or history file: PostgreSQL's restore_command.
 ///
-/// Used as restore_command = 'tidemark wal-get %f %p'. Ends with status 1 when the repository does
-/// not hold the file, which ends recovery in good order, and with 200 when anything failed, which
-/// stops PostgreSQL instead of letting it end recovery early. A standby asks again and is told 1 in
-/// both cases.
+/// Used as restore_command = 'tidemark wal-get %f %p'. Ends with status 1 where the WAL of the
+/// repository ends, which ends recovery in good order, and with 200 when anything failed or WAL is
+/// missing before that, which stops PostgreSQL instead of letting it end recovery early. A standby
+/// asks again and is told 1 in both cases.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Name of the file wanted, PostgreSQL's %f.

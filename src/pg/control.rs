@@ -290,13 +290,13 @@ fn unknown_version(version: u32) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
     /// A file of this layout whose fields are recognisable, with a right CRC.
-    fn file(version: u32, catalog_version: u32) -> Vec<u8> {
+    pub(crate) fn file(version: u32, catalog_version: u32) -> Vec<u8> {
         let mut bytes = vec![0; PG_CONTROL_FILE_SIZE];
         let mut put = |offset: usize, value: &[u8]| {
             bytes[offset..offset + value.len()].copy_from_slice(value);

@@ -26,6 +26,7 @@ pub mod marks;
 pub mod names;
 pub mod pack;
 pub mod packing;
+pub(crate) mod patience;
 mod process;
 pub mod reader;
 pub mod retention;

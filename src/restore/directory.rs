@@ -13,12 +13,11 @@
 //!
 //! # Durability
 //! [`Directory::finish`] returns when the file systems of the data directory and of every tablespace
-//! have written everything out (`syncfs`, on descriptors opened before the first write, so that a write
-//! error in between is reported there) and only then renamed the marker and synced both folders.
+//! have written everything out (see `syncing`) and only then renamed the marker and synced both folders.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
@@ -29,12 +28,16 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Kind, Result};
 
 mod remains;
+mod syncing;
 
 /// Name of the file that marks an unfinished restore.
 pub const MARKER: &str = "tidemark.restoring";
 
 /// The file without which PostgreSQL does not start.
 pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// Mode of the directories that are made above those of a restore for another account.
+const ANCESTOR_MODE: u32 = 0o755;
 
 /// How often, and how long apart, a lock is tried that somebody holds.
 const LOCK_TRIES: u32 = 10;
@@ -75,6 +78,17 @@ impl Owner {
     #[must_use]
     pub fn process_is_root() -> bool {
         rustix::process::geteuid().is_root()
+    }
+
+    /// Gives the directory that is at `path`, or that a link there points to, unless it has it.
+    fn give_directory(self, path: &Path) -> Result<()> {
+        let attempted = || format!("unable to change the owner of '{}'", path.display());
+        let folder = open_directory(path)?;
+        let found = folder.metadata().context(attempted)?;
+        if (found.uid(), found.gid()) == (self.uid, self.gid) {
+            return Ok(());
+        }
+        std::os::unix::fs::fchown(&folder, Some(self.uid), Some(self.gid)).context(attempted)
     }
 
     /// Gives `path` (not what a link points to) to this owner.
@@ -240,8 +254,8 @@ pub struct Directory {
     path: PathBuf,
     marker: File,
     owner: Option<Owner>,
-    /// One descriptor in each file system written to, for `syncfs`.
-    synced: Vec<File>,
+    /// The data directory and those of tablespaces.
+    written: Vec<syncing::Written>,
 }
 
 impl Directory {
@@ -267,12 +281,13 @@ impl Directory {
             }
         };
         lock(&file, &path)?;
-        let mut this = Self { path, marker: file, owner, synced: Vec::new() };
+        let mut this = Self { path, marker: file, owner, written: Vec::new() };
         this.write_marker(marker)?;
-        this.synced.push(open_directory(&this.path)?);
+        this.written.push(syncing::Written::begin(&this.path)?);
         for place in &marker.tablespace_directories {
             make_directory(place, owner)?;
-            this.synced.push(open_directory(place)?);
+            owner.map_or(Ok(()), |owner| owner.give_directory(place))?;
+            this.written.push(syncing::Written::begin(place)?);
         }
         Ok(this)
     }
@@ -326,9 +341,7 @@ impl Directory {
     /// # Errors
     /// As the file system says; the directory is then still marked as incomplete.
     pub fn finish(mut self, control: &[u8], control_mode: u32) -> Result<()> {
-        for folder in &self.synced {
-            sync_file_system(folder).context(|| self.describe("write out all of"))?;
-        }
+        self.written.iter().try_for_each(syncing::Written::sync)?;
         self.fill_marker(control)?;
         let marker_path = self.path.join(MARKER);
         if let Some(owner) = self.owner {
@@ -346,18 +359,6 @@ impl Directory {
             });
             synced?;
         }
-        Ok(())
-    }
-}
-
-/// Writes out everything of the file system that `folder` is in.
-fn sync_file_system(folder: &File) -> std::io::Result<()> {
-    #[cfg(target_os = "linux")]
-    return rustix::fs::syncfs(folder).map_err(Into::into);
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = folder;
-        rustix::fs::sync();
         Ok(())
     }
 }
@@ -401,12 +402,29 @@ fn make_directory(path: &Path, owner: Option<Owner>) -> Result<()> {
         )
     };
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(refused)?;
+        make_ancestors(parent, owner).map_err(refused)?;
     }
     DirBuilder::new().mode(0o700).create(path).map_err(refused)?;
     owner.map_or(Ok(()), |owner| owner.give(path))?;
     let parent = path.parent().map(open_directory).transpose()?;
     parent.map_or(Ok(()), |parent| parent.sync_all()).context(attempted)
+}
+
+/// Makes `path` and those above it where they are missing. Restored for another account they must let that
+/// one pass, whatever the umask of root says.
+fn make_ancestors(path: &Path, owner: Option<Owner>) -> std::io::Result<()> {
+    if owner.is_none() || path.is_dir() {
+        return fs::create_dir_all(path);
+    }
+    if let Some(parent) = path.parent() {
+        make_ancestors(parent, owner)?;
+    }
+    match fs::create_dir(path) {
+        Ok(()) => fs::set_permissions(path, Permissions::from_mode(ANCESTOR_MODE)),
+        // Somebody else has made it meanwhile, and says who may pass.
+        Err(_) if path.is_dir() => Ok(()),
+        refused => refused,
+    }
 }
 
 fn check_empty_places(places: &[PathBuf]) -> Result<()> {
@@ -488,6 +506,25 @@ mod tests {
         let error = Directory::claim(&fresh, &marker(&[space.path()]), None).unwrap_err();
         assert!(error.message().contains("tablespace"), "{error}");
         assert!(!fresh.join(MARKER).exists());
+    }
+
+    #[test]
+    fn an_empty_directory_for_a_tablespace_is_given_to_the_owner() {
+        // Nobody else can give it away.
+        if !Owner::process_is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (space, link) = (dir.path().join("space"), dir.path().join("link"));
+        fs::create_dir(&space).unwrap();
+        std::os::unix::fs::symlink(&space, &link).unwrap();
+        let owner = Owner { uid: 12_345, gid: 12_346 };
+        let data = dir.path().join("a/b/data");
+        drop(Directory::claim(&data, &marker(&[&link]), Some(owner)).unwrap());
+        let found = fs::metadata(&space).unwrap();
+        assert_eq!((found.uid(), found.gid()), (12_345, 12_346));
+        let above = fs::metadata(dir.path().join("a")).unwrap();
+        assert_eq!((above.mode() & 0o7777, above.uid()), (0o755, 0));
     }
 
     #[test]

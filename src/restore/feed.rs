@@ -15,9 +15,8 @@ use futures::StreamExt as _;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
-use crate::file;
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, LsnRange, SegmentNumber};
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
 use super::advised;
@@ -28,6 +27,8 @@ use super::run::STANDBY_SIGNAL;
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
 use super::tablespaces::Watch;
+
+mod unplanned;
 
 /// Bytes of WAL kept ahead of PostgreSQL: ten seconds of replay at a fair rate.
 const AHEAD_BYTES: u64 = 256 << 20;
@@ -41,8 +42,6 @@ const START_MAX: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(3);
 /// Pause between two looks by who fetches ahead.
 const REST: Duration = Duration::from_millis(20);
-/// Most timelines that are tried for a newer one, as PostgreSQL does in `findNewestTimeLine`.
-const NEWER_TIMELINES_MAX: u32 = 1000;
 
 /// What `restore_command` is asked for.
 #[derive(Clone, Debug)]
@@ -101,7 +100,8 @@ where
 #[must_use]
 pub fn asks_again(request: &WalGetRequest) -> bool {
     let Ok(wal_directory) = wal_directory_of(&request.path) else { return false };
-    let is_standby = wal_directory.join("..").join(STANDBY_SIGNAL).exists();
+    let Ok(data) = data_directory_of(&request.path) else { return false };
+    let is_standby = data.join(STANDBY_SIGNAL).exists();
     is_standby && matches!(Folder::of(&wal_directory).settings(), Ok(None))
 }
 
@@ -110,6 +110,14 @@ fn wal_directory_of(path: &Path) -> Result<PathBuf> {
         Error::new(Kind::Usage, format!("unable to put a WAL file at '{}'", path.display()))
             .hint("Use it as restore_command = 'tidemark wal-get %f %p'.")
     })
+}
+
+/// The data directory whose `pg_wal` a file is put into. By the names of the path: `pg_wal` may be a link
+/// to another volume (`initdb --waldir`), and what is above that volume is not the data directory.
+fn data_directory_of(path: &Path) -> Result<PathBuf> {
+    let whole = std::path::absolute(path)
+        .context(|| format!("unable to find the data directory around '{}'", path.display()))?;
+    Ok(whole.ancestors().nth(2).unwrap_or(Path::new("/")).to_path_buf())
 }
 
 /// A request in a data directory that a restore has made.
@@ -129,6 +137,8 @@ impl Planned<'_> {
         if folder.hand_over(&request.name, &request.path)? {
             return Ok(Some(WalGet::Found));
         }
+        // Why an earlier attempt ended says nothing about this one: the store may be back.
+        folder.take_failure()?;
         folder.want(&request.name, std::process::id())?;
         let mut patience = clock.instant();
         loop {
@@ -243,7 +253,7 @@ pub(crate) struct FetchAhead<'a> {
 impl FetchAhead<'_> {
     /// Fetches from segment `first` on, as [`prefetch`].
     pub(crate) async fn run(&self, first: SegmentNumber) -> Result<()> {
-        let Some(_lock) = self.folder.lock()? else { return Ok(()) };
+        let Some(_lock) = self.folder.lock_for_long().await? else { return Ok(()) };
         self.folder.clear_unfinished()?;
         // A failure of an earlier attempt says nothing about this one.
         self.folder.take_failure()?;
@@ -366,7 +376,7 @@ impl Feeder {
             return Err(Error::new(Kind::Conflict, message)
                 .hint("Use the repository that the cluster was restored from."));
         }
-        Ok(Self::without_plan(reader))
+        Ok(Self { source: RepositoryWal::of_restore(reader), owner: None })
     }
 
     /// Writes segment `number` of a plan to `path`, for the server in a data directory.
@@ -400,92 +410,6 @@ impl Feeder {
         watch.see(path.to_path_buf(), segment.known()).await.map(drop)
     }
 
-    /// Gives whatever the repository has under that name now.
-    async fn serve(&self, request: &WalGetRequest) -> Result<WalGet> {
-        if let Some(number) = request.name.strip_suffix(".history") {
-            let number = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new);
-            return match number {
-                Some(timeline) => self.serve_history(timeline, &request.path).await,
-                None => Ok(WalGet::NotThere),
-            };
-        }
-        let size = self.segment_size(&request.path)?;
-        let Some((timeline, number)) = size.parse_file_name(&request.name) else {
-            return Ok(WalGet::NotThere);
-        };
-        let Some(whole) = size.range_of(number) else { return Ok(WalGet::NotThere) };
-        let path = self.path_through(timeline).await?;
-        // A timeline that another one left at some point is given up to that point.
-        let part_end = path.iter().find(|part| part.timeline == timeline).and_then(|part| part.end);
-        let end = part_end.map_or(whole.end(), |end| end.min(whole.end()));
-        let Some(wanted) = LsnRange::new(whole.start(), end).filter(|range| !range.is_empty())
-        else {
-            return Ok(WalGet::NotThere);
-        };
-        let chain = self.chain(&path, wanted, whole.start()).await?;
-        if chain.timeline_before(chain.end()) != Some(timeline) {
-            return Ok(WalGet::NotThere);
-        }
-        let pieces = chain.pieces().to_vec();
-        let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
-        let identity =
-            Identity { system_id: self.repository().system_id(), size, owner: self.owner };
-        let written = segments::write(&self.source, &segment, &request.path, identity).await;
-        if written.is_err() {
-            // PostgreSQL must not find half a segment, and does not look once it is told to stop.
-            drop(fs::remove_file(&request.path));
-        }
-        written.map(|()| WalGet::Found)
-    }
-
-    async fn serve_history(&self, timeline: TimelineId, path: &Path) -> Result<WalGet> {
-        match self.repository().history_file(timeline).await {
-            Ok(content) => {
-                let written = fs::write(path, &content);
-                if written.is_err() {
-                    drop(fs::remove_file(path));
-                }
-                written.context(|| format!("unable to write '{}'", path.display()))?;
-                Ok(WalGet::Found)
-            }
-            Err(error) if error.kind() == Kind::NotFound => Ok(WalGet::NotThere),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The path of the newest timeline that descends from `timeline`, found as PostgreSQL finds it.
-    async fn path_through(&self, timeline: TimelineId) -> Result<Vec<PathPart>> {
-        let mut path = match self.history(timeline).await? {
-            Some(history) => history.path(),
-            None => TimelineHistory::first_timeline_only(timeline).path(),
-        };
-        for number in (timeline.get() + 1..).take(NEWER_TIMELINES_MAX as usize) {
-            let Some(newer) = TimelineId::new(number) else { break };
-            let Some(history) = self.history(newer).await? else { break };
-            if history.entries().iter().any(|entry| entry.timeline == timeline) {
-                path = history.path();
-            }
-        }
-        Ok(path)
-    }
-
-    async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>> {
-        match self.repository().history(timeline).await {
-            Ok(history) => Ok(Some(history)),
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Size of the server's segments, by the data directory around `path`.
-    fn segment_size(&self, path: &Path) -> Result<SegmentSize> {
-        let wal_directory = wal_directory_of(path)?;
-        let control = wal_directory.join("..").join(crate::pg::control::XLOG_CONTROL_FILE);
-        let bytes = file::read(&control, crate::pg::control::PG_CONTROL_FILE_SIZE as u64)
-            .context(|| format!("unable to read '{}'", control.display()))?;
-        Ok(crate::pg::control::ControlFile::decode(&bytes)?.wal_segment_size)
-    }
-
     /// What the repository holds now of `wanted`, all of it in one segment, along `path`; from
     /// `first_needed` on where what is before it was never stored.
     async fn chain(&self, path: &[PathPart], wanted: LsnRange, first_needed: Lsn) -> Result<Chain> {
@@ -496,7 +420,8 @@ impl Feeder {
                 continue;
             }
             // None crosses the start of a segment, so all that hold a byte of it begin inside.
-            extents.extend(list_extents(self.repository(), part.timeline, wanted).await?);
+            let list = || list_extents(self.repository(), part.timeline, wanted);
+            extents.extend(self.source.ask(list).await?);
         }
         let wal = WalCatalog::new(extents);
         let page = first_needed.align_down(super::scan::WAL_PAGE_BYTES);
@@ -516,6 +441,87 @@ impl Feeder {
 mod tests {
     use super::super::handover::tests::settings;
     use super::*;
+    use crate::pg::{SegmentSize, SystemId, TimelineHistory, TimelineId};
+    use crate::repo::{Encryption, ExtentBuilder, Level};
+    use crate::store::memory::{Faults, Memory};
+
+    /// A repository with two segments, and a data directory into which a plan hands them over.
+    struct Scene {
+        clock: Clock,
+        memory: Memory,
+        reader: Reader,
+        _data: tempfile::TempDir,
+        folder: Folder,
+        settings: Settings,
+        request: WalGetRequest,
+    }
+
+    impl Scene {
+        async fn new() -> Self {
+            let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
+            let (memory, repository) = Repository::in_memory(&clock).await;
+            let writer = repository.writer(&Encryption::None).await.unwrap();
+            for start in [0x300_0000, 0x310_0000] {
+                let (first, level) = (TimelineId::FIRST, Level::default());
+                let mut builder = ExtentBuilder::new(&writer, first, Lsn(start), level).unwrap();
+                builder.push(vec![7; 1 << 20].into()).unwrap();
+                writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
+            }
+            let size = SegmentSize::new(1 << 20).unwrap();
+            let path = TimelineHistory::first_timeline_only(TimelineId::FIRST).path();
+            let span = LsnRange::new(Lsn(0x300_0028), Lsn(0x320_0000)).unwrap();
+            let settings = Settings::new("main".into(), SystemId(7), size, &path, span);
+            let data = tempfile::tempdir().unwrap();
+            let folder = Folder::of(&data.path().join("pg_wal"));
+            folder.create(&settings).unwrap();
+            let path = data.path().join("pg_wal/RECOVERYXLOG");
+            let request = WalGetRequest { name: settings.segment_name(0x30).unwrap(), path };
+            let reader = repository.reader(Vec::new());
+            Self { clock, memory, reader, _data: data, folder, settings, request }
+        }
+
+        fn set_down(&self, down: bool) {
+            self.memory.set_faults(Faults { down, ..Faults::default() });
+        }
+
+        fn ahead(&self) -> FetchAhead<'_> {
+            FetchAhead {
+                folder: &self.folder,
+                owner: None,
+                settings: &self.settings,
+                reader: &self.reader,
+                when_idle: WhenIdle::End,
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_of_the_past_keeps_no_segment_away() {
+        let scene = Scene::new().await;
+        scene.folder.fail(&Error::new(Kind::Unavailable, "no store")).unwrap();
+        let open = async || Ok(scene.reader.clone());
+        let given = wal_get(&scene.request, &scene.clock, None, open).await.unwrap();
+        assert_eq!(given, WalGet::Found);
+        assert!(scene.request.path.exists());
+        assert!(scene.folder.take_failure().unwrap().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_of_minutes_ends_neither_who_fetches_ahead_nor_who_waits() {
+        let scene = Scene::new().await;
+        scene.set_down(true);
+        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
+        let waiting = wal_get(&scene.request, &scene.clock, None, never);
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(300)).await;
+            scene.set_down(false);
+        };
+        let ahead = scene.ahead();
+        let (fetched, given, ()) = tokio::join!(ahead.run(0x30), waiting, back);
+        assert_eq!(given.unwrap(), WalGet::Found);
+        fetched.unwrap();
+        assert!(scene.folder.spooled(&scene.settings.segment_name(0x31).unwrap()).exists());
+    }
 
     /// Asks a data directory with these notes for a segment that is on the way to the target.
     async fn asked(notes: &str) -> Result<WalGet> {
@@ -529,6 +535,24 @@ mod tests {
         let request = WalGetRequest { name, path: wal.join("RECOVERYXLOG") };
         let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
         wal_get(&request, &Clock::system(), None, never).await
+    }
+
+    #[test]
+    fn the_data_directory_is_above_the_name_of_pg_wal_and_not_above_what_it_links_to() {
+        let place = tempfile::tempdir().unwrap();
+        let (data, volume) = (place.path().join("data"), place.path().join("volume/wal"));
+        fs::create_dir_all(&data).unwrap();
+        fs::create_dir_all(&volume).unwrap();
+        std::os::unix::fs::symlink(&volume, data.join("pg_wal")).unwrap();
+        let path = data.join("pg_wal/RECOVERYXLOG");
+        let request = WalGetRequest { name: "000000010000000000000003".into(), path };
+        assert!(!asks_again(&request));
+        fs::write(data.join(STANDBY_SIGNAL), "").unwrap();
+        assert!(asks_again(&request));
+        // As PostgreSQL asks, in the data directory, and as somebody does in pg_wal itself.
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(data_directory_of(Path::new("pg_wal/RECOVERYXLOG")).unwrap(), here);
+        assert_eq!(data_directory_of(Path::new("x")).unwrap(), here.parent().unwrap());
     }
 
     #[tokio::test]

@@ -9,6 +9,8 @@
 //! footers of the pack being written and of the next, and the [`Cover`]s of files that are not whole yet.
 //! It does not grow with the number or size of files.
 //!
+//! Every request outlasts an outage of the store of minutes: a restore that gave up would begin anew.
+//!
 //! # Invariants
 //! - Every byte of every file is written once: blocks by their place, zeros by leaving a hole. When a
 //!   file is whole its CRC is compared with the one of the backup; a file that never becomes whole fails
@@ -19,10 +21,10 @@
 //!   when it is whole, a directory when all of the restore is there ([`DirectoryModes`]).
 //!
 //! # Durability
-//! Nothing here is synced; [`Directory::finish`] writes out whole file systems before the directory
-//! becomes startable.
+//! Nothing here is synced; [`Directory::finish`] writes out whole file systems, or every file, before the
+//! directory becomes startable.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -39,10 +41,11 @@ use crate::pg::backup_manifest::{BACKUP_MANIFEST, BackupManifest, ManifestFile};
 use crate::pg::control::{PG_CONTROL_FILE_SIZE, XLOG_CONTROL_FILE};
 use crate::pg::crc::crc32c;
 use crate::pg::{LsnRange, TimelineId, Version};
-use crate::repo::reader::Check;
+use crate::repo::patience::{Outage, insist};
+use crate::repo::reader::{Check, Run};
 use crate::repo::{
-    Budget, Entry, EntryKind, FilePath, FrameBatch, FrameRecord, Level, Manifest, PackFooter,
-    PackHandle, PackName, PackSummary, Pool, PoolOptions, Reader,
+    Budget, Entry, EntryKind, FetchedBatch, FilePath, FrameBatch, FrameRecord, Level, Manifest,
+    PackFooter, PackHandle, PackName, PackSummary, Pool, PoolOptions, Reader,
 };
 
 use super::cover::Cover;
@@ -177,11 +180,13 @@ struct OpenPack {
 }
 
 async fn open_pack(reader: &Reader, name: PackName, summary: PackSummary) -> Result<OpenPack> {
-    let handle = reader.pack(name).await?;
-    let footer = reader.pack_footer(&handle, summary.stored_bytes, summary.footer).await?;
+    let clock = reader.repository().clock();
+    let handle = insist(clock, || reader.pack(name)).await?;
+    let (place, bytes) = (summary.footer, summary.stored_bytes);
+    let footer = insist(clock, || reader.pack_footer(&handle, bytes, place)).await?;
     let mut sources = vec![handle];
     for source in &footer.sources {
-        sources.push(reader.pack(*source).await?);
+        sources.push(insist(clock, || reader.pack(*source)).await?);
     }
     Ok(OpenPack { footer, sources })
 }
@@ -237,7 +242,7 @@ async fn restore_run(
     let source = pack.sources.get(number as usize).ok_or_else(|| {
         Error::new(Kind::Bug, format!("a batch of source {number} that no footer names"))
     })?;
-    let mut run = reader.read_run(source, run).await?;
+    let mut run = RunOutlasting { reader, source, unread: run.into(), open: None };
     while let Some(fetched) = run.next().await? {
         let (tree, pack) = (Arc::clone(tree), Arc::clone(pack));
         pool.run(move |worker| {
@@ -248,6 +253,47 @@ async fn restore_run(
         .await??;
     }
     Ok(())
+}
+
+/// Batches that lie side by side, read by one request; where that breaks off, by another one from the first
+/// batch on that was not read.
+struct RunOutlasting<'a> {
+    reader: &'a Reader,
+    source: &'a PackHandle,
+    unread: VecDeque<FrameBatch>,
+    open: Option<Run<'a>>,
+}
+
+impl RunOutlasting<'_> {
+    /// The next batch, `None` after the last.
+    async fn next(&mut self) -> Result<Option<FetchedBatch>> {
+        let mut outage = Outage::new(self.reader.repository().clock());
+        loop {
+            match self.try_next().await {
+                Err(error) => {
+                    self.open = None;
+                    outage.outlast(error).await?;
+                }
+                read => return read,
+            }
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Option<FetchedBatch>> {
+        if self.unread.is_empty() {
+            return Ok(None);
+        }
+        let run = match &mut self.open {
+            Some(run) => run,
+            None => {
+                let batches = self.unread.iter().cloned().collect();
+                self.open.insert(self.reader.read_run(self.source, batches).await?)
+            }
+        };
+        let fetched = run.next().await?;
+        self.unread.pop_front();
+        Ok(fetched)
+    }
 }
 
 /// What is known of a file that is not whole yet.
@@ -602,8 +648,78 @@ impl FileList {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repo::Span;
+    use crate::clock::Clock;
+    use crate::pg::{Lsn, SegmentSize};
+    use crate::repo::packing::NoInspection;
+    use crate::repo::{
+        BackupId, BackupWriter, Encryption, FileMeta, ManifestFacts, PackOptions, Repository, Span,
+    };
     use crate::restore::directory::Marker;
+    use crate::store::memory::{Faults, Memory};
+
+    const SMALL: Budget = Budget {
+        thread_count: 2,
+        part_bytes: 5 << 20,
+        parts_max: 4,
+        blocks_max: 4,
+        extent_bytes_cut: 0,
+        extent_bytes_in_flight: 0,
+        extent_bytes_held: 0,
+        batch_bytes: 1 << 20,
+        batches_max: 2,
+    };
+
+    async fn put(backup: &mut BackupWriter, path: &str, content: Vec<u8>) {
+        let (path, size_bytes) = (FilePath::new(path).unwrap(), content.len() as u64);
+        backup.begin_file(FileMeta { path, mode: 0o600, mtime: 0, size_bytes }).await.unwrap();
+        backup.write(content.into()).await.unwrap();
+        backup.end_file().await.unwrap();
+    }
+
+    /// A backup with a file of these bytes.
+    async fn backed_up(content: &[u8]) -> (Memory, Reader, Manifest) {
+        let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        let time = "2026-11-22T10:00:00Z".parse().unwrap();
+        let id = BackupId::new(time, TimelineId::FIRST, Lsn(0x200_0028));
+        let pack_bytes = 512 << 20;
+        let options = PackOptions { budget: SMALL, level: Level::default(), pack_bytes };
+        let mut backup = writer.backup(id, options, Arc::new(NoInspection)).unwrap();
+        put(&mut backup, "base/1/2", content.to_vec()).await;
+        put(&mut backup, XLOG_CONTROL_FILE, vec![1; PG_CONTROL_FILE_SIZE]).await;
+        let facts = ManifestFacts {
+            postgres_version_num: 150_004,
+            segment_size: SegmentSize::DEFAULT,
+            end_timeline: TimelineId::FIRST,
+            end_lsn: Lsn(0x200_0100),
+            start_time: time,
+            end_time: time,
+            tablespaces: Vec::new(),
+            settings: std::collections::BTreeMap::new(),
+        };
+        let manifest = backup.finish_packs().await.unwrap().commit(facts).await.unwrap();
+        (memory, repository.reader(Vec::new()), manifest)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_that_fail_for_a_while_cost_nothing_but_time() {
+        // Bytes that do not compress.
+        let mut content = vec![0; 12 << 20];
+        blake3::Hasher::new().finalize_xof().fill(&mut content);
+        let (memory, reader, manifest) = backed_up(&content).await;
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("data");
+        let directory = Directory::claim(&root, &Marker::new("main", "b", &[]), None).unwrap();
+        let progress = Arc::default();
+        memory.set_faults(Faults { seed: 5, before_ppm: 500_000, ..Faults::default() });
+        let (places, budget) = (&[], &SMALL);
+        let (manifest, directory, progress) = (&manifest, &directory, &progress);
+        let files = Files { reader: &reader, manifest, directory, places, budget, progress };
+        let restored = restore(files).await.unwrap();
+        assert_eq!((restored.file_count, restored.control[0]), (2, 1));
+        assert!(fs::read(root.join("base/1/2")).unwrap() == content);
+    }
 
     fn mode_of(path: &Path) -> u32 {
         fs::metadata(path).unwrap().permissions().mode() & 0o7777

@@ -19,17 +19,20 @@
 //!   wrong on the way to a segment that is needed is an error, never the end of the WAL.
 //! - So the notes are believed only when they are whole: they name a timeline for every position from the
 //!   first to the last that is handed over. With a hole in them, or when they are gone, nothing is served.
-//! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it.
+//! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it. Both outlast
+//!   an outage of the store of minutes. Why fetching ahead has ended concerns who waits at that time: who
+//!   comes later has another try made.
 //!
 //! # Durability
 //! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
 //! whatever is lost here is fetched again.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +48,9 @@ const LOCK: &str = "prefetch.lock";
 const SPOOL: &str = "spool";
 const WANTED: &str = "wanted";
 const ERROR: &str = "error";
+/// How often, and how long apart, the lock is tried that somebody holds.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Version of `wal-get.json`.
 const FORMAT: u32 = 1;
 /// `wal-get.json` has one line a timeline.
@@ -264,19 +270,38 @@ impl Folder {
         Ok(names)
     }
 
-    /// Removes what a fetcher that died left behind.
+    /// Removes what a fetcher that died left behind. One that lives may be at work: who waits for a segment
+    /// fetches it himself when nobody else seems to.
     pub(crate) fn clear_unfinished(&self) -> Result<()> {
-        for name in self.spool()?.iter().filter(|name| name.ends_with(".part")) {
+        let is_left = |name: &&String| match name.strip_suffix(".part") {
+            Some(rest) => !rest.rsplit_once('.').is_some_and(|(_, pid)| is_of_another(pid)),
+            None => false,
+        };
+        for name in self.spool()?.iter().filter(is_left) {
             remove_if_there(&self.0.join(SPOOL).join(name))?;
         }
         Ok(())
+    }
+
+    /// As [`Folder::lock`], but told from who only [looks](Folder::is_fetched_ahead), which takes the lock
+    /// for an instant.
+    pub(crate) async fn lock_for_long(&self) -> Result<Option<File>> {
+        for _ in 1..LOCK_TRIES {
+            if let Some(locked) = self.lock()? {
+                return Ok(Some(locked));
+            }
+            tokio::time::sleep(LOCK_PAUSE).await;
+        }
+        self.lock()
     }
 
     /// Takes the place of the one that fetches ahead; `None` when somebody has it.
     pub(crate) fn lock(&self) -> Result<Option<File>> {
         let path = self.0.join(LOCK);
         let attempted = || format!("unable to lock '{}'", path.display());
-        let file = File::open(&path).context(attempted)?;
+        // For writing too: NFS locks a range of bytes for this, exclusively, and refuses to (EBADF) where
+        // nothing could be written.
+        let file = OpenOptions::new().read(true).write(true).open(&path).context(attempted)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -338,6 +363,14 @@ impl Folder {
         let error = Error::new(Kind::Unavailable, message);
         Ok(Some(if hint.is_empty() { error } else { error.hint(hint) }))
     }
+}
+
+/// Whether `pid` is of a process that runs and is not this one.
+fn is_of_another(pid: &str) -> bool {
+    let pid = pid.parse().ok().filter(|pid| u32::try_from(*pid) != Ok(std::process::id()));
+    let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return false };
+    // Of another user it may not even be asked.
+    rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {
@@ -453,9 +486,39 @@ pub(crate) mod tests {
         assert_eq!(folder.take_wanted().unwrap().as_deref(), Some("b"));
         assert_eq!(folder.take_wanted().unwrap(), None);
 
-        fs::write(folder.unfinished("c", 7), "").unwrap();
+        // No process has so great a number; the one that started this one lives.
+        let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get().cast_unsigned();
+        let own = std::process::id();
+        for (name, pid) in [("c", 0x7fff_fff0), ("c", own), ("d", parent)] {
+            fs::write(folder.unfinished(name, pid), "").unwrap();
+        }
         folder.clear_unfinished().unwrap();
-        assert!(folder.spool().unwrap().is_empty());
+        assert_eq!(folder.spool().unwrap(), [format!("d.{parent}.part")]);
+    }
+
+    #[test]
+    fn the_lock_is_open_for_writing() {
+        use rustix::fs::{OFlags, fcntl_getfl};
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        folder.create(&settings()).unwrap();
+        let held = folder.lock().unwrap().unwrap();
+        assert!(fcntl_getfl(&held).unwrap().contains(OFlags::RDWR));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_looks_whether_the_lock_is_held_keeps_nobody_from_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        folder.create(&settings()).unwrap();
+        let looking = folder.lock().unwrap().unwrap();
+        let (locked, ()) = tokio::join!(folder.lock_for_long(), async {
+            tokio::time::sleep(LOCK_PAUSE * 3).await;
+            drop(looking);
+        });
+        let held = locked.unwrap().unwrap();
+        assert!(folder.lock_for_long().await.unwrap().is_none());
+        drop(held);
     }
 
     #[test]

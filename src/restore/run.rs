@@ -14,6 +14,7 @@ use crate::file;
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SystemId};
+use crate::repo::patience::insist;
 use crate::repo::{BackupId, Budget, Manifest, Reader};
 
 use super::advised;
@@ -182,7 +183,11 @@ pub async fn run(
             notes,
         })
     };
-    fill.await.map_err(advised).map_err(|error: Error| {
+    let filled = match fill.await {
+        Err(error) => Err(removed_meanwhile(error, reader, plan.backup.id).await),
+        filled => filled,
+    };
+    filled.map_err(advised).map_err(|error: Error| {
         match options.into.join(directory::MARKER).exists() {
             true => error.further_hint(&format!(
                 "'{}' is incomplete and PostgreSQL does not start on it; the next restore into it \
@@ -192,6 +197,21 @@ pub async fn run(
             false => error,
         }
     })
+}
+
+/// An error about something that is not there, with what became of the backup if that is gone.
+async fn removed_meanwhile(error: Error, reader: &Reader, id: BackupId) -> Error {
+    if error.kind() != Kind::NotFound {
+        return error;
+    }
+    // Whoever removes a backup begins with its manifest.
+    match reader.manifest(id).await {
+        Err(manifest) if manifest.kind() == Kind::NotFound => error.hint(format!(
+            "Backup '{id}' was removed meanwhile, by retention most likely. Restore from another one \
+             ('tidemark list' shows them); to keep that for as long as it takes: tidemark hold ID."
+        )),
+        _ => error,
+    }
 }
 
 fn check_options(plan: &Plan, options: &Options) -> Result<()> {
@@ -363,7 +383,8 @@ impl Delivery<'_> {
         self.make_folder(&wal)?;
         self.make_folder(&wal.join("archive_status"))?;
         for timeline in &self.plan.histories {
-            let content = self.reader.repository().history_file(*timeline).await?;
+            let repository = self.reader.repository();
+            let content = insist(repository.clock(), || repository.history_file(*timeline)).await?;
             let name = timeline.history_file_name();
             self.write(&wal.join(&name), &content)?;
             self.mark_archived(&name)?;
@@ -403,7 +424,7 @@ impl Delivery<'_> {
         let wanted = segments::of_pieces(pieces, self.plan.wal_segment_bytes);
         let size = self.plan.wal_segment_bytes;
         self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
-        let source = RepositoryWal::new(self.reader);
+        let source = RepositoryWal::of_restore(self.reader);
         let identity =
             Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
         let replayed = self.plan.backup.start_lsn..self.replay_end();
@@ -494,6 +515,22 @@ impl Delivery<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Clock;
+    use crate::pg::TimelineId;
+    use crate::repo::Repository;
+
+    #[tokio::test]
+    async fn a_backup_that_is_removed_while_it_is_restored_is_told_from_a_damaged_one() {
+        let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
+        let (_, repository) = Repository::in_memory(&clock).await;
+        let reader = repository.reader(Vec::new());
+        let id = BackupId::new(clock.now(), TimelineId::FIRST, Lsn(0x200_0028));
+        let missing = Error::new(Kind::NotFound, "no pack");
+        let told = removed_meanwhile(missing, &reader, id).await;
+        assert!(told.hint_text().unwrap().contains("tidemark hold"), "{told:?}");
+        let damaged = Error::new(Kind::Corrupt, "a bad pack");
+        assert_eq!(removed_meanwhile(damaged, &reader, id).await.hint_text(), None);
+    }
 
     #[test]
     fn a_read_only_configuration_file_is_replaced_and_stays_read_only() {

@@ -7,20 +7,50 @@ use bytes::{Bytes, BytesMut};
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize};
 use crate::repo::names::EXTENT_PLAIN_BYTES_MAX;
+use crate::repo::patience::insist;
 use crate::repo::{ExtentName, Reader, Repository, WalCatalog};
 
 use super::scan::WalSource;
+
+/// How often a request is made whose answer does not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asks {
+    /// Once: somebody waits for the answer, or asks again by himself.
+    Once,
+    /// For as long as a store is given to come back ([`patience`](crate::repo::patience)).
+    UntilAnswered,
+}
 
 /// Reads extents, also those that compaction has joined since they were listed.
 #[derive(Debug)]
 pub(crate) struct RepositoryWal {
     reader: Reader,
+    asks: Asks,
 }
 
 impl RepositoryWal {
     /// The WAL that `reader` can open.
     pub(crate) fn new(reader: &Reader) -> Self {
-        Self { reader: reader.clone() }
+        Self { reader: reader.clone(), asks: Asks::Once }
+    }
+
+    /// The same for a restore, which has begun and would begin anew.
+    pub(crate) fn of_restore(reader: &Reader) -> Self {
+        Self { reader: reader.clone(), asks: Asks::UntilAnswered }
+    }
+
+    /// Makes a request of the repository, as often as it is worth.
+    ///
+    /// # Errors
+    /// Those of the request.
+    pub(crate) async fn ask<T, F>(&self, request: impl Fn() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        match self.asks {
+            Asks::Once => request().await,
+            Asks::UntilAnswered => insist(self.repository().clock(), request).await,
+        }
     }
 
     pub(crate) fn repository(&self) -> &Repository {
@@ -60,13 +90,13 @@ fn part<'a>(plain: &'a [u8], extent: &ExtentName, (from, until): (Lsn, Lsn)) -> 
 impl WalSource for RepositoryWal {
     fn extent(&self, name: &ExtentName) -> impl Future<Output = Result<Bytes>> + Send {
         let name = *name;
-        async move {
+        self.ask(move || async move {
             match self.reader.extent(&name).await {
                 Err(error) if error.kind() == Kind::NotFound => {
                     self.read_successors(&name, error).await
                 }
                 other => other,
             }
-        }
+        })
     }
 }

@@ -27,6 +27,9 @@ use super::scan::{WAL_PAGE_BYTES, blocking};
 /// (`TABLESPACE_VERSION_DIRECTORY`).
 const VERSION_FOLDER: &str = "PG_";
 
+/// Bytes of a segment that are read at a time: a segment may have a gibibyte.
+const LOOK_BYTES: usize = 1 << 20;
+
 /// Looks for such records.
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -67,19 +70,23 @@ impl Watch {
             let page = Lsn(known.start().0.next_multiple_of(WAL_PAGE_BYTES));
             Scanner::new(self.size, page).with_crc_check(CrcCheck::None)
         });
-        let from = scanner.position();
-        let offset = from.saturating_since(self.size.start_of(from));
-        let length = usize::try_from(known.end().saturating_since(from)).unwrap_or(0);
-        let mut bytes = vec![0; length];
-        File::open(path)
-            .and_then(|file| file.read_exact_at(&mut bytes, offset))
-            .context(attempted)?;
+        let file = File::open(path).context(attempted)?;
+        let mut bytes = Vec::new();
         let mut created = Vec::new();
-        let fed = scanner.feed(&bytes, &mut |landmark| {
-            if let Landmark::Tablespace { oid, path, range } = landmark {
-                created.push((oid, path, range.start()));
+        let mut fed = Ok(());
+        for piece in pieces(scanner.position(), known.end()) {
+            bytes.resize(usize::try_from(piece.len_bytes()).unwrap_or(0), 0);
+            let offset = piece.start().saturating_since(self.size.start_of(piece.start()));
+            file.read_exact_at(&mut bytes, offset).context(attempted)?;
+            fed = scanner.feed(&bytes, &mut |landmark| {
+                if let Landmark::Tablespace { oid, path, range } = landmark {
+                    created.push((oid, path, range.start()));
+                }
+            });
+            if fed.is_err() {
+                break;
             }
-        });
+        }
         self.scanner = fed.is_ok().then_some(scanner);
         created.into_iter().try_for_each(|(oid, place, lsn)| self.check(oid, place, lsn))
     }
@@ -114,6 +121,14 @@ impl Watch {
     }
 }
 
+/// The WAL from `start` to `end` in pieces that are read at a time.
+fn pieces(start: Lsn, end: Lsn) -> impl Iterator<Item = LsnRange> {
+    let starts = (start.0..end.0).step_by(LOOK_BYTES);
+    starts.filter_map(move |from| {
+        LsnRange::new(Lsn(from), Lsn(from.saturating_add(LOOK_BYTES as u64)).min(end))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,6 +139,36 @@ mod tests {
     fn create(craft: &mut Craft, oid: u32, place: &Path) -> LsnRange {
         let path = place.to_str().unwrap().as_bytes();
         craft.main_data((5, 0), 7, &[&oid.to_le_bytes()[..], path, b"\0"].concat())
+    }
+
+    #[test]
+    fn a_segment_is_read_in_pieces_and_a_record_across_two_is_seen() {
+        let known = (Lsn(0x4000_2000), Lsn(0x8000_0000));
+        let (mut reached, mut bytes_max) = (known.0, 0);
+        for piece in pieces(known.0, known.1) {
+            assert_eq!(piece.start(), reached);
+            (reached, bytes_max) = (piece.end(), bytes_max.max(piece.len_bytes()));
+        }
+        assert_eq!((reached, bytes_max), (known.1, 1 << 20));
+        assert_eq!(pieces(known.1, known.0).count(), 0);
+
+        let folder = tempfile::tempdir().unwrap();
+        let (data, missing) = (folder.path().join("data"), folder.path().join("missing"));
+        let size = SegmentSize::new(4 << 20).unwrap();
+        let start = Lsn(0x400_0000);
+        let mut craft = Craft::new(15, size, start);
+        craft.filler((1 << 20) - 8192);
+        while start.0 + (1 << 20) - craft.position().0 > 64 {
+            craft.filler(8);
+        }
+        let record = create(&mut craft, 1, &missing);
+        let edge = Lsn(start.0 + (1 << 20));
+        assert!(record.start() < edge && edge < record.end(), "{record:?}");
+        let segment = folder.path().join("segment");
+        fs::write(&segment, &craft.bytes).unwrap();
+        let mut watch = Watch::new(size, &data, start..craft.position());
+        watch.look(&segment, LsnRange::new(start, craft.position()).unwrap()).unwrap();
+        assert_eq!(watch.into_missing(), [missing]);
     }
 
     #[test]

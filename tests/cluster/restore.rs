@@ -370,6 +370,36 @@ async fn read_only_files_and_directories_are_restored_by_an_account_that_modes_b
     assert_eq!(rows(&binaries, &target), [1]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_root_makes_for_a_restore_lets_the_account_of_the_server_pass() {
+    // Nobody else can give away what he makes.
+    let Some((uid, gid)) = Account::current().ids() else { return };
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    let old = Account::current().make_dir(server.home(), "space");
+    server.psql(&format!("create tablespace space location '{}'", old.display()));
+    server.psql("create table t tablespace space as select 1 as id");
+    let tidemark = Tidemark::with_directory();
+    tidemark.run(&["backup", "--postgres", &server.conninfo(), "--checkpoint", "fast"]).ok();
+    // Empty, and root's; the target is two directories below one that is there.
+    let space = tidemark.home().join("empty");
+    std::fs::create_dir(&space).unwrap();
+    let target = tidemark.home().join("new/deep/data");
+    let mapping = format!("{}={}", old.display(), space.display());
+    let mut restore = Command::new("sh");
+    restore
+        .args(["-c", "umask 077; exec \"$0\" \"$@\""])
+        .arg(Account::current().tidemark_binary())
+        .args(["restore", "--into", target.to_str().unwrap(), "--tablespace", &mapping])
+        .args(["--owner", &format!("{uid}:{gid}"), "--repository", tidemark.url()])
+        .env("HOME", tidemark.home());
+    let done = restore.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    // The socket of the server that looks at it goes beside the directory.
+    Account::current().give(target.parent().unwrap());
+    assert_eq!(rows(&binaries, &target), [1]);
+}
+
 /// The restored server that `--start` left running; stopped when dropped.
 struct Left {
     binaries: Binaries,

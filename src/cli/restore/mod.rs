@@ -31,8 +31,8 @@ use crate::restore::{
 /// How often a plain line says how far the restore is, where there is no terminal.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 /// What to do about a restore that was stopped before the directory was complete.
-const STOPPED_FILLING: &str =
-    "The directory cannot be started by accident; run the same command again to finish.";
+const STOPPED_FILLING: &str = "The directory cannot be started by accident. Run the same command again: it \
+     clears the directory and begins anew.";
 /// What to do about one that was stopped while PostgreSQL was replaying.
 const STOPPED_RECOVERY: &str = "The directory is complete and PostgreSQL was told to stop: start \
      PostgreSQL on it to go on to the target, or empty it to restore again.";

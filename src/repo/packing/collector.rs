@@ -12,7 +12,6 @@ use bytes::Bytes;
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 
-use super::patience::{self, outlast};
 use super::worker::{PartBuffer, PartFrame, keep_memory};
 use super::{Event, Item, ItemKind, OpenPack, PieceDone, Shared};
 use crate::clock::{Clock, Instant};
@@ -25,6 +24,7 @@ use crate::pipeline::{Level, Permit};
 use crate::repo::header::HEADER_BYTES;
 use crate::repo::manifest::{CHECKSUM_FAILURES_MAX, ChecksumFailure, PackSummary};
 use crate::repo::pack::{FOOTER_BYTES_MAX, FooterPlace, FrameRecord, PackFooter, Span, ZeroRun};
+use crate::repo::patience::{self, outlast};
 use crate::repo::writer::seal_blocks_from;
 use crate::store::{Multipart, ObjectName, PutOutcome, Store};
 

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::Shared;
 use super::collector::{Collected, TAKE_BACK_TIME};
-use super::patience::{self, outlast};
 use crate::error::{Context, Error, Kind, Result};
 use crate::repo::manifest::{BackupKind, ChecksumFailure, Manifest, ManifestFacts, PublicManifest};
 use crate::repo::names::{BackupId, Object, PackName};
+use crate::repo::patience::{self, outlast};
 use crate::store::PutOutcome;
 
 /// A manifest is refused so long after its last pack was put: the sweep takes packs without a

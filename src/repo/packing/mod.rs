@@ -31,7 +31,6 @@
 
 mod collector;
 mod commit;
-mod patience;
 #[cfg(test)]
 mod tests;
 mod worker;

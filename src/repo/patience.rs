@@ -1,8 +1,9 @@
-//! Requests of a backup that outlast an outage of the store.
+//! Requests of a backup or a restore that outlast an outage of the store.
 //!
 //! A store tries for seconds, as a person in front of a command wants it. Behind a backup are hours of
 //! work, so its requests are tried for minutes; the server waits meanwhile, for nothing is read from it
-//! while no buffer is free.
+//! while no buffer is free. Behind a restore are hours as well, and it begins from nothing when it is run
+//! again; a recovery that is fed with WAL stops when a segment is not to be had.
 //!
 //! # Invariants
 //! What was put is told from what was there before: a name that is taken after a try whose answer was
@@ -13,18 +14,68 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::clock::Clock;
-use crate::error::{Context, Result};
+use crate::clock::{Clock, Instant};
+use crate::error::{Context, Error, Result};
 use crate::store::{ObjectName, PutOutcome, Store};
 
-/// Longest outage that costs a backup nothing but time. As long as its WAL may stand still.
+/// Longest outage that costs nothing but time. As long as the WAL of a backup may stand still.
 const OUTAGE_MAX: Duration = Duration::from_secs(600);
 /// First pause after a failure; the store has tried again by itself before.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 /// Longest pause: the longest that a store which came back stays unnoticed.
 const PAUSE_MAX: Duration = Duration::from_secs(15);
 
+/// An outage, as one request meets it.
+#[derive(Debug)]
+pub(crate) struct Outage<'a> {
+    clock: &'a Clock,
+    begun: Instant,
+    pause: Duration,
+}
+
+impl<'a> Outage<'a> {
+    /// For a request that is about to be made for the first time.
+    pub(crate) fn new(clock: &'a Clock) -> Self {
+        Self { clock, begun: clock.instant(), pause: PAUSE_MIN }
+    }
+
+    /// Waits after a try that failed; then the request may be made again.
+    ///
+    /// # Errors
+    /// The error of that try, when it is for good or the outage was too long.
+    pub(crate) async fn outlast(&mut self, error: Error) -> Result<()> {
+        let waited = self.clock.instant().saturating_duration_since(self.begun);
+        if !error.is_transient() || waited + self.pause > OUTAGE_MAX {
+            return Err(error);
+        }
+        tracing::warn!("{error}; trying again for {} s so far", waited.as_secs());
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(())
+    }
+}
+
 /// Makes a request until it succeeds, fails for good, or the outage was too long.
+///
+/// # Errors
+/// Those of the request.
+///
+/// # Cancel safety
+/// As the request.
+pub(crate) async fn insist<T, F: Future<Output = Result<T>>>(
+    clock: &Clock,
+    request: impl Fn() -> F,
+) -> Result<T> {
+    let mut outage = Outage::new(clock);
+    loop {
+        match request().await {
+            Ok(done) => return Ok(done),
+            Err(error) => outage.outlast(error).await?,
+        }
+    }
+}
+
+/// As [`insist`], for a request that does not say itself what was `attempted`.
 ///
 /// # Errors
 /// Those of the request, with what was `attempted`.
@@ -36,21 +87,8 @@ pub(super) async fn outlast<T, F: Future<Output = Result<T>>>(
     attempted: impl Fn() -> String,
     request: impl Fn() -> F,
 ) -> Result<T> {
-    let begun = clock.instant();
-    let mut pause = PAUSE_MIN;
-    loop {
-        let error = match request().await {
-            Err(error) if error.is_transient() => error,
-            done => return done.context(attempted),
-        };
-        let waited = clock.instant().saturating_duration_since(begun);
-        if waited + pause > OUTAGE_MAX {
-            return Err(error.context(attempted()));
-        }
-        tracing::warn!("{}: {error}; trying again for {} s so far", attempted(), waited.as_secs());
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE_MAX);
-    }
+    let (attempted, request) = (&attempted, &request);
+    insist(clock, || async move { request().await.context(attempted) }).await
 }
 
 /// Puts an object in one request, however often its answer is lost.
