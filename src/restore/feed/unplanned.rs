@@ -38,7 +38,7 @@ const NEWER_TIMELINES_MAX: u32 = 1000;
 const GAP_LOOKS: u32 = 10;
 const GAP_PAUSE: Duration = Duration::from_secs(1);
 /// What to do where WAL leads no further.
-const ENDS_EARLY: &str = "Recovery would end there as if it were the end of the WAL. 'tidemark list' shows     what can be restored: use 'tidemark restore' to a target before that place, or a backup taken after it.";
+const ENDS_EARLY: &str = "Recovery would end there as if it were the end of the WAL. 'tidemark list' shows what can be restored: use 'tidemark restore' to a target before that place, or a backup taken after it.";
 
 /// What a server does where its WAL ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
