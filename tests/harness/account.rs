@@ -101,6 +101,8 @@ impl Account {
             std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
             let fresh = dir.join(format!("tidemark.{}", std::process::id()));
             std::fs::copy(&built, &fresh).unwrap();
+            // Whatever the umask was when it was built.
+            std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755)).unwrap();
             let path = dir.join("tidemark");
             std::fs::rename(&fresh, &path).unwrap();
             path
