@@ -38,7 +38,8 @@ impl Account {
         self.ids
     }
 
-    /// A command that will run as this account, without the caller's settings for PostgreSQL, S3 and us.
+    /// A command that will run as this account, without the caller's settings for PostgreSQL, S3 and us, and
+    /// with messages in English.
     pub fn command(self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         for (name, _) in std::env::vars_os() {
@@ -47,6 +48,7 @@ impl Account {
                 command.env_remove(&name);
             }
         }
+        command.env_remove("LC_ALL").env_remove("LANGUAGE").env("LC_MESSAGES", "C");
         if let Some((uid, gid)) = self.ids {
             command.uid(uid).gid(gid).env("HOME", "/tmp");
         }
