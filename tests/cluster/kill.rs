@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::harness::commit::commit_seed;
 use crate::harness::postgres::Stop;
 use crate::harness::{Binaries, Postgres, Settings, Tidemark};
 
@@ -36,10 +37,8 @@ async fn write(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_acknowledged_commit_is_lost_when_the_sidecar_is_killed_again_and_again() {
     let kills: u32 = std::env::var("TIDEMARK_TEST_KILLS").map_or(50, |text| text.parse().unwrap());
-    let seed: u64 = std::env::var("TIDEMARK_TEST_SEED").map_or_else(
-        |_| std::time::UNIX_EPOCH.elapsed().unwrap().as_secs(),
-        |text| text.parse().unwrap(),
-    );
+    let seed: u64 = std::env::var("TIDEMARK_TEST_SEED")
+        .map_or_else(|_| commit_seed(), |text| text.parse().unwrap());
     println!("TIDEMARK_TEST_SEED={seed}");
     let mut random = seed | 1;
     let binaries = Binaries::of_this_run();

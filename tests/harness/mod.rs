@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod account;
+pub mod commit;
 pub mod postgres;
 pub mod proxy;
 pub mod room;
