@@ -228,7 +228,7 @@ fn compare(binaries: &Binaries, folder: &Path, case: &Case, tally: &mut Tally) -
 #[test]
 fn we_and_pg_waldump_accept_the_same_wal_however_it_was_mutated() {
     let binaries = Binaries::of_this_run();
-    if !binaries.has("pg_waldump") {
+    if !binaries.brings("pg_waldump", "on mutated WAL") {
         return;
     }
     let major = binaries.major();

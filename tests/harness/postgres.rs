@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::Account;
+use super::{Account, not_run};
 
 /// An installed PostgreSQL.
 #[derive(Clone, Debug)]
@@ -60,6 +60,15 @@ impl Binaries {
     /// Whether this installation has `program`; some bring only the server.
     pub fn has(&self, program: &str) -> bool {
         self.dir.join(program).exists()
+    }
+
+    /// Whether this installation has a program that checks something; says so where it has not.
+    pub fn brings(&self, program: &str, what: &str) -> bool {
+        let found = self.has(program);
+        if !found {
+            not_run(&format!("{program}, {what}: PostgreSQL {} has none here", self.major));
+        }
+        found
     }
 
     /// A command that runs `program` of this installation as the tests' account.
