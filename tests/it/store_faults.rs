@@ -54,10 +54,13 @@ async fn a_rival_that_wins_between_two_tries_is_not_taken_for_us() {
     let (store, rival) = (open(&server, "p"), open(&server, "p"));
     // Our first try fails before anything is stored; the rival comes before the second.
     server.faults().add(Fault::new(Effect::error(500, "InternalError")).on(Op::PutObject).times(1));
-    server.faults().add(Fault::new(Effect::Delay { ms: 400 }).on(Op::PutObject).times(1));
+    let held_up = Fault::new(Effect::Delay { ms: 1500 }).on(Op::PutObject).times(1);
+    let held_up = server.faults().add(held_up);
     let name = name("a");
     let (ours, theirs) = tokio::join!(store.put_if_absent(&name, bytes("ours")), async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
+        while server.faults().hits(held_up) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         rival.put_if_absent(&name, bytes("them")).await
     });
     assert_eq!((ours.unwrap(), theirs.unwrap()), (PutOutcome::AlreadyThere, PutOutcome::Created));
