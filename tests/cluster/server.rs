@@ -14,6 +14,7 @@ fn a_server_survives_a_crash_and_a_standby_can_be_promoted() {
     let standby = primary.standby();
     standby.promote();
     assert_eq!(standby.psql("select * from t"), "1");
-    assert_eq!(standby.psql("select timeline_id from pg_control_checkpoint()"), "2");
+    // The checkpoint comes a while after the promotion.
+    standby.wait_for("select timeline_id from pg_control_checkpoint()", "2");
     primary.stop(Stop::Fast);
 }
