@@ -10,7 +10,9 @@ use crate::harness::{Binaries, Postgres, S3, Settings};
 /// Greatest commit time in the names of WAL objects, in microseconds since the Unix epoch.
 fn newest_commit_unix_micros(names: &[String]) -> Option<i64> {
     let times = names.iter().filter(|name| name.contains("/wal/") && !name.ends_with(".history"));
-    times.filter_map(|name| i64::from_str_radix(name.rsplit('-').next()?, 16).ok()).max()
+    let times = times.filter_map(|name| i64::from_str_radix(name.rsplit('-').next()?, 16).ok());
+    // It is 0 where none is known yet.
+    times.max().filter(|time| *time > 0)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
