@@ -182,11 +182,12 @@ fn raw_hashes(chars: &[char], i: usize) -> Option<usize> {
     (chars.get(i + 1 + hashes) == Some(&'"')).then_some(hashes)
 }
 
-/// Code without the unit tests at its end, which may reach for what they need.
+/// Code without the unit tests at its end, which may reach for what they need. A module of tests in a file
+/// of its own ends nothing.
 fn without_tests(code: &str) -> &str {
     let begins_tests = |at: &usize| {
         let mut rest = code[*at..].lines().skip(1).skip_while(|line| line.starts_with("#["));
-        rest.next().is_some_and(|line| line.starts_with("mod "))
+        rest.next().is_some_and(|line| line.contains("mod ") && !line.ends_with(';'))
     };
     let mut places = code.match_indices("#[cfg(test)]\n").map(|(at, _)| at);
     places.find(begins_tests).map_or(code, |at| &code[..at])

@@ -81,9 +81,14 @@ impl Stage {
     pub fn archive_with(&self, command: &str, timeout_s: u32) {
         let command = if command.is_empty() { "true" } else { command };
         self.postgres.psql(&format!("alter system set archive_command = '{command}'"));
+        self.segment_at_least_every(timeout_s);
+        std::thread::sleep(Duration::from_millis(500));
+    }
+
+    /// Sets `archive_timeout`, which counts without an `archive_command` as well; 0 is never.
+    pub fn segment_at_least_every(&self, timeout_s: u32) {
         self.postgres.psql(&format!("alter system set archive_timeout = {timeout_s}"));
         self.postgres.psql("select pg_reload_conf()");
-        std::thread::sleep(Duration::from_millis(500));
     }
 
     /// Removes the slots that peers left.

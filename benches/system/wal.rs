@@ -182,6 +182,8 @@ async fn observe(
 ) {
     make_table(stage);
     let Some(carrying) = Carrying::start(stage, peer, report) else { return };
+    // For a stream too: one that flushes whole segments would be measured by the length of the run.
+    stage.segment_at_least_every(ARCHIVE_TIMEOUT_S);
     let client = stage.postgres.client().await;
     let seen = match settle(&client, carrying.durable).await {
         Ok(()) => {

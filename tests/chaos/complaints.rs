@@ -4,6 +4,9 @@ use super::plan::{Kind, Plan};
 use super::sidecars::Exit;
 use super::stage::Stage;
 
+/// Exit status of a conflict.
+const CONFLICT: i32 = 7;
+
 /// Everything that no fault explains.
 pub fn unexpected(stage: &Stage) -> Vec<String> {
     let plan = &stage.plan;
@@ -13,13 +16,19 @@ pub fn unexpected(stage: &Stage) -> Vec<String> {
             found.push(format!("a sidecar ended in an unexpected way: {exit:?}"));
         }
     }
-    for name in ["run.log", "second.log"] {
-        let log = std::fs::read(stage.tidemark.home().join(name)).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
+    for (name, log) in logs(stage) {
         let odd = log.lines().filter(|line| is_complaint(line) && !explains(plan, line));
         found.extend(odd.map(|line| format!("unexpected in {name}: {line}")));
     }
     found
+}
+
+/// What the sidecars have said: the one under the supervisor, and its rivals.
+pub fn logs(stage: &Stage) -> [(&'static str, String); 2] {
+    ["run.log", "second.log"].map(|name| {
+        let log = std::fs::read(stage.tidemark.home().join(name)).unwrap_or_default();
+        (name, String::from_utf8_lossy(&log).into_owned())
+    })
 }
 
 /// Whether a line is a warning or an error.
@@ -57,7 +66,9 @@ const RULES: &[Rule] = &[
     ("unable to list", store),
     ("unable to put", store),
     ("stopped before the repository took all WAL", store),
-    ("stopped before the right to write was taken", |plan| plan.has(Kind::SidecarTerm)),
+    ("stopped before the right to write was taken", |plan| {
+        plan.has(Kind::SidecarTerm) || plan.has(Kind::Takeover) && store(plan)
+    }),
     ("the state of the replication slot cannot be watched", server),
 ];
 
@@ -71,7 +82,7 @@ fn server(plan: &Plan) -> bool {
 }
 
 fn store(plan: &Plan) -> bool {
-    plan.any(Kind::hits_store) || plan.has(Kind::SlotLost)
+    plan.any(Kind::keeps_store_away)
 }
 
 fn sidecar(plan: &Plan) -> bool {
@@ -83,9 +94,16 @@ fn late(plan: &Plan) -> bool {
     [Kind::SidecarStop, Kind::SidecarFreeze, Kind::Takeover].iter().any(|kind| plan.has(*kind))
 }
 
+/// One that had streamed waits for whatever is away: it ends when it is told to, and when another process
+/// has taken its lease.
 fn explains_exit(plan: &Plan, exit: &Exit) -> bool {
+    let rival = plan.has(Kind::SecondSidecar) || plan.has(Kind::Takeover);
+    if exit.had_streamed && !exit.asked {
+        return exit.code == Some(CONFLICT) && rival;
+    }
     match exit.code {
-        Some(0) => exit.asked,
+        // Done, or cancelled before it began.
+        Some(0 | 10) => exit.asked,
         // Config: it starts while there is no bucket of that name.
         Some(3) => plan.has(Kind::S3BucketGone),
         // Unavailable: the store, while the sidecar starts or stores its last WAL, or the lease.
@@ -94,10 +112,8 @@ fn explains_exit(plan: &Plan, exit: &Exit) -> bool {
         Some(5) => plan.has(Kind::S3Expired) || plan.has(Kind::S3Skew),
         // Not found.
         Some(6) => plan.has(Kind::S3BucketGone),
-        // Conflict: the lease ran out, or somebody else has it.
-        Some(7) => store(plan) || late(plan) || plan.has(Kind::SecondSidecar),
-        // Cancelled before it began.
-        Some(10) => exit.asked,
+        // The lease ran out, or somebody else has it.
+        Some(CONFLICT) => store(plan) || late(plan) || rival,
         _ => false,
     }
 }

@@ -10,6 +10,7 @@ use crate::harness::postgres::{Stop, process_state};
 use crate::harness::proxy::Fault as NetFault;
 
 use super::plan::{Fault, Kind};
+use super::sidecars::Supervised;
 use super::stage::{GapExpected, Stage};
 
 /// Longest that a server may take to come back by itself after one of its processes was killed.
@@ -27,32 +28,21 @@ pub fn make(stage: &Stage) {
             scope.spawn(move || {
                 std::thread::sleep(fault.at.saturating_sub(began.elapsed()));
                 stage.diary.note(format!("begins: {fault}"));
-                make_one(stage, fault);
-                stage.diary.note(format!("over: {}", fault.kind.name()));
+                let effective = make_one(stage, fault);
+                stage.effective.lock().unwrap().extend(effective.then_some(fault.kind));
+                let idle = if effective { "" } else { ", without effect" };
+                stage.diary.note(format!("over: {}{idle}", fault.kind.name()));
             });
         }
     });
 }
 
-fn make_one(stage: &Stage, fault: &Fault) {
+/// Makes a fault: whether it met what it is aimed at.
+fn make_one(stage: &Stage, fault: &Fault) -> bool {
     use Kind::*;
     match fault.kind {
-        SidecarKill => {
-            {
-                let _at_work = stage.sidecar.at_work();
-                stage.sidecar.kill();
-                stage.sidecar.resume_in(fault.lasts);
-            }
-            std::thread::sleep(fault.lasts);
-        }
-        SidecarTerm => {
-            {
-                let _at_work = stage.sidecar.at_work();
-                stage.sidecar.terminate();
-                stage.sidecar.resume_in(fault.lasts);
-            }
-            std::thread::sleep(fault.lasts);
-        }
+        SidecarKill => end_sidecar(stage, fault.lasts, Supervised::kill),
+        SidecarTerm => end_sidecar(stage, fault.lasts, |sidecar| sidecar.terminate().is_some()),
         SidecarStop => freeze(stage, fault.lasts, false),
         SidecarFreeze => freeze(stage, fault.lasts, true),
         SecondSidecar => second_sidecar(stage, fault.lasts),
@@ -65,7 +55,7 @@ fn make_one(stage: &Stage, fault: &Fault) {
         Promote => promote(stage, fault),
         SlotDrop => {
             let _hand = stage.take_hand();
-            drop_slot(stage, &stage.primary().1);
+            drop_slot(stage, &stage.primary().1) == Slot::Dropped
         }
         SlotDropGap => drop_slot_and_wal(stage, fault),
         SlotLost => lose_slot(stage, fault.lasts),
@@ -77,21 +67,33 @@ fn make_one(stage: &Stage, fault: &Fault) {
     }
 }
 
-fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
-    let Some(pid) = stage.sidecar.signal("STOP") else { return };
+/// Ends the sidecar, and lets another start after a while.
+fn end_sidecar(stage: &Stage, lasts: Duration, end: impl FnOnce(&Supervised) -> bool) -> bool {
+    let ended = {
+        let _at_work = stage.sidecar.at_work();
+        let ended = end(&stage.sidecar);
+        stage.sidecar.resume_in(lasts);
+        ended
+    };
+    std::thread::sleep(lasts);
+    ended
+}
+
+fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) -> bool {
+    let Some(pid) = stage.sidecar.signal("STOP") else { return false };
     let told_before = losses_told(stage);
     std::thread::sleep(lasts);
     if !stage.sidecar.is_running(pid) {
-        return;
+        return false;
     }
     let state = process_state(pid);
     stage.sidecar.signal("CONT");
     if state != Some('T') {
         stage.complain(format!("the sidecar was not frozen all the time: {state:?}"));
-        return;
+        return false;
     }
     if !beyond_lease {
-        return;
+        return true;
     }
     // Nobody could have told it that it still has the lease: it must say that it lost it, whether a
     // rival came or not, and may go on only with a new one.
@@ -101,6 +103,7 @@ fn freeze(stage: &Stage, lasts: Duration, beyond_lease: bool) {
     } else {
         stage.complain("a sidecar that was frozen for longer than its lease lives went on");
     }
+    true
 }
 
 /// How often sidecars have said that they lost the lease.
@@ -109,11 +112,11 @@ fn losses_told(stage: &Stage) -> usize {
     String::from_utf8_lossy(&log).matches("the lease of the cluster was lost").count()
 }
 
-fn second_sidecar(stage: &Stage, lasts: Duration) {
+fn second_sidecar(stage: &Stage, lasts: Duration) -> bool {
     let _at_work = stage.sidecar.at_work();
-    let undisturbed = !stage
-        .plan
-        .any(|kind| kind != Kind::SecondSidecar && (kind.hits_sidecar() || kind.hits_store()));
+    let undisturbed = !stage.plan.any(|kind| {
+        kind != Kind::SecondSidecar && (kind.hits_sidecar() || kind.keeps_store_away())
+    });
     let mut second = stage.sidecar.rival("second", &[]);
     let began = Instant::now();
     let mut status = None;
@@ -122,8 +125,10 @@ fn second_sidecar(stage: &Stage, lasts: Duration) {
         std::thread::sleep(Duration::from_millis(50));
     }
     let log = second.log();
-    match status.map(|status| status.code()) {
-        Some(Some(CONFLICT)) if log.contains("another writer is at work") => {
+    let code = status.map(|status| status.code());
+    let refused = code == Some(Some(CONFLICT)) && log.contains("another writer is at work");
+    match code {
+        _ if refused => {
             stage.fenced.lock().unwrap().push(Kind::SecondSidecar);
         }
         ended if undisturbed => {
@@ -134,11 +139,12 @@ fn second_sidecar(stage: &Stage, lasts: Duration) {
     if status.is_none() {
         second.terminate();
     }
+    refused
 }
 
-fn takeover(stage: &Stage, lease_ttl: Duration) {
+fn takeover(stage: &Stage, lease_ttl: Duration) -> bool {
     let _at_work = stage.sidecar.at_work();
-    let Some(pid) = stage.sidecar.signal("STOP") else { return };
+    let Some(pid) = stage.sidecar.signal("STOP") else { return false };
     let mut second = stage.sidecar.rival("second", &["--wait"]);
     let taken = |second: &crate::harness::sidecar::Process| second.log().contains("streaming ");
     let took_over = stage.wait(lease_ttl * 2 + Duration::from_secs(20), || {
@@ -154,7 +160,7 @@ fn takeover(stage: &Stage, lease_ttl: Duration) {
         } else {
             stage.complain("a sidecar whose lease was taken over went on");
         }
-    } else if still_first && !stage.plan.any(Kind::hits_store) {
+    } else if still_first && !stage.plan.any(Kind::keeps_store_away) {
         // Where another fault has ended the first one, who comes next is not settled yet.
         stage.complain(format!("the waiting sidecar did not take over:\n{}", second.log()));
     }
@@ -163,17 +169,20 @@ fn takeover(stage: &Stage, lease_ttl: Duration) {
         let code = second.terminate();
         stage.diary.note(format!("the second sidecar was told to end: {code:?}"));
     }
+    took_over && still_first
 }
 
-fn restart(stage: &Stage, down: Duration, stop: impl FnOnce(&Postgres)) {
+fn restart(stage: &Stage, down: Duration, stop: impl FnOnce(&Postgres)) -> bool {
     let _hand = stage.take_hand();
     let (_, server) = stage.primary();
+    let ran = server.pid().is_some();
     stop(&server);
     std::thread::sleep(down);
     server.run();
+    ran
 }
 
-fn kill_child(stage: &Stage, which: u64) {
+fn kill_child(stage: &Stage, which: u64) -> bool {
     let _hand = stage.take_hand();
     let (_, server) = stage.primary();
     let word = ["walwriter", "checkpointer", "INSERT"][which as usize % 3];
@@ -183,17 +192,21 @@ fn kill_child(stage: &Stage, which: u64) {
     std::thread::sleep(Duration::from_millis(300));
     let back = stage.wait(SELF_RESTART_MAX, || server.try_psql("select 1").is_ok());
     assert!(back, "the server did not restart by itself:\n{}", server.log_tail());
+    killed
 }
 
-fn kill_walsenders(stage: &Stage, fault: &Fault) {
+fn kill_walsenders(stage: &Stage, fault: &Fault) -> bool {
+    let mut terminated = false;
     for _ in 0..fault.strength {
         let (_, server) = stage.primary();
-        let _ = server.try_psql("select pg_terminate_backend(pid) from pg_stat_replication");
+        let all = "select application_name, pg_terminate_backend(pid) from pg_stat_replication";
+        terminated |= server.try_psql(all).is_ok_and(|answers| answers.contains("tidemark|t"));
         std::thread::sleep(fault.lasts / fault.strength as u32);
     }
+    terminated
 }
 
-fn promote(stage: &Stage, fault: &Fault) {
+fn promote(stage: &Stage, fault: &Fault) -> bool {
     let _hand = stage.take_hand();
     let servers = stage.servers();
     let (old, new) = (&servers[0], &servers[1]);
@@ -202,6 +215,7 @@ fn promote(stage: &Stage, fault: &Fault) {
         new.stop(Stop::Fast);
         std::thread::sleep(Duration::from_millis(fault.strength));
     }
+    let ran = old.pid().is_some();
     old.crash();
     if fault.strength > 0 {
         new.run();
@@ -221,26 +235,43 @@ fn promote(stage: &Stage, fault: &Fault) {
         stage.diary.note("the sidecar is led to the new primary again");
         old.stop(Stop::Immediate);
     }
+    ran
 }
 
-fn drop_slot(stage: &Stage, server: &Postgres) -> bool {
+/// What became of the slot that was to be dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    Dropped,
+    Missing,
+    Stays,
+}
+
+fn drop_slot(stage: &Stage, server: &Postgres) -> Slot {
+    let mut slot = Slot::Stays;
     stage.wait(Duration::from_secs(15), || {
         let _ = server.try_psql(
             "select pg_terminate_backend(active_pid) from pg_replication_slots \
              where slot_name = 'tidemark' and active",
         );
-        let dropped = server.try_psql("select pg_drop_replication_slot('tidemark')");
-        dropped.is_ok() || dropped.is_err_and(|error| error.contains("does not exist"))
-    })
+        slot = match server.try_psql("select pg_drop_replication_slot('tidemark')") {
+            Ok(_) => Slot::Dropped,
+            Err(error) if error.contains("does not exist") => Slot::Missing,
+            Err(_) => Slot::Stays,
+        };
+        slot != Slot::Stays
+    });
+    slot
 }
 
-fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
+fn drop_slot_and_wal(stage: &Stage, fault: &Fault) -> bool {
     let none_runs = stage.sidecar.kill_for_good();
     let _hand = stage.take_hand();
-    // A request that is still on its way may be served.
+    // A request that has come through may be served; none is on its way.
+    stage.to_store.cut();
     std::thread::sleep(Duration::from_millis(400));
     let (_, server) = stage.primary();
-    assert!(drop_slot(stage, &server), "the slot cannot be dropped:\n{}", server.log_tail());
+    let slot = drop_slot(stage, &server);
+    assert!(slot != Slot::Stays, "the slot cannot be dropped:\n{}", server.log_tail());
     let from = stored_end(stage);
     for _ in 0..4 {
         let _ = server.try_psql(
@@ -261,10 +292,11 @@ fn drop_slot_and_wal(stage: &Stage, fault: &Fault) {
         stage.sidecar.kill();
         stage.sidecar.resume_in(Duration::from_millis(300));
     }
+    kept_from > from
 }
 
 /// Keeps the store away until the server has given the slot up.
-fn lose_slot(stage: &Stage, lasts: Duration) {
+fn lose_slot(stage: &Stage, lasts: Duration) -> bool {
     let _hand = stage.take_hand();
     let (_, server) = stage.primary();
     stage.to_store.set(NetFault::Refuse);
@@ -282,6 +314,7 @@ fn lose_slot(stage: &Stage, lasts: Duration) {
     }
     std::thread::sleep(lasts);
     stage.to_store.set(NetFault::None);
+    lost
 }
 
 /// End of the contiguous WAL on timeline 1 in the store.
@@ -344,22 +377,25 @@ fn oldest_wal(server: &Postgres, segment_mib: u32) -> Lsn {
     Lsn(numbers.min().unwrap() * bytes)
 }
 
-fn switch_storm(stage: &Stage, fault: &Fault) {
+fn switch_storm(stage: &Stage, fault: &Fault) -> bool {
     // 64 MiB a time would be more than the machine can store in the time.
     let count = if stage.plan.setup.segment_mib > 16 { 3 } else { fault.strength };
+    let mut switched = false;
     for _ in 0..count {
         let (_, server) = stage.primary();
-        let _ = server.try_psql(
+        let done = server.try_psql(
             "select pg_logical_emit_message(false, 'chaos', 'x'); select pg_switch_wal()",
         );
+        switched |= done.is_ok();
         std::thread::sleep(fault.lasts / count as u32);
     }
+    switched
 }
 
 /// Fills the file system of `pg_wal`, so that the server panics, and makes room again.
-fn fill_wal_disk(stage: &Stage, lasts: Duration) {
+fn fill_wal_disk(stage: &Stage, lasts: Duration) -> bool {
     if !stage.has_wal_disk() {
-        return;
+        return false;
     }
     let _hand = stage.take_hand();
     let (_, server) = stage.primary();
@@ -389,12 +425,14 @@ fn fill_wal_disk(stage: &Stage, lasts: Duration) {
         server.stop(Stop::Immediate);
         server.run();
     }
+    full
 }
 
-fn net(stage: &Stage, fault: &Fault) {
+fn net(stage: &Stage, fault: &Fault) -> bool {
     use Kind::*;
     let way = if fault.kind.hits_store() { &stage.to_store } else { &stage.to_server };
     let slow = || NetFault::Slow(u32::try_from(fault.strength).unwrap());
+    let before = way.hits();
     way.set(match fault.kind {
         NetServerCut | NetStoreCut => NetFault::Refuse,
         NetServerHole | NetStoreHole => NetFault::Stall,
@@ -404,25 +442,27 @@ fn net(stage: &Stage, fault: &Fault) {
     });
     std::thread::sleep(fault.lasts);
     way.set(NetFault::None);
+    way.hits() > before
 }
 
 /// Nobody else is there to take the lease, so the sidecar that lost it goes on with a new one.
-fn outage(stage: &Stage, fault: &Fault) {
+fn outage(stage: &Stage, fault: &Fault) -> bool {
     let pid = stage.sidecar.pid();
     let told_before = losses_told(stage);
-    store(stage, fault);
+    let effective = store(stage, fault);
     // One that has not begun yet, or is ended by another fault, shows nothing.
     let undisturbed = !stage.plan.setup.early && !stage.plan.any(Kind::hits_sidecar);
-    let Some(pid) = pid.filter(|_| undisturbed) else { return };
+    let Some(pid) = pid.filter(|_| undisturbed) else { return effective };
     if !stage.wait(REFUSAL_MAX, || losses_told(stage) > told_before) {
         stage.complain("a sidecar that could not renew its lease did not say that it lost it");
     }
     if !stage.sidecar.is_running(pid) {
         stage.complain("the sidecar did not live through an outage longer than its lease");
     }
+    effective
 }
 
-fn store(stage: &Stage, fault: &Fault) {
+fn store(stage: &Stage, fault: &Fault) -> bool {
     let faults = stage.s3.server().faults();
     faults.seed(stage.plan.seed ^ u64::from(stage.plan.round));
     let chance = u32::try_from(fault.strength).unwrap().min(1_000_000);
@@ -460,4 +500,5 @@ fn store(stage: &Stage, fault: &Fault) {
     let hits: u64 = ids.iter().map(|id| faults.hits(*id)).sum();
     stage.diary.note(format!("{} hit {hits} requests", fault.kind.name()));
     ids.into_iter().for_each(|id| faults.remove(id));
+    hits > 0
 }

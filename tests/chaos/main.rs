@@ -65,6 +65,7 @@ fn nothing_that_was_acknowledged_is_lost_whatever_happens() {
     }
     assert!(report.failures.is_empty(), "{} rounds failed", report.failures.len());
     assert_eq!(report.round_count, options.rounds.len());
+    assert_eq!(report.never_effective(), [""; 0], "drawn again and again, and never of any effect");
 }
 
 #[test]

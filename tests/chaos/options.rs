@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::UNIX_EPOCH;
 
+use crate::harness::commit::commit_seed;
+
 use super::plan::Kind;
 
 /// Seed of the rounds that every run of the tests makes.
@@ -32,7 +34,7 @@ pub struct Options {
 impl Options {
     /// `TIDEMARK_CHAOS_ROUNDS`, `_FROM`, `_SEED`, `_ROUND`, `_FAULTS`, `_JOBS`, `_JSON`, `_EVIDENCE`,
     /// `_PLAN`.
-    /// Without rounds and seed: two rounds that are always the same and one that is drawn.
+    /// Without rounds and seed: two rounds that are always the same and one of this commit's own.
     pub fn of_environment() -> Self {
         let text = |name: &str| {
             std::env::var(format!("TIDEMARK_CHAOS_{name}")).ok().filter(|text| !text.is_empty())
@@ -49,7 +51,7 @@ impl Options {
         let rounds = match (count, seed, one) {
             (None, None, None) => {
                 let always = (0..ROUNDS_ALWAYS).map(|round| (SEED_ALWAYS, round));
-                always.chain([(drawn, 0)]).collect()
+                always.chain([(commit_seed() % 1_000_000, 0)]).collect()
             }
             (_, seed, Some(round)) => vec![(seed.unwrap_or(drawn), round as u32)],
             (count, seed, None) => {

@@ -145,6 +145,11 @@ impl Kind {
         self.name().starts_with("s3-") || self.name().starts_with("net-store-")
     }
 
+    /// Whether the store cannot be used, or not reached while the slot is being lost.
+    pub fn keeps_store_away(self) -> bool {
+        self.hits_store() || self == Self::SlotLost
+    }
+
     /// Whether Postgres, or the way to it, is not as it should be.
     pub fn hits_server(self) -> bool {
         let name = self.name();
@@ -191,8 +196,16 @@ impl Kind {
             Kind::NetStoreReset,
             Kind::SlotLost,
         ];
+        // One needs a backup every few seconds, the other none but the one that it asks for.
+        const NEEDS_BACKUPS: &[Kind] = &[Kind::S3CompleteError, Kind::S3LosePart];
+        const NEEDS_NO_BACKUP: &[Kind] = &[Kind::SlotDropGap, Kind::SlotLost];
         let both = |group: &[Kind]| group.contains(&self) && group.contains(&other);
+        let apart = |one: Self, another: Self| {
+            NEEDS_BACKUPS.contains(&one) && NEEDS_NO_BACKUP.contains(&another)
+        };
         self == other
+            || apart(self, other)
+            || apart(other, self)
             || self.is_at_restore() && other.is_at_restore()
             || [CHANGES_THE_SERVER, HOLDS_THE_SIDECAR, AIMS_AT_THE_SERVER, AIMS_AT_THE_STORE]
                 .iter()

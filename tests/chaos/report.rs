@@ -9,6 +9,9 @@ use serde_json::json;
 use super::plan::{Acknowledgement, Kind};
 use super::round::Round;
 
+/// So often a kind of fault may be drawn and meet nothing.
+const DRAWN_MIN: usize = 5;
+
 /// What all rounds came to.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -16,7 +19,10 @@ pub struct Report {
     pub round_count: usize,
     /// Rounds that failed: the command that repeats each, and why.
     pub failures: Vec<(String, String)>,
+    /// Faults that met what they are aimed at.
     faults: BTreeMap<Kind, usize>,
+    /// Faults that were drawn and met nothing: there was no process, no connection, no request.
+    without_effect: BTreeMap<Kind, usize>,
     not_run: BTreeMap<Kind, (usize, String)>,
     together: usize,
     synchronous: usize,
@@ -55,7 +61,11 @@ impl Report {
         }
         let ran = |kind: Kind| verdict.not_run.iter().all(|(missing, _)| *missing != kind);
         for fault in plan.faults.iter().filter(|fault| ran(fault.kind)) {
-            *self.faults.entry(fault.kind).or_default() += 1;
+            let counts = match verdict.effective.contains(&fault.kind) {
+                true => &mut self.faults,
+                false => &mut self.without_effect,
+            };
+            *counts.entry(fault.kind).or_default() += 1;
         }
         for kind in &verdict.fenced {
             *self.fenced.entry(*kind).or_default() += 1;
@@ -75,6 +85,16 @@ impl Report {
         self.recovery = self.recovery.max(verdict.recovery);
         self.peak_kib = self.peak_kib.max(verdict.peak_kib);
         self.open_files = self.open_files.max(verdict.open_file_count);
+    }
+
+    /// Kinds that were drawn again and again in rounds that passed and never met anything: what they are
+    /// to show was not shown.
+    pub fn never_effective(&self) -> Vec<&'static str> {
+        let never = self
+            .without_effect
+            .iter()
+            .filter(|(kind, count)| **count >= DRAWN_MIN && !self.faults.contains_key(kind));
+        never.map(|(kind, _)| kind.name()).collect()
     }
 
     /// For people.
@@ -115,6 +135,9 @@ impl Report {
             let fenced = self.fenced.get(kind);
             let fenced = fenced.map_or(String::new(), |count| format!(" ({count} fenced)"));
             line(&format!("fault {}", kind.name()), format!("{count}{fenced}"));
+        }
+        for (kind, count) in &self.without_effect {
+            line(&format!("drawn without effect: {}", kind.name()), count.to_string());
         }
         for (kind, (count, reason)) in &self.not_run {
             line(
@@ -160,6 +183,7 @@ impl Report {
             "rounds_synchronous": self.synchronous,
             "rounds_by_segment_mib": self.segments,
             "faults": named(&self.faults),
+            "without_effect": named(&self.without_effect),
             "fenced": named(&self.fenced),
             "not_run": not_run,
             "round_seconds": self.played.as_secs_f64(),

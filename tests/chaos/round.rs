@@ -147,7 +147,9 @@ fn finish(stage: &Stage) {
                 stage.complain(format!("told to end while all was well, the sidecar: {exit:?}"));
             }
         }
-        End::Kill => stage.sidecar.kill(),
+        End::Kill => {
+            stage.sidecar.kill();
+        }
     }
     stage.strike();
     stage.stop.store(true, Ordering::Relaxed);

@@ -20,8 +20,17 @@ pub struct Exit {
     pub code: Option<i32>,
     /// Whether we told it to end (SIGTERM).
     pub asked: bool,
+    /// Whether it had streamed: from then on it waits outages out.
+    pub had_streamed: bool,
     /// The last of what it said.
     pub last_words: String,
+}
+
+impl Exit {
+    fn of(code: Option<i32>, asked: bool, said: &str) -> Self {
+        let had_streamed = said.contains("streaming timeline");
+        Self { code, asked, had_streamed, last_words: last_words(said) }
+    }
 }
 
 /// What a sidecar used at one moment.
@@ -52,6 +61,8 @@ pub struct Supervised {
 #[derive(Debug)]
 struct Inner {
     process: Option<Process>,
+    /// Length of the log when it was started.
+    log_bytes_before: usize,
     started: Instant,
     start_at: Option<Instant>,
     backoff: Duration,
@@ -66,6 +77,7 @@ impl Supervised {
         let now = Instant::now();
         let inner = Inner {
             process: None,
+            log_bytes_before: 0,
             started: now,
             start_at: Some(now),
             backoff: BACKOFF.0,
@@ -99,13 +111,12 @@ impl Supervised {
     fn look(&self) {
         let mut inner = self.inner();
         let now = Instant::now();
-        let ran = now - inner.started;
+        let (ran, before) = (now - inner.started, inner.log_bytes_before);
         if let Some(process) = &mut inner.process
             && let Some(status) = process.ended()
         {
-            let last_words = last_words(&process.log());
-            self.diary.note(format!("the sidecar ended: {status}: {last_words}"));
-            let exit = Exit { code: status.code(), asked: false, last_words };
+            let exit = Exit::of(status.code(), false, &said(process, before));
+            self.diary.note(format!("the sidecar ended: {status}: {}", exit.last_words));
             inner.exits.push(exit);
             inner.process = None;
             inner.backoff =
@@ -116,6 +127,8 @@ impl Supervised {
             inner.start_at = None;
             inner.started = now;
             inner.start_count += 1;
+            let log = self.tidemark.home().join("run.log");
+            inner.log_bytes_before = std::fs::metadata(log).map_or(0, |log| log.len() as usize);
             inner.process = Some(self.rival("run", &[]));
         }
         let due = inner.usage.last().is_none_or(|last| now - last.at > Duration::from_millis(400));
@@ -159,22 +172,25 @@ impl Supervised {
         alone
     }
 
-    /// kill -9; none is started until [`Supervised::resume_in`].
-    pub fn kill(&self) {
-        if let Some(process) = self.take() {
+    /// kill -9; none is started until [`Supervised::resume_in`]. Whether there was one to kill.
+    pub fn kill(&self) -> bool {
+        self.take().is_some_and(|mut process| {
+            let ran = process.is_running();
             process.kill();
-        }
+            ran
+        })
     }
 
     /// SIGTERM; none is started until [`Supervised::resume_in`]. The exit status, when there was one
     /// to end.
     pub fn terminate(&self) -> Option<Exit> {
+        let before = self.inner().log_bytes_before;
         let mut process = self.take()?;
         process.signal("TERM");
         // One that was frozen by another fault cannot end.
         process.signal("CONT");
         let code = process.wait(Duration::from_secs(90));
-        let exit = Exit { code, asked: true, last_words: last_words(&process.log()) };
+        let exit = Exit::of(code, true, &said(&process, before));
         self.diary.note(format!("the sidecar was told to end: {code:?}: {}", exit.last_words));
         self.inner().exits.push(exit.clone());
         Some(exit)
@@ -212,6 +228,11 @@ impl Supervised {
     pub fn start_count(&self) -> u32 {
         self.inner().start_count
     }
+}
+
+/// What a process has said, which began when its log had so many bytes.
+fn said(process: &Process, log_bytes_before: usize) -> String {
+    process.log().get(log_bytes_before..).unwrap_or_default().to_owned()
 }
 
 /// The last thing that was said before a process ended.

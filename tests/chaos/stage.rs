@@ -21,12 +21,13 @@ use super::plan::{Acknowledgement, Kind, Plan, Setup};
 use super::sidecars::Supervised;
 use super::writer::{Goal, Record, Sample, TABLE, Writer, WriterContext, observe};
 
-/// Hardly compressible rows, so that a backup's pack is uploaded in several parts.
-const BALLAST: &str = "create table ballast (filler text); \
+/// Rows that cannot be compressed, and so many that the pack of each thread of a backup is uploaded in
+/// several parts: 2 of 12 MiB, or 4 of 8 MiB.
+const BALLAST: &str = "create table ballast (filler bytea); \
      alter table ballast alter filler set storage external; \
-     insert into ballast select (select string_agg(md5(random()::text), '') \
-     from generate_series(1, 250) where outer_row = outer_row) \
-     from generate_series(1, 2600) outer_row; checkpoint";
+     insert into ballast select (select string_agg(sha512(random()::text::bytea), '') \
+     from generate_series(1, 125) where outer_row = outer_row) \
+     from generate_series(1, 5200) outer_row; checkpoint";
 /// Room for `pg_wal` in the rounds in which it runs out.
 const WAL_DISK_MIB: u64 = 320;
 
@@ -103,6 +104,8 @@ pub struct Stage {
     pub complaints: Mutex<Vec<String>>,
     /// How often a writer was seen refused or fenced.
     pub fenced: Mutex<Vec<Kind>>,
+    /// Faults that met what they are aimed at.
+    pub effective: Mutex<Vec<Kind>>,
     /// Says when the writers stop.
     pub stop: Arc<AtomicBool>,
     /// One at a time may start and stop servers.
@@ -161,6 +164,7 @@ impl Stage {
             gaps: Mutex::default(),
             complaints: Mutex::default(),
             fenced: Mutex::default(),
+            effective: Mutex::default(),
             stop: Arc::default(),
             hand: Mutex::new(()),
             servers: RwLock::new(vec![server]),

@@ -14,6 +14,7 @@ mod bad_input;
 mod barriers;
 mod base;
 mod check;
+mod demo;
 mod kill;
 mod memory;
 mod pitr;

@@ -3,7 +3,14 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::harness::sidecar::Process;
 use crate::harness::{Binaries, Postgres, S3, Settings, Tidemark};
+
+/// Rows of bytes that no compressor makes smaller, at first and then added: 45 MiB and three times as much.
+const ROWS: u32 = 15_000;
+const ROWS_ADDED: u32 = 45_000;
+/// How much more a command may hold when the database is four times as large: far less than was added.
+const GROWTH_KIB_MAX: u64 = 32 << 10;
 
 /// Runs a command to its end and returns the greatest resident size of the process in KiB.
 fn peak_kib(mut command: Command) -> u64 {
@@ -35,13 +42,20 @@ fn peak_memory_stays_within_the_stated_limits_on_s3() {
     peaks_are_within_limits(&s3.tidemark("memory"), "S3");
 }
 
-/// A backup and a restore of a database while its WAL is streamed.
+/// The greatest resident sizes, KiB.
+#[derive(Clone, Copy, Debug)]
+struct Peaks {
+    backup: u64,
+    stream: u64,
+    restore: u64,
+}
+
+/// A backup and a restore of a database while its WAL is streamed, and again when there is more of it.
 fn peaks_are_within_limits(tidemark: &Tidemark, repository: &str) {
     let scale = std::env::var("TIDEMARK_TEST_MEMORY_SCALE").unwrap_or_else(|_| "10".into());
     let binaries = Binaries::of_this_run();
     let server = Postgres::start(&binaries, &Settings::default());
-    let conninfo = server.conninfo();
-    let stream = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    let stream = tidemark.spawn(&["stream", "--postgres", &server.conninfo()]);
     server.wait_for_stream();
     let made = server
         .binaries()
@@ -51,29 +65,48 @@ fn peaks_are_within_limits(tidemark: &Tidemark, repository: &str) {
         .output()
         .unwrap();
     assert!(made.status.success(), "pgbench: {}", String::from_utf8_lossy(&made.stderr));
-    // Bytes that no compressor makes smaller, so that buffers of compressed data are as large as they get.
-    server.psql(
-        "create table random_bytes as select g as id, \
-         (select string_agg(decode(md5(random()::text || g || i), 'hex'), '') from generate_series(1, 200) i) as body \
-         from generate_series(1, 15000) g",
-    );
+    server.psql("create table random_bytes (id int, body bytea)");
+    add_rows(&server, ROWS);
+    let first = peaks(tidemark, &server, &stream);
+    let size = "select pg_size_pretty(sum(pg_database_size(oid))) from pg_database";
+    println!("{} to {repository}: {first:?}", server.psql(size));
+    add_rows(&server, ROWS_ADDED);
+    let second = peaks(tidemark, &server, &stream);
+    println!("{} to {repository}: {second:?}", server.psql(size));
+    assert_eq!(stream.terminate(), Some(0));
+    let limits = Peaks { backup: 128 << 10, stream: 48 << 10, restore: 96 << 10 };
+    for (what, peak) in [
+        ("backup", |peaks: &Peaks| peaks.backup),
+        ("stream", |peaks: &Peaks| peaks.stream),
+        ("restore", |peaks: &Peaks| peaks.restore),
+    ] as [(&str, fn(&Peaks) -> u64); 3]
+    {
+        assert!(peak(&second).max(peak(&first)) < peak(&limits), "{what}: {first:?} {second:?}");
+        let more = peak(&second).saturating_sub(peak(&first));
+        assert!(more < GROWTH_KIB_MAX, "{what} follows the size: {first:?} {second:?}");
+    }
+}
+
+fn add_rows(server: &Postgres, count: u32) {
+    server.psql(&format!(
+        "insert into random_bytes select g, (select string_agg(decode(md5(random()::text || g || i), 'hex'), '') \
+         from generate_series(1, 200) i) from generate_series(1, {count}) g"
+    ));
+}
+
+/// What a backup and a restore hold now, and the stream until all was stored.
+fn peaks(tidemark: &Tidemark, server: &Postgres, stream: &Process) -> Peaks {
     let behind = "select pg_current_wal_lsn() - restart_lsn > 1000000 from pg_replication_slots";
     let deadline = Instant::now() + Duration::from_secs(600);
     while server.psql(behind) == "t" {
         assert!(Instant::now() < deadline, "{}", stream.log());
         std::thread::sleep(Duration::from_millis(100));
     }
-    let size = server.psql("select pg_size_pretty(sum(pg_database_size(oid))) from pg_database");
-    let backup =
-        peak_kib(tidemark.command(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]));
-    let stream_peak = stream.peak_memory_kib();
-    assert_eq!(stream.terminate(), Some(0));
+    let conninfo = server.conninfo();
+    let backup = ["backup", "--postgres", &conninfo, "--checkpoint", "fast"];
+    let backup = peak_kib(tidemark.command(&backup));
     let target = tidemark.new_target("restored");
     let restore = peak_kib(tidemark.command(&["restore", "--into", target.to_str().unwrap()]));
-    println!(
-        "{size} to {repository}: peak backup {backup} KiB, stream {stream_peak} KiB, restore {restore} KiB"
-    );
-    assert!(backup < 128 << 10, "backup: {backup} KiB");
-    assert!(stream_peak < 48 << 10, "stream: {stream_peak} KiB");
-    assert!(restore < 96 << 10, "restore: {restore} KiB");
+    std::fs::remove_dir_all(&target).unwrap();
+    Peaks { backup, stream: stream.peak_memory_kib(), restore }
 }

@@ -190,7 +190,7 @@ fn check(tidemark: &Tidemark, binaries: &Binaries, number: usize, moment: &Momen
     }
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     tidemark.run(&arguments).ok();
-    if binaries.has("pg_verifybackup") {
+    if binaries.brings("pg_verifybackup", "on a restore") {
         let checked = binaries
             .command("pg_verifybackup")
             .args(["-n", "-e", "-q", "-i", "postgresql.auto.conf", "-i", "recovery.signal"])
@@ -212,7 +212,7 @@ fn check(tidemark: &Tidemark, binaries: &Binaries, number: usize, moment: &Momen
         found.insert("space".into(), space.clone());
     }
     assert_eq!(found, moment.truth, "{:?}\n{}", moment.arguments, restored.log_tail());
-    if binaries.has("pg_amcheck") {
+    if binaries.brings("pg_amcheck", "on a restore") {
         let checked = binaries
             .command("pg_amcheck")
             .args([
@@ -233,7 +233,7 @@ fn check(tidemark: &Tidemark, binaries: &Binaries, number: usize, moment: &Momen
         );
     }
     restored.stop(Stop::Fast);
-    if binaries.has("pg_checksums") {
+    if binaries.brings("pg_checksums", "on a restore") {
         let checked =
             binaries.command("pg_checksums").args(["--check", "-D"]).arg(&target).output().unwrap();
         assert!(

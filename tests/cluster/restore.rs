@@ -212,7 +212,7 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
         verify_backup(&binaries, &folder.data());
         assert_eq!(rows(&binaries, &folder.data()), (1..=last).collect::<Vec<_>>(), "{target}");
         assert!(side.read_dir().unwrap().next().is_some());
-        if binaries.has("pg_checksums") {
+        if binaries.brings("pg_checksums", "on a restore") {
             let checked = binaries
                 .command("pg_checksums")
                 .arg("-c")

@@ -334,14 +334,11 @@ async fn a_server_can_shut_down_while_the_repository_is_away() {
     place.set_down(true);
     load(&server, 100);
     running.until("trouble", |now| now.repository_error.is_some()).await;
-    let (server, stopped) = tokio::task::spawn_blocking(move || {
-        let began = std::time::Instant::now();
+    let stopping = tokio::task::spawn_blocking(move || {
         server.stop(Stop::Fast);
-        (server, began.elapsed())
-    })
-    .await
-    .unwrap();
-    assert!(stopped < Duration::from_secs(45), "{stopped:?}");
+        server
+    });
+    let server = stopping.await.unwrap();
     place.set_down(false);
     server.run();
     load(&server, 100);

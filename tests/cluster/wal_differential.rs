@@ -17,8 +17,8 @@ use tidemark::fuzz::{mend_wal, wal_of_pages, wal_of_records};
 use tidemark::pg::{Lsn, SegmentSize, TimelineId};
 use tidemark::wal::RecordReader;
 
-use crate::harness::Binaries;
 use crate::harness::wal_lines::{cut_down, our_line, waldump_records};
+use crate::harness::{Account, Binaries};
 
 /// Mutations of a run that says nothing else.
 const MUTATIONS: u64 = 60;
@@ -144,9 +144,12 @@ fn theirs(binaries: &Binaries, folder: &Path, start: Lsn, wal: &[u8]) -> Theirs 
     let mut end = segment_start;
     for segment in content.chunks(size().bytes() as usize) {
         let name = size().file_name(TimelineId::FIRST, size().number_of(end));
-        let mut file = File::create(folder.join(name)).unwrap();
+        let path = folder.join(name);
+        let mut file = File::create(&path).unwrap();
         file.write_all(segment).unwrap();
         file.set_len(size().bytes()).unwrap();
+        // Whatever the umask is.
+        Account::current().give(&path);
         end = Lsn(end.0 + size().bytes());
     }
     let (start, end) = (start.to_string(), end.to_string());
@@ -225,7 +228,7 @@ fn compare(binaries: &Binaries, folder: &Path, case: &Case, tally: &mut Tally) -
 #[test]
 fn we_and_pg_waldump_accept_the_same_wal_however_it_was_mutated() {
     let binaries = Binaries::of_this_run();
-    if !binaries.has("pg_waldump") {
+    if !binaries.brings("pg_waldump", "on mutated WAL") {
         return;
     }
     let major = binaries.major();

@@ -20,7 +20,7 @@ use crate::harness::postgres::Stop;
 use crate::harness::wal_lines::{
     Sample, cut_down, in_pieces, landmark_line, our_line, waldump_records,
 };
-use crate::harness::{Account, Binaries, Postgres, Settings};
+use crate::harness::{Account, Binaries, Postgres, Settings, not_run};
 
 /// Where the client programs are when the server's folder has none.
 const CLIENT_BIN: &str = "TIDEMARK_TEST_PG_CLIENT_BIN";
@@ -200,7 +200,7 @@ fn wal_bytes(data: &Path, size: SegmentSize, end: Lsn) -> (Lsn, Vec<u8>) {
 
 /// What pg_waldump says of every record before `end`; a record is its line and its blocks' lines.
 fn waldump(server: &Postgres, end: Lsn) -> Option<Vec<String>> {
-    if !server.binaries().has("pg_waldump") {
+    if !server.binaries().brings("pg_waldump", "on each record") {
         return None;
     }
     let wal = server.data().join("pg_wal");
@@ -504,6 +504,7 @@ fn a_record_that_a_crash_cut_off_is_passed_over() {
 fn a_promotion_shows_in_the_wal_and_in_the_history_file() {
     let primary = Postgres::start(&Binaries::of_this_run(), &keep_all_wal());
     if !primary.binaries().has("pg_basebackup") && std::env::var_os(CLIENT_BIN).is_none() {
+        not_run("a promotion: PostgreSQL has no pg_basebackup here");
         return;
     }
     let standby = primary.standby();
@@ -569,7 +570,7 @@ fn the_control_file_is_read_as_pg_controldata_reads_it() {
     let mut damaged = bytes.clone();
     damaged[40] ^= 1;
     assert_eq!(ControlFile::decode(&damaged).unwrap_err().kind(), tidemark::error::Kind::Corrupt);
-    if !server.binaries().has("pg_controldata") {
+    if !server.binaries().brings("pg_controldata", "on pg_control") {
         return;
     }
     let answer = server
@@ -701,7 +702,7 @@ fn pages_are_judged_as_pg_checksums_judges_them() {
         panic!("the damage was not seen");
     };
     assert_eq!(expected, page_checksum(page, 5));
-    if server.binaries().has("pg_checksums") {
+    if server.binaries().brings("pg_checksums", "on a damaged page") {
         let answer =
             server.binaries().command("pg_checksums").arg("-c").arg(server.data()).output();
         let text = String::from_utf8_lossy(&answer.unwrap().stderr).into_owned();
@@ -716,7 +717,7 @@ fn pg_verifybackup_accepts_the_manifest_and_finds_damage_by_it() {
     server.psql("create table t as select generate_series(1, 10000)");
     let from: Lsn = server.psql("select pg_current_wal_lsn()").parse().unwrap();
     let (control, end) = stop(&server);
-    if !server.binaries().has("pg_verifybackup") {
+    if !server.binaries().brings("pg_verifybackup", "on a manifest of ours") {
         return;
     }
     let odd = server.data().join("odd \"name\"\\ ü");

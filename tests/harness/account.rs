@@ -38,7 +38,8 @@ impl Account {
         self.ids
     }
 
-    /// A command that will run as this account, without the caller's settings for PostgreSQL, S3 and us.
+    /// A command that will run as this account, without the caller's settings for PostgreSQL, S3 and us, and
+    /// with messages in English.
     pub fn command(self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         for (name, _) in std::env::vars_os() {
@@ -47,6 +48,7 @@ impl Account {
                 command.env_remove(&name);
             }
         }
+        command.env_remove("LC_ALL").env_remove("LANGUAGE").env("LC_MESSAGES", "C");
         if let Some((uid, gid)) = self.ids {
             command.uid(uid).gid(gid).env("HOME", "/tmp");
         }
@@ -101,6 +103,8 @@ impl Account {
             std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
             let fresh = dir.join(format!("tidemark.{}", std::process::id()));
             std::fs::copy(&built, &fresh).unwrap();
+            // Whatever the umask was when it was built.
+            std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755)).unwrap();
             let path = dir.join("tidemark");
             std::fs::rename(&fresh, &path).unwrap();
             path

@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::Account;
+use super::{Account, not_run};
 
 /// An installed PostgreSQL.
 #[derive(Clone, Debug)]
@@ -60,6 +60,15 @@ impl Binaries {
     /// Whether this installation has `program`; some bring only the server.
     pub fn has(&self, program: &str) -> bool {
         self.dir.join(program).exists()
+    }
+
+    /// Whether this installation has a program that checks something; says so where it has not.
+    pub fn brings(&self, program: &str, what: &str) -> bool {
+        let found = self.has(program);
+        if !found {
+            not_run(&format!("{program}, {what}: PostgreSQL {} has none here", self.major));
+        }
+        found
     }
 
     /// A command that runs `program` of this installation as the tests' account.
@@ -139,6 +148,8 @@ pub struct Postgres {
     data: PathBuf,
     home: PathBuf,
     port: u16,
+    /// The last one was killed, and its shared memory stays until the next start finds it.
+    crashed: AtomicBool,
     _dir: Option<TempDir>,
 }
 
@@ -168,7 +179,14 @@ impl Postgres {
     fn in_folder(binaries: &Binaries, dir: TempDir) -> Self {
         let home = dir.path().to_path_buf();
         let data = home.join("data");
-        Self { binaries: binaries.clone(), data, home, port: free_port(), _dir: Some(dir) }
+        let mut server = Self::somewhere(binaries, data, home, free_port());
+        server._dir = Some(dir);
+        server
+    }
+
+    fn somewhere(binaries: &Binaries, data: PathBuf, home: PathBuf, port: u16) -> Self {
+        let (binaries, crashed) = (binaries.clone(), AtomicBool::new(false));
+        Self { binaries, data, home, port, crashed, _dir: None }
     }
 
     /// A server whose data folder is a copy of that of the stopped `template`, not yet running.
@@ -183,15 +201,13 @@ impl Postgres {
 
     /// The server that a restore of `original` started on `data`: it has the original's port.
     pub fn restored(original: &Self, data: &Path) -> Self {
-        let (binaries, home) = (original.binaries.clone(), original.home.clone());
-        Self { binaries, data: data.into(), home, port: original.port, _dir: None }
+        Self::somewhere(&original.binaries, data.into(), original.home.clone(), original.port)
     }
 
     /// A server for the data folder `data` that something else made (a restore), not yet running.
     pub fn adopt(binaries: &Binaries, data: &Path) -> Self {
         let home = data.parent().unwrap().to_path_buf();
-        let binaries = binaries.clone();
-        let server = Self { binaries, data: data.into(), home, port: free_port(), _dir: None };
+        let server = Self::somewhere(binaries, data.into(), home, free_port());
         server.write_conf(&[]);
         server
     }
@@ -266,6 +282,9 @@ impl Postgres {
             std::thread::sleep(Duration::from_millis(50));
             answered = self.pid() == Some(child.id()) && self.try_psql("select 1").is_ok();
         }
+        if answered {
+            self.crashed.store(false, Ordering::Relaxed);
+        }
         // Reaped by a thread: a server that ended must not look alive as a zombie.
         std::thread::spawn(move || child.wait());
         answered
@@ -297,6 +316,7 @@ impl Postgres {
     pub fn crash(&self) {
         let Some(pid) = self.pid() else { return };
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        self.crashed.store(true, Ordering::Relaxed);
         send_signal(pid, "KILL");
         self.wait_until_gone(pid);
         // The children hold the shared memory until they notice; a start before that is refused.
@@ -430,6 +450,9 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
+        if self.crashed.load(Ordering::Relaxed) && self.data.exists() {
+            self.try_run();
+        }
         if let Some(pid) = self.pid() {
             send_signal(pid, "QUIT");
             let deadline = Instant::now() + Duration::from_secs(20);

@@ -1,6 +1,8 @@
 //! A TCP proxy that misbehaves on request: between the sidecar and Postgres, or between it and S3.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,7 +32,7 @@ pub enum Fault {
 struct Course {
     upstream: SocketAddr,
     fault: Fault,
-    /// Counts the changes of `upstream`; a connection made before the last one ends.
+    /// Counts the changes of `upstream` and the cuts; a connection made before the last one ends.
     aim: u64,
 }
 
@@ -39,6 +41,7 @@ struct Course {
 pub struct Proxy {
     address: SocketAddr,
     course: watch::Sender<Course>,
+    hits: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
@@ -48,13 +51,15 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (course, seen) = watch::channel(Course { upstream, fault: Fault::None, aim: 0 });
+        let hits: Arc<AtomicU64> = Arc::default();
+        let counted = Arc::clone(&hits);
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
-                tokio::spawn(serve(client, seen.clone()));
+                tokio::spawn(serve(client, seen.clone(), Arc::clone(&counted)));
             }
         });
-        Self { address, course, task }
+        Self { address, course, hits, task }
     }
 
     /// Where to connect instead of the server.
@@ -65,6 +70,16 @@ impl Proxy {
     /// Changes what happens, from now on, to old and new connections.
     pub fn set(&self, fault: Fault) {
         self.course.send_modify(|course| course.fault = fault);
+    }
+
+    /// How often a fault has met a connection: closed it, held it up, or slowed what it carried.
+    pub fn hits(&self) -> u64 {
+        self.hits.load(Ordering::Relaxed)
+    }
+
+    /// Resets all connections: what a client that is gone had sent and is still held up never arrives.
+    pub fn cut(&self) {
+        self.course.send_modify(|course| course.aim += 1);
     }
 
     /// Sends new connections to another server and resets the old ones, as when an address moves.
@@ -89,13 +104,13 @@ enum Direction {
     FromServer,
 }
 
-async fn serve(client: TcpStream, course: watch::Receiver<Course>) {
+async fn serve(client: TcpStream, course: watch::Receiver<Course>, hits: Arc<AtomicU64>) {
     let upstream = course.borrow().upstream;
     let Ok(server) = TcpStream::connect(upstream).await else { return };
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
-    let up = pump(client_read, server_write, course.clone(), Direction::FromClient);
-    let down = pump(server_read, client_write, course, Direction::FromServer);
+    let up = pump(client_read, server_write, (course.clone(), Direction::FromClient), &hits);
+    let down = pump(server_read, client_write, (course, Direction::FromServer), &hits);
     // Either direction's end ends both, as a reset does.
     tokio::select! { () = up => {}, () = down => {} }
 }
@@ -104,9 +119,10 @@ async fn serve(client: TcpStream, course: watch::Receiver<Course>) {
 async fn pump(
     mut from: tokio::net::tcp::OwnedReadHalf,
     mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut course: watch::Receiver<Course>,
-    direction: Direction,
+    (mut course, direction): (watch::Receiver<Course>, Direction),
+    hits: &AtomicU64,
 ) {
+    let hit = || hits.fetch_add(1, Ordering::Relaxed);
     let mut buffer = vec![0; 64 * 1024];
     let aim = course.borrow().aim;
     let mut passed = 0;
@@ -116,8 +132,12 @@ async fn pump(
             return reset(&to);
         }
         let limit = match now.fault {
-            Fault::Refuse => return reset(&to),
+            Fault::Refuse => {
+                hit();
+                return reset(&to);
+            }
             Fault::Stall => {
+                hit();
                 if course.changed().await.is_err() {
                     return;
                 }
@@ -134,6 +154,9 @@ async fn pump(
             count = from.read(&mut buffer[..limit]) => count,
         };
         let Ok(count @ 1..) = count else { return };
+        if matches!(now.fault, Fault::Slow(_)) {
+            hit();
+        }
         let reset_after = match (now.fault, direction) {
             (Fault::ResetAfter(after), Direction::FromServer)
             | (Fault::ResetAfterSent(after), Direction::FromClient) => Some(after),
@@ -148,6 +171,7 @@ async fn pump(
             return;
         }
         if keep < count {
+            hit();
             return reset(&to);
         }
     }

@@ -1,7 +1,8 @@
 //! Replays every input that was kept of fuzzing, through the very functions that libFuzzer calls.
 //!
-//! `fuzz/corpus/<target>` holds the smallest set of inputs that reaches all that was ever reached,
-//! `fuzz/regressions/<target>` those that once broke a property. `tools/fuzz` makes both.
+//! `fuzz/corpus/<target>` holds seeds, made by hand or by real servers, and where it was minimised the smallest
+//! set of other inputs, of 16 KiB at most, that reaches what had been reached by then; several targets have seeds
+//! alone. `fuzz/regressions/<target>` holds those that once broke a property. `tools/fuzz` finds and minimises.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};

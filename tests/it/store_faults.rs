@@ -54,10 +54,13 @@ async fn a_rival_that_wins_between_two_tries_is_not_taken_for_us() {
     let (store, rival) = (open(&server, "p"), open(&server, "p"));
     // Our first try fails before anything is stored; the rival comes before the second.
     server.faults().add(Fault::new(Effect::error(500, "InternalError")).on(Op::PutObject).times(1));
-    server.faults().add(Fault::new(Effect::Delay { ms: 400 }).on(Op::PutObject).times(1));
+    let held_up = Fault::new(Effect::Delay { ms: 1500 }).on(Op::PutObject).times(1);
+    let held_up = server.faults().add(held_up);
     let name = name("a");
     let (ours, theirs) = tokio::join!(store.put_if_absent(&name, bytes("ours")), async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
+        while server.faults().hits(held_up) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         rival.put_if_absent(&name, bytes("them")).await
     });
     assert_eq!((ours.unwrap(), theirs.unwrap()), (PutOutcome::AlreadyThere, PutOutcome::Created));
@@ -388,11 +391,9 @@ async fn a_server_that_never_answers_is_given_up() {
     options.attempts_max = 3;
     let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
     server.faults().add(Fault::new(Effect::Hang).on(Op::GetObject));
-    let begun = Instant::now();
     let error = store.get(&name("a"), None).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
     assert!(error.is_transient());
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_eq!(store.requests().gets, 3);
 }
 
@@ -438,7 +439,6 @@ async fn a_piece_that_trickles_in_is_asked_for_again() {
     store.put_if_absent(&name, body.clone()).await.unwrap();
     proxy.set(proxy::Fault::Slow(4 << 10));
     let mut reading = store.read(&name, 0..300_000).await.unwrap();
-    let begun = Instant::now();
     let (got, ()) = tokio::join!(reading.next(200_000), async {
         tokio::time::sleep(Duration::from_millis(4500)).await;
         proxy.set(proxy::Fault::None);
@@ -452,7 +452,7 @@ async fn a_piece_that_trickles_in_is_asked_for_again() {
     let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
     let mut reading = store.read(&name, 0..300_000).await.unwrap();
     assert_eq!(reading.next(200_000).await.unwrap_err().kind(), Kind::Unavailable);
-    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert_eq!(store.requests().gets, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -474,10 +474,11 @@ async fn no_try_begins_after_the_overall_timeout() {
     options.attempts_max = 1000;
     let store = store::open("s3://tidemark/p", &options, &Clock::system()).unwrap();
     server.faults().add(Fault::new(Effect::error(500, "InternalError")).on(Op::GetObject));
-    let begun = Instant::now();
-    let error = store.get(&name("a"), None).await.unwrap_err();
+    let name = name("a");
+    let ended = tokio::time::timeout(Duration::from_secs(60), store.get(&name, None));
+    let error = ended.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(store.requests().gets < 1000, "{:?}", store.requests());
 }
 
 /// A store with other options than those that lead to the server.

@@ -42,6 +42,8 @@
 #![allow(clippy::cast_possible_wrap, reason = "times and positions of a simulation are small")]
 
 mod checks;
+#[path = "../harness/commit.rs"]
+mod commit;
 mod dice;
 mod directed;
 mod model;
@@ -54,6 +56,8 @@ mod work;
 mod world;
 
 use std::time::Instant;
+
+use commit::commit_seed;
 
 /// Seeds of every ordinary run.
 const SEEDS: std::ops::Range<u64> = 1..13;
@@ -81,17 +85,6 @@ fn run(seed: u64) -> scenario::Outcome {
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
-}
-
-/// The number of this commit, so that each has seeds of its own; the same outside of a clone.
-fn commit_seed() -> u64 {
-    let asked = std::process::Command::new("git")
-        .args(["rev-parse", "HEAD"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output();
-    let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    let digits = text.ok().and_then(|text| text.get(..12).map(str::to_owned));
-    digits.and_then(|digits| u64::from_str_radix(&digits, 16).ok()).unwrap_or(4711)
 }
 
 #[test]

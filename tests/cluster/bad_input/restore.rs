@@ -1,13 +1,12 @@
 //! Restores that cannot be: targets out of reach, directories that are taken or full, and what
 //! `wal-get` tells PostgreSQL.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use super::{Copy, Extent, Scene, extents, golden_error, stderr_of};
 use crate::harness::room::Room;
 use crate::harness::sidecar::Output;
-use crate::harness::{Account, Postgres, Tidemark};
+use crate::harness::{Account, Postgres, Tidemark, not_run};
 
 /// The instants that a message names as the nearest that can be reached.
 fn nearest(stderr: &str) -> Vec<String> {
@@ -132,9 +131,7 @@ fn a_full_disk_leaves_nothing_that_looks_whole_and_the_restore_can_be_run_again(
     let room = match Room::mount(&folder, 12) {
         Ok(room) => room,
         Err(why) => {
-            // Not by a macro: what those print is not shown of a test that passes.
-            let text = format!("NOT RUN: restore onto a full disk: unable to mount one: {why}\n");
-            std::io::stderr().write_all(text.as_bytes()).unwrap();
+            not_run(&format!("restore onto a full disk: unable to mount one: {why}"));
             return;
         }
     };
@@ -166,7 +163,7 @@ fn a_full_disk_leaves_nothing_that_looks_whole_and_the_restore_can_be_run_again(
     assert!(!host.join("tidemark.restoring").exists());
     assert!(host.join("global/pg_control").exists());
     // Another major's refuses what this one wrote.
-    if scene.binaries.has("pg_verifybackup") {
+    if scene.binaries.brings("pg_verifybackup", "on a restore") {
         let mut verify = scene.binaries.command("pg_verifybackup");
         verify.arg("--quiet").arg(&data);
         assert_eq!(stderr_of(&mut room.inside(verify)), "");
