@@ -366,6 +366,10 @@ impl Plan {
         if has(Kind::S3CompleteError) || has(Kind::S3LosePart) {
             setup.backup_interval = Duration::from_secs(4);
         }
+        if has(Kind::S3SlowList) {
+            // Nothing else lists again and again.
+            setup.upkeep = true;
+        }
         if has(Kind::SlotDropGap) || has(Kind::SlotLost) {
             // Nothing but the gap itself asks for the backup that must follow it.
             setup.backup_interval = Duration::from_secs(3600);
@@ -432,7 +436,10 @@ impl Fault {
             NetServerHole | NetStoreHole => (ms(random, 1000, 9000), 0),
             NetServerSlow | NetStoreSlow => (ms(random, 2000, 6000), random.within(2000..=60_000)),
             NetServerReset => (ms(random, 1000, 4000), random.within(500..=200_000)),
-            NetStoreReset => (ms(random, 1000, 5000), random.within(300..=3_000_000)),
+            // Between two backups a connection carries little.
+            NetStoreReset => {
+                (ms(random, 1000, 5000), random.one_of(&[300, 5000, 60_000, 600_000, 3_000_000]))
+            }
             S3Errors | S3LostReply => {
                 (ms(random, 1500, 6000), random.one_of(&[150_000, 500_000, 900_000]))
             }

@@ -110,9 +110,10 @@ pub struct Stage {
     pub stop: Arc<AtomicBool>,
     /// One at a time may start and stop servers.
     pub hand: Mutex<()>,
+    /// Inside a server's folder, so unmounted before that is deleted.
+    wal_disk: Option<Mount>,
     servers: RwLock<Vec<Arc<Postgres>>>,
     goal: watch::Sender<Goal>,
-    wal_disk: Option<Mount>,
     runtime: Runtime,
 }
 
