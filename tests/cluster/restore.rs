@@ -746,3 +746,72 @@ async fn a_standby_follows_what_the_repository_gets() {
     assert_eq!(standby.psql("select pg_is_in_recovery()"), "t");
     running.stop().await.unwrap();
 }
+
+/// A data directory whose recovery was set up by hand: it takes WAL of timeline 1 from `shared`, unplanned.
+async fn set_up_by_hand(shared: &Shared) -> Folder {
+    let planned = plan(&shared.place, &request(Target::Latest)).await.unwrap();
+    let folder = Folder::new();
+    let options = Options {
+        role: Role::Standby(Upstream::default()),
+        wal_get_command: Shared::wal_get(shared.folder.path()),
+        preplaced_bytes_max: 0,
+        ..options(&folder.data())
+    };
+    run(&shared.place, &planned, &options).await.unwrap();
+    std::fs::rename(folder.data().join("standby.signal"), folder.data().join("recovery.signal"))
+        .unwrap();
+    let conf = folder.data().join("postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, text + "\nrecovery_target_timeline = '1'\n").unwrap();
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recovery_set_up_by_hand_ends_where_its_own_timeline_does_and_nowhere_else() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &settings());
+    server.psql("create table t (id int)");
+    let shared = Shared::of(&server).await;
+    let place = &shared.place;
+    let running = protect(place, &server).await;
+    server.psql("insert into t values (1)");
+    let standby = server.standby();
+    standby.wait_for("select count(*) from t", "1");
+    standby.promote();
+    standby.psql("insert into t values (20)");
+    for row in [2, 3] {
+        server.psql(&format!("insert into t values ({row})"));
+        server.psql("select pg_switch_wal()");
+    }
+    // What a commit ends is stored at once.
+    server.psql("insert into t values (4)");
+    running.status.wait_durable(wal_end(&server)).await.unwrap();
+    running.stop().await.unwrap();
+    let running = Running::start(place.stream(&standby)).await;
+    running.streaming().await;
+    standby.psql("insert into t values (21)");
+    running.status.wait_durable(wal_end(&standby)).await.unwrap();
+    running.stop().await.unwrap();
+    assert!(place.catalog().await.wal.timelines().any(|timeline| timeline.get() == 2));
+    shared.open_up();
+    let folder = set_up_by_hand(&shared).await;
+    assert_eq!(rows(&binaries, &folder.data()), [1, 2, 3, 4]);
+
+    // With a hole before the end it is not ended there.
+    let wal = shared.folder.path().join("main/wal/00000001");
+    let listed = std::fs::read_dir(&wal).unwrap();
+    let mut extents: Vec<PathBuf> = listed.map(|entry| entry.unwrap().path()).collect();
+    extents.sort();
+    let folder = set_up_by_hand(&shared).await;
+    std::fs::remove_file(&extents[extents.len() - 2]).unwrap();
+    let restored = Postgres::adopt(&binaries, &folder.data());
+    if restored.try_run() {
+        while restored.pid().is_some() {
+            assert_ne!(restored.try_psql("select pg_is_in_recovery()").as_deref(), Ok("f"));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    let log = restored.log();
+    assert!(log.contains("and more behind it"), "{}", restored.log_tail());
+    assert!(!log.contains("archive recovery complete"));
+}

@@ -5,7 +5,10 @@
 //!   which one the server follows: it may have been told to stay (`recovery_target_timeline`), or to take an
 //!   older branch than the newest. One that follows a branch asks for the branch's own file first
 //!   (`XLogFileReadAnyTLI`) and is given one from the segment of the fork on, even while there is no more in
-//!   it than the parent's bytes; so it never comes to what the parent wrote after the fork.
+//!   it than the parent's bytes; so it never comes to what the parent wrote after the fork. Only where a
+//!   timeline begins with a segment there are no such bytes: there the parent's file is refused as long as
+//!   nothing of the branch is stored, when the server has the branch's history in `pg_wal`, where PostgreSQL
+//!   keeps that of the timeline it follows (`readTimeLineHistory`).
 //! - A standby alone is stopped at a fork that it has not come to yet: it learns of a new timeline only when
 //!   its WAL has ended (`rescanLatestTimeLine`), and having replayed more of the old one it could not follow
 //!   any more. One that is past the fork stays there on purpose.
@@ -15,6 +18,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -26,7 +30,7 @@ use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::interval::barrier_after;
 use crate::repo::{list_extents, marks};
 
-use super::{Feeder, WalGet, WalGetRequest, data_directory_of};
+use super::{Feeder, WalGet, WalGetRequest, data_directory_of, wal_directory_of};
 use crate::restore::chain::Chain;
 use crate::restore::run::STANDBY_SIGNAL;
 use crate::restore::segments::{self, Identity, Segment};
@@ -51,6 +55,7 @@ enum AtEnd {
 
 /// Who asks, as its data directory shows.
 struct Server {
+    wal_directory: PathBuf,
     segment_size: SegmentSize,
     at_end: AtEnd,
     /// Where its recovery has begun, or is known to have come to.
@@ -74,7 +79,9 @@ impl Server {
         let label = label.ok().and_then(|bytes| BackupLabel::decode(&bytes).ok());
         let redo_lsn = control.checkpoint.redo_lsn;
         let replay_start_lsn = label.map_or(redo_lsn, |label| label.start_lsn);
-        Ok(Self { segment_size: control.wal_segment_size, at_end, replay_start_lsn })
+        let (wal_directory, segment_size) =
+            (wal_directory_of(&request.path)?, control.wal_segment_size);
+        Ok(Self { wal_directory, segment_size, at_end, replay_start_lsn })
     }
 }
 
@@ -202,6 +209,7 @@ impl Feeder {
             AtEnd::Stops if ways.begin_behind(whole) => return Ok(None),
             AtEnd::Stops => {
                 self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
+                self.refuse_past_fork(&ways, server, whole).await?;
                 self.longest_to_the_tip(&ways, whole).await?
             }
         };
@@ -240,6 +248,38 @@ impl Feeder {
             first = stored.iter().map(|extent| extent.name.range.start()).chain(first).min();
         }
         Ok(first)
+    }
+
+    /// Refuses a segment that begins with the fork of a branch which the server may follow, when it would get
+    /// the branch's own file if there were one.
+    async fn refuse_past_fork(&self, ways: &Ways, server: &Server, whole: LsnRange) -> Result<()> {
+        for Branch { path, .. } in ways.branches.iter().filter(|b| b.fork == whole.start()) {
+            let later = path.iter().filter(|part| part.timeline > ways.timeline);
+            let timelines: Vec<TimelineId> = later.map(|part| part.timeline).collect();
+            let Some(newest) = timelines.last() else { continue };
+            let history = server.wal_directory.join(newest.history_file_name());
+            if !history.exists() {
+                continue;
+            }
+            let mut is_stored = false;
+            for timeline in &timelines {
+                is_stored |= !list_extents(self.repository(), *timeline, whole).await?.is_empty();
+            }
+            if !is_stored {
+                let message = format!(
+                    "nothing is stored of timeline {newest}, which left timeline {} at {}",
+                    ways.timeline,
+                    whole.start()
+                );
+                return Err(Error::new(Kind::NotFound, message).hint(format!(
+                    "A server that follows timeline {newest} must not get this file. Wait until its WAL \
+                     is in the repository; if this one is to stay on timeline {}, remove '{}'.",
+                    ways.timeline,
+                    history.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses the segment in which WAL leads no further for a recovery that begins at `start`.

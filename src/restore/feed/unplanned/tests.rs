@@ -222,3 +222,23 @@ async fn a_recovery_is_not_led_to_a_place_that_only_a_later_backup_leads_past() 
     scene.make_standby();
     assert_eq!(scene.given(1, 0x22).await, [(1, WHOLE)]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_may_follow_a_branch_that_begins_with_a_segment_does_not_get_its_parents() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(4, 10)).await;
+    scene.store_history(2, &[(1, lsn(3, 0))]).await;
+    // It follows timeline 1.
+    assert_eq!(scene.given(1, 3).await, [(1, WHOLE)]);
+    let history = scene.path().with_file_name("00000002.history");
+    std::fs::write(&history, "").unwrap();
+    assert_eq!(scene.given(1, 2).await, [(1, WHOLE)]);
+    assert_eq!(scene.given(2, 3).await, []);
+    let error = scene.asked(1, 3).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert!(error.hint_text().unwrap().contains("00000002.history"), "{error:?}");
+    // With the branch's own file it never asks for this one.
+    scene.store(2, lsn(3, 0), lsn(3, 30)).await;
+    assert_eq!(scene.given(2, 3).await, [(2, 30), (0, WHOLE - 30)]);
+    assert_eq!(scene.given(1, 3).await, [(1, WHOLE)]);
+}
