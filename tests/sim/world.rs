@@ -206,16 +206,20 @@ impl World {
         while let Some(index) = self.processes.iter().position(Process::is_finished) {
             let process = self.processes.remove(index);
             let (number, what) = (process.number, process.what);
+            let asked = process.stop.is_cancelled();
+            let had_streamed = process.status.snapshot().connection_count > 0;
             let outcome = process.outcome();
             self.note(format!("{what} {number} ended: {outcome:?}"));
             if let Err(error) = outcome {
-                self.judge_end(what, number, &error);
+                self.judge_end(what, number, &error, what == "sidecar" && had_streamed && !asked);
             }
         }
     }
 
-    fn judge_end(&mut self, what: &str, number: usize, error: &Error) {
-        if matches!(error.kind(), Kind::Bug | Kind::Corrupt | Kind::Usage | Kind::Unsupported) {
+    /// A sidecar `at_work` waits for whatever is away, and ends for nothing but a lost lease.
+    fn judge_end(&mut self, what: &str, number: usize, error: &Error, at_work: bool) {
+        let never = [Kind::Bug, Kind::Corrupt, Kind::Usage, Kind::Unsupported];
+        if never.contains(&error.kind()) || at_work && error.kind() != Kind::Conflict {
             self.judge.accuse(format!("{what} {number} ended with {error:?}"));
         }
     }
