@@ -5,7 +5,7 @@ use super::sidecars::Exit;
 use super::stage::Stage;
 
 /// Exit status of a conflict.
-const CONFLICT: i32 = 7;
+pub const CONFLICT: i32 = 7;
 
 /// Everything that no fault explains.
 pub fn unexpected(stage: &Stage) -> Vec<String> {

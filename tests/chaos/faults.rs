@@ -9,6 +9,7 @@ use crate::harness::Postgres;
 use crate::harness::postgres::{Stop, process_state};
 use crate::harness::proxy::Fault as NetFault;
 
+use super::complaints::CONFLICT;
 use super::plan::{Fault, Kind};
 use super::sidecars::Supervised;
 use super::stage::{GapExpected, Stage};
@@ -17,8 +18,6 @@ use super::stage::{GapExpected, Stage};
 const SELF_RESTART_MAX: Duration = Duration::from_secs(60);
 /// Longest that a refused or fenced sidecar may take to end.
 const REFUSAL_MAX: Duration = Duration::from_secs(30);
-/// Exit status of a conflict.
-const CONFLICT: i32 = 7;
 
 /// Makes all faults that happen before the restore, at their times; returns when all are over.
 pub fn make(stage: &Stage) {

@@ -697,6 +697,18 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     let folder = Folder::new();
     run(place, &planned, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
     let restored = Postgres::adopt(&binaries, &folder.data());
+    stops_without_an_end(&restored, "could not restore file").await;
+    // The same directory goes on once the repository is back.
+    let conf = folder.data().join("postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    let url = shared.folder.path().display().to_string();
+    std::fs::write(&conf, text.replace("/nonexistent", &url)).unwrap();
+    drop(restored);
+    assert_eq!(rows(&binaries, &folder.data()), (1..=20).collect::<Vec<_>>());
+}
+
+/// Starts a server that gives up before its recovery has ended, and says why.
+async fn stops_without_an_end(restored: &Postgres, why: &str) {
     // It may answer read-only before it comes to the first segment that is not there.
     if restored.try_run() {
         while restored.pid().is_some() {
@@ -705,15 +717,8 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
         }
     }
     let log = restored.log();
-    assert!(log.contains("could not restore file"), "{}", restored.log_tail());
+    assert!(log.contains(why), "{}", restored.log_tail());
     assert!(!log.contains("archive recovery complete"));
-    // The same directory goes on once the repository is back.
-    let conf = folder.data().join("postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf).unwrap();
-    let url = shared.folder.path().display().to_string();
-    std::fs::write(&conf, text.replace("/nonexistent", &url)).unwrap();
-    drop(restored);
-    assert_eq!(rows(&binaries, &folder.data()), (1..=20).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -805,13 +810,5 @@ async fn a_recovery_set_up_by_hand_ends_where_its_own_timeline_does_and_nowhere_
     let folder = set_up_by_hand(&shared).await;
     std::fs::remove_file(&extents[extents.len() - 2]).unwrap();
     let restored = Postgres::adopt(&binaries, &folder.data());
-    if restored.try_run() {
-        while restored.pid().is_some() {
-            assert_ne!(restored.try_psql("select pg_is_in_recovery()").as_deref(), Ok("f"));
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-    let log = restored.log();
-    assert!(log.contains("and more behind it"), "{}", restored.log_tail());
-    assert!(!log.contains("archive recovery complete"));
+    stops_without_an_end(&restored, "and more behind it").await;
 }

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::capture::stream::server;
-use crate::error::{Error, Kind, Result};
-use crate::pg::page::BLCKSZ;
+use crate::error::{Kind, Result};
 use crate::pg::{SegmentSize, SystemId, TimelineHistory, Version};
 use crate::repo::Repository;
 use crate::wire::{ConnectOptions, Connection, Session};
@@ -77,15 +76,10 @@ impl ServerFacts {
 
 /// Refuses a server whose pages, or pages of WAL, have another size than those we know.
 fn check_block_sizes(settings: &BTreeMap<String, String>) -> Result<()> {
-    for name in ["block_size", "wal_block_size"] {
-        if let Some(found) = settings.get(name).filter(|found| **found != BLCKSZ.to_string()) {
-            let message = format!(
-                "unable to back up a server with pages of {found} bytes ({name}), expected {BLCKSZ}"
-            );
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-    }
-    Ok(())
+    let mut shown = ["block_size", "wal_block_size"]
+        .into_iter()
+        .filter_map(|name| settings.get_key_value(name));
+    shown.try_for_each(|(name, found)| server::check_block_size(name, found))
 }
 
 /// Connects and asks; the connection is ready for `BASE_BACKUP`.

@@ -157,9 +157,9 @@ impl Intake {
     /// Takes the bytes at `start` and appends what is to be done with them to `steps`.
     ///
     /// # Errors
-    /// `unavailable` when the bytes do not follow on; `corrupt` when the decoder cannot read them
-    /// where it was able to, or not seen to fail twice; `conflict` when they are other WAL than is stored. The bytes
-    /// before are in `steps` or pending.
+    /// `unavailable` when the bytes do not follow on; `corrupt` or `unsupported` when the decoder cannot
+    /// read them and has not failed there twice before; `conflict` when they are other WAL than is stored.
+    /// The bytes before are in `steps` or pending.
     pub fn take(
         &mut self,
         start: Lsn,
@@ -258,7 +258,7 @@ impl Intake {
     /// none; there, any position must do, or a synchronous commit behind it would wait for ever.
     #[must_use]
     pub fn boundary(&self) -> Lsn {
-        match self.scanner.as_ref().map(Scanner::last_record_end) {
+        match self.last_record_end() {
             Some(end) if end <= self.decoded_from => Lsn::INVALID,
             known => known.unwrap_or(self.received_end).min(self.received_end),
         }

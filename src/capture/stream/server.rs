@@ -59,7 +59,8 @@ impl Server {
             return Ok(Err(other));
         }
         let segment_size = connection.segment_size().await?;
-        if let Err(other) = check_wal_block_size(&connection.show("wal_block_size").await?) {
+        let name = "wal_block_size";
+        if let Err(other) = check_block_size(name, &connection.show(name).await?) {
             return Ok(Err(other));
         }
         let timeout = connection.show("wal_sender_timeout").await?;
@@ -97,17 +98,17 @@ impl Server {
     }
 }
 
-/// Refuses a server whose WAL has pages of another size than those we know.
+/// Refuses a server that says by the setting `name` that it has pages of another size than those we know, on
+/// disk (`block_size`) or in its WAL (`wal_block_size`): both have 8 KiB.
 ///
 /// # Errors
 /// `unsupported`.
-fn check_wal_block_size(found: &str) -> Result<()> {
+pub fn check_block_size(name: &str, found: &str) -> Result<()> {
     if found == XLOG_BLCKSZ.to_string() {
         return Ok(());
     }
     let message = format!(
-        "unable to stream from a server with WAL pages of {found} bytes (wal_block_size), expected \
-         {XLOG_BLCKSZ}"
+        "unable to back up a server with pages of {found} bytes ({name}), expected {XLOG_BLCKSZ}"
     );
     Err(Error::new(Kind::Unsupported, message))
 }

@@ -7,10 +7,10 @@
 //! life of this process.
 //!
 //! Where only a backup taken later leads on, the mark that says so ([`marks::put_barrier`]) is durable before
-//! the extent that it speaks of is put: no listing shows that
-//! WAL without the mark, nothing is acknowledged before both are there, and dying in between leaves a mark
-//! at the end of the WAL, where every interval ends anyway. Who has lost the lease puts no mark: his server
-//! may be one that was rolled back, whose WAL at that place is not the WAL that another stores.
+//! the extent that it speaks of is put: no listing shows that WAL without the mark, nothing is acknowledged
+//! before both are there, and dying in between leaves a mark at the end of the WAL, where every interval ends
+//! anyway. Who has lost the lease puts no mark: his server may be one that was rolled back, whose WAL at that
+//! place is not the WAL that another stores.
 //!
 //! # Cancel safety
 //! Dropping [`Uploads`] stops its tasks; what they leave behind is a whole object or none. Nothing

@@ -122,9 +122,7 @@ impl Ways {
             None => false,
         }
     }
-}
 
-impl Ways {
     /// What WAL behind `position` may be stored as: timelines, each with the first position that is on none
     /// of the ways.
     fn holders_behind(&self, position: Lsn) -> BTreeSet<(TimelineId, Lsn)> {
