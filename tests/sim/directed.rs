@@ -53,6 +53,28 @@ fn a_timeline_that_nobody_saw_begin_is_stored_with_its_history() {
     assert_eq!(known.unwrap(), (3, 0));
 }
 
+/// A standby that is promoted between two answers has less WAL than the repository by the first one and is
+/// no standby by the second. It was not rolled back.
+#[test]
+fn a_standby_promoted_while_it_is_asked_was_not_rolled_back() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(5), STEP);
+    let end = world.server.state().line().end();
+    assert_eq!(world.processes[0].status.snapshot().durable_end_lsn.0, end);
+    world.server.state().standby_end = Some(end - 1000);
+    world.server.break_connections();
+    world.run(seconds(30), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(!world.processes.is_empty(), "{:?}", world.log);
+    let told = world.processes[0].status.snapshot();
+    assert_eq!(told.timeline.unwrap().get(), 2);
+    assert!(told.durable_end_lsn.0 > end, "{told:#?}");
+}
+
 /// A walsender answers a status before it looks for more WAL to send.
 #[test]
 fn a_sign_of_life_in_front_of_a_commit_does_not_say_that_all_is_stored() {

@@ -73,6 +73,8 @@ pub struct State {
     pub synchronous: bool,
     /// An answer it owes goes out before the next WAL.
     pub answers_first: bool,
+    /// It is a standby that has WAL up to here, and is promoted as soon as it has said so.
+    pub standby_end: Option<u64>,
     /// Rises with each crash: what began before is gone.
     pub generation: u64,
     conns: Vec<Conn>,
@@ -106,6 +108,7 @@ impl Server {
             redo: ORIGIN,
             synchronous: dice.chance(200),
             answers_first: false,
+            standby_end: None,
             generation: 0,
             conns: Vec::new(),
             last_conn: 0,
@@ -424,12 +427,19 @@ impl Connected {
 #[async_trait]
 impl Walsender for Connected {
     async fn identify_system(&mut self) -> Result<SystemIdentification> {
-        let state = self.alive()?;
-        let line = state.line();
+        let (number, end, is_standby) = {
+            let mut state = self.alive()?;
+            let standby_end = state.standby_end.take();
+            let line = state.line();
+            (line.number, standby_end.unwrap_or(line.end()), standby_end.is_some())
+        };
+        if is_standby {
+            self.server.promote(0, true, self.clock.now());
+        }
         Ok(SystemIdentification {
             system_id: SystemId(SYSTEM_ID),
-            timeline: timeline(line.number),
-            flushed_end_lsn: Lsn(line.end()),
+            timeline: timeline(number),
+            flushed_end_lsn: Lsn(end),
         })
     }
 
@@ -449,6 +459,7 @@ impl Walsender for Connected {
     fn parameter(&self, name: &str) -> Option<&str> {
         match name {
             "application_name" => Some("tidemark"),
+            "in_hot_standby" if self.server.state().standby_end.is_some() => Some("on"),
             "in_hot_standby" => Some("off"),
             _ => None,
         }

@@ -216,10 +216,12 @@ impl World {
         }
     }
 
-    /// A sidecar `at_work` waits for whatever is away, and ends for nothing but a lost lease.
+    /// A sidecar `at_work` waits for whatever is away, and ends for nothing but a lost lease. No server here
+    /// is ever rolled back.
     fn judge_end(&mut self, what: &str, number: usize, error: &Error, at_work: bool) {
         let never = [Kind::Bug, Kind::Corrupt, Kind::Usage, Kind::Unsupported];
-        if never.contains(&error.kind()) || at_work && error.kind() != Kind::Conflict {
+        let set_back = error.to_string().contains("rolled back");
+        if set_back || never.contains(&error.kind()) || at_work && error.kind() != Kind::Conflict {
             self.judge.accuse(format!("{what} {number} ended with {error:?}"));
         }
     }

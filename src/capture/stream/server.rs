@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, SystemId, TimelineHistory, TimelineId};
 use crate::repo::Writer;
 use crate::wal::XLOG_BLCKSZ;
-use crate::wire::{Session, Slot, SlotLife as WireSlotLife};
+use crate::wire::{Session, Slot, SlotLife as WireSlotLife, SystemIdentification};
 
 /// Longest time between two messages of ours, whatever the server allows.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
@@ -37,7 +37,7 @@ pub struct Server {
     pub status_interval: Duration,
     /// `synchronous_standby_names` names us.
     pub synchronous: bool,
-    /// Whether it is a standby.
+    /// Whether it was a standby when it said how far it is.
     pub in_recovery: bool,
 }
 
@@ -54,7 +54,7 @@ impl Server {
         clock: &Clock,
     ) -> Result<Result<Self>> {
         let mut connection = upstream.connect(Session::Physical, clock).await?;
-        let identity = connection.identify_system().await?;
+        let (identity, in_recovery) = identify(&mut *connection).await?;
         if let Err(other) = check_system(expected, identity.system_id) {
             return Ok(Err(other));
         }
@@ -67,7 +67,6 @@ impl Server {
         let names = connection.show("synchronous_standby_names").await?;
         let name = connection.parameter("application_name").unwrap_or_default();
         let synchronous = watch::is_named(&names, name);
-        let in_recovery = is_in_recovery(&mut *connection).await?;
         let timeline = identity.timeline;
         let (history, history_file) = read_history(&mut *connection, timeline).await?;
         Ok(Ok(Self {
@@ -171,6 +170,23 @@ pub async fn store_history(
         writer.put_history(timeline, content.clone()).await?;
     }
     Ok(content)
+}
+
+/// Which cluster, timeline and position, and whether a standby says so.
+///
+/// A promotion may come between the two answers: the position would be that of a standby, which may lag,
+/// and be taken for a primary's, which may not. A server leaves recovery only once while a connection
+/// lasts, so one that was in recovery before and is not any more is asked again.
+///
+/// # Errors
+/// What the server says.
+async fn identify(connection: &mut dyn Walsender) -> Result<(SystemIdentification, bool)> {
+    let was_in_recovery = is_in_recovery(connection).await?;
+    let identity = connection.identify_system().await?;
+    if was_in_recovery && !is_in_recovery(connection).await? {
+        return Ok((connection.identify_system().await?, false));
+    }
+    Ok((identity, was_in_recovery))
 }
 
 /// Whether the server is a standby, as of the last command on `connection`.
