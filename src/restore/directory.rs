@@ -10,6 +10,9 @@
 //!   Of those the next restore clears, together with the data directory, what its own plan names too;
 //!   `remains` says what else makes it believe a marker.
 //! - The marker is locked while its restore runs: two never write into one directory.
+//! - What root fills for another account is root's, and closed to all others, until it is whole
+//!   ([`Directory::give`]): nobody can put a link there that root would follow. From then on nothing in it
+//!   is touched but by the descriptors that are held.
 //!
 //! # Durability
 //! [`Directory::finish`] returns when the file systems of the data directory and of every tablespace
@@ -17,12 +20,13 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
@@ -30,11 +34,16 @@ use crate::error::{Context, Error, Kind, Result};
 mod remains;
 mod syncing;
 
+pub(crate) use remains::interrupted_for;
+
 /// Name of the file that marks an unfinished restore.
 pub const MARKER: &str = "tidemark.restoring";
 
 /// The file without which PostgreSQL does not start.
 pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// Mode of a directory that root fills.
+const TAKEN_MODE: u32 = 0o700;
 
 /// Mode of the directories that are made above those of a restore for another account.
 const ANCESTOR_MODE: u32 = 0o755;
@@ -44,7 +53,7 @@ const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// User and group that own what is restored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     /// User id.
     pub uid: u32,
@@ -80,15 +89,14 @@ impl Owner {
         rustix::process::geteuid().is_root()
     }
 
-    /// Gives the directory that is at `path`, or that a link there points to, unless it has it.
-    fn give_directory(self, path: &Path) -> Result<()> {
-        let attempted = || format!("unable to change the owner of '{}'", path.display());
-        let folder = open_directory(path)?;
-        let found = folder.metadata().context(attempted)?;
-        if (found.uid(), found.gid()) == (self.uid, self.gid) {
-            return Ok(());
-        }
-        std::os::unix::fs::fchown(&folder, Some(self.uid), Some(self.gid)).context(attempted)
+    /// All groups of the user: without those that it has besides its own, a server cannot read what is
+    /// readable by them, the key of its certificate for instance.
+    #[must_use]
+    pub(crate) fn groups(self) -> Vec<u32> {
+        let account = account_name(self.uid);
+        let groups = account.and_then(|name| account_says("-G", &name)).unwrap_or_default();
+        let listed = groups.split_whitespace().filter_map(|group| group.parse().ok());
+        std::iter::once(self.gid).chain(listed.filter(|group| *group != self.gid)).collect()
     }
 
     /// Gives `path` (not what a link points to) to this owner.
@@ -103,21 +111,34 @@ fn account_number(what: &str, user: &str) -> Option<u32> {
     if let Ok(number) = user.parse() {
         return Some(number);
     }
+    account_says(what, user)?.trim().parse().ok()
+}
+
+fn account_says(what: &str, user: &str) -> Option<String> {
     if user.is_empty() || user.starts_with('-') {
         return None;
     }
     let answer = Command::new("id").args([what, "--", user]).output().ok()?;
     let text = String::from_utf8(answer.stdout).ok()?;
-    answer.status.success().then(|| text.trim().parse().ok()).flatten()
+    answer.status.success().then_some(text)
 }
 
 fn group_number(group: &str) -> Option<u32> {
     if let Ok(number) = group.parse() {
         return Some(number);
     }
-    let answer = Command::new("getent").args(["group", "--", group]).output().ok()?;
-    let text = String::from_utf8(answer.stdout).ok()?;
-    text.split(':').nth(2)?.trim().parse().ok()
+    entry("group", group)?.split(':').nth(2)?.trim().parse().ok()
+}
+
+fn account_name(uid: u32) -> Option<String> {
+    let entry = entry("passwd", &uid.to_string())?;
+    entry.split(':').next().map(str::to_owned)
+}
+
+/// The line of `key` in one of the machine's tables of accounts.
+fn entry(table: &str, key: &str) -> Option<String> {
+    let answer = Command::new("getent").args([table, "--", key]).output().ok()?;
+    String::from_utf8(answer.stdout).ok()
 }
 
 /// A tablespace directory of the backup and the one that takes its place.
@@ -230,6 +251,9 @@ pub struct Marker {
     pub backup: String,
     /// Tablespace directories outside the data directory, empty when this was written.
     pub tablespace_directories: Vec<PathBuf>,
+    /// Who it is restored for, if not for who wrote this: the directories do not tell until the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
 }
 
 impl Marker {
@@ -244,6 +268,7 @@ impl Marker {
             cluster: cluster.to_owned(),
             backup: backup.to_owned(),
             tablespace_directories: outside.cloned().collect(),
+            owner: None,
         }
     }
 }
@@ -252,6 +277,7 @@ impl Marker {
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
+    folder: File,
     marker: File,
     owner: Option<Owner>,
     /// The data directory and those of tablespaces.
@@ -268,7 +294,12 @@ impl Directory {
         let path = std::path::absolute(path)
             .context(|| format!("unable to find the directory '{}'", path.display()))?;
         refuse_overlap(&path, &marker.tablespace_directories)?;
+        if !path.exists() {
+            // Refused here, nothing was made.
+            check_empty_places(&marker.tablespace_directories)?;
+        }
         make_directory(&path, owner)?;
+        let folder = open_directory(&path)?;
         let file = match remains::clear(&path, &marker.tablespace_directories, owner)? {
             Some(file) => {
                 check_empty_places(&marker.tablespace_directories)?;
@@ -281,15 +312,79 @@ impl Directory {
             }
         };
         lock(&file, &path)?;
-        let mut this = Self { path, marker: file, owner, written: Vec::new() };
-        this.write_marker(marker)?;
-        this.written.push(syncing::Written::begin(&this.path)?);
+        let mut this =
+            Self { path: path.clone(), folder, marker: file, owner, written: Vec::new() };
+        this.write_marker(&Marker { owner, ..marker.clone() })?;
+        this.begin(&path)?;
         for place in &marker.tablespace_directories {
             make_directory(place, owner)?;
-            owner.map_or(Ok(()), |owner| owner.give_directory(place))?;
-            this.written.push(syncing::Written::begin(place)?);
+            this.begin(place)?;
         }
         Ok(this)
+    }
+
+    /// Begins to write into the directory that is at `path`, or that a link there points to. Root, at work
+    /// for another account, keeps that one out: in what is checked to be empty now nobody puts anything.
+    fn begin(&mut self, path: &Path) -> Result<()> {
+        let written = syncing::Written::begin(path)?;
+        if self.owner.is_some() && Owner::process_is_root() {
+            let attempted = || format!("unable to restore into '{}'", path.display());
+            let folder = written.folder();
+            self.check_untouched(path, folder)?;
+            fchown(folder, Some(0), None).context(attempted)?;
+            folder.set_permissions(Permissions::from_mode(TAKEN_MODE)).context(attempted)?;
+            self.check_untouched(path, folder)?;
+        }
+        self.written.push(written);
+        Ok(())
+    }
+
+    /// Fails unless nothing but the marker is in `folder`, and `path` leads there by no link of another
+    /// account's to what is not its own.
+    fn check_untouched(&self, path: &Path, folder: &File) -> Result<()> {
+        let attempted = || format!("unable to restore into '{}'", path.display());
+        let conflict = |flaw: &str| {
+            Error::new(Kind::Conflict, format!("{}: {flaw}", attempted()))
+                .hint("Somebody else is at work there. Name a new or empty directory.")
+        };
+        let at_path = fs::symlink_metadata(path).context(attempted)?;
+        let found = folder.metadata().context(attempted)?;
+        if at_path.is_symlink() && ![0, found.uid()].contains(&at_path.uid()) {
+            let whose = format!("it is a link of user {}", at_path.uid());
+            return Err(conflict(&format!("{whose} to a directory of user {}", found.uid())));
+        }
+        let marker = self.marker.metadata().context(attempted)?;
+        for entry in Dir::read_from(folder).map_err(std::io::Error::from).context(attempted)? {
+            let name = entry.map_err(std::io::Error::from).context(attempted)?;
+            let name = name.file_name();
+            if [c".", c".."].contains(&name) {
+                continue;
+            }
+            let is_ours = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)
+                .is_ok_and(|entry| (entry.st_dev, entry.st_ino) == (marker.dev(), marker.ino()));
+            if !is_ours {
+                return Err(conflict(&format!("'{}' has come into it", name.to_string_lossy())));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives what is written to its owner, and the data directory `mode`. From here on the owner can change
+    /// what any name in it means.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub(crate) fn give(&self, mode: u32) -> Result<()> {
+        let attempted = || self.describe("give away");
+        let mode = Permissions::from_mode(mode);
+        self.folder.set_permissions(mode.clone()).context(attempted)?;
+        let Some(Owner { uid, gid }) = self.owner else { return Ok(()) };
+        for folder in self.written.iter().map(syncing::Written::folder) {
+            // PostgreSQL gives the directory of a tablespace this mode as well.
+            folder.set_permissions(mode.clone()).context(attempted)?;
+            fchown(folder, Some(uid), Some(gid)).context(attempted)?;
+        }
+        Ok(())
     }
 
     /// The data directory.
@@ -318,7 +413,7 @@ impl Directory {
             Error::new(Kind::Bug, format!("unable to write the marker: {error}"))
         })?;
         self.fill_marker(&text)?;
-        open_directory(&self.path)?.sync_all().context(|| self.describe("sync"))
+        self.folder.sync_all().context(|| self.describe("sync"))
     }
 
     fn fill_marker(&mut self, bytes: &[u8]) -> Result<()> {
@@ -343,23 +438,26 @@ impl Directory {
     pub fn finish(mut self, control: &[u8], control_mode: u32) -> Result<()> {
         self.written.iter().try_for_each(syncing::Written::sync)?;
         self.fill_marker(control)?;
-        let marker_path = self.path.join(MARKER);
-        if let Some(owner) = self.owner {
-            owner.give(&marker_path)?;
+        let attempted = || format!("unable to make '{}'", self.path.join(CONTROL_FILE).display());
+        if let Some(Owner { uid, gid }) = self.owner {
+            fchown(&self.marker, Some(uid), Some(gid)).context(attempted)?;
         }
-        fs::set_permissions(&marker_path, Permissions::from_mode(control_mode & 0o777))
-            .context(|| format!("unable to set the mode of '{}'", marker_path.display()))?;
+        let mode = Permissions::from_mode(control_mode & 0o777);
+        self.marker.set_permissions(mode).context(attempted)?;
         self.marker.sync_all().context(|| self.describe("sync"))?;
-        let control_path = self.path.join(CONTROL_FILE);
-        fs::rename(&marker_path, &control_path)
-            .context(|| format!("unable to rename the marker to '{}'", control_path.display()))?;
-        for folder in [self.path.join("global"), self.path.clone()] {
-            let synced = open_directory(&folder).and_then(|open| {
-                open.sync_all().context(|| format!("unable to sync '{}'", folder.display()))
-            });
-            synced?;
-        }
-        Ok(())
+        let control = Path::new(CONTROL_FILE);
+        let (Some(folder), Some(name)) = (control.parent(), control.file_name()) else {
+            return Err(Error::new(Kind::Bug, attempted()));
+        };
+        // By descriptors: a link of the owner's there would make root move a file elsewhere.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let finish = || -> std::io::Result<()> {
+            let global = File::from(openat(&self.folder, folder, flags, Mode::empty())?);
+            renameat(&self.folder, MARKER, &global, name)?;
+            global.sync_all()?;
+            self.folder.sync_all()
+        };
+        finish().context(attempted)
     }
 }
 
@@ -405,7 +503,6 @@ fn make_directory(path: &Path, owner: Option<Owner>) -> Result<()> {
         make_ancestors(parent, owner).map_err(refused)?;
     }
     DirBuilder::new().mode(0o700).create(path).map_err(refused)?;
-    owner.map_or(Ok(()), |owner| owner.give(path))?;
     let parent = path.parent().map(open_directory).transpose()?;
     parent.map_or(Ok(()), |parent| parent.sync_all()).context(attempted)
 }
@@ -520,11 +617,58 @@ mod tests {
         std::os::unix::fs::symlink(&space, &link).unwrap();
         let owner = Owner { uid: 12_345, gid: 12_346 };
         let data = dir.path().join("a/b/data");
-        drop(Directory::claim(&data, &marker(&[&link]), Some(owner)).unwrap());
-        let found = fs::metadata(&space).unwrap();
-        assert_eq!((found.uid(), found.gid()), (12_345, 12_346));
+        let directory = Directory::claim(&data, &marker(&[&link]), Some(owner)).unwrap();
+        let found = |path| {
+            let found = fs::metadata(path).unwrap();
+            (found.mode() & 0o7777, found.uid(), found.gid())
+        };
+        assert_eq!((found(&space).0, found(&space).1), (0o700, 0));
+        directory.give(0o750).unwrap();
+        assert_eq!(found(&space), (0o750, 12_345, 12_346));
+        assert_eq!(found(&data), found(&space));
         let above = fs::metadata(dir.path().join("a")).unwrap();
         assert_eq!((above.mode() & 0o7777, above.uid()), (0o755, 0));
+    }
+
+    #[test]
+    fn what_root_fills_is_closed_to_the_account_until_it_is_whole() {
+        if !Owner::process_is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let owner = Owner { uid: 12_345, gid: 12_346 };
+        let whose = |name| {
+            let found = fs::metadata(path(name)).unwrap();
+            (found.uid(), found.mode() & 0o777)
+        };
+        for name in ["data", "space", "precious"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        owner.give(&path("data")).unwrap();
+        // A link of the account's leads to what is root's.
+        std::os::unix::fs::symlink(path("precious"), path("link")).unwrap();
+        owner.give(&path("link")).unwrap();
+        fs::set_permissions(path("precious"), Permissions::from_mode(0o755)).unwrap();
+        let claim = |space| Directory::claim(&path("data"), &marker(&[&path(space)]), Some(owner));
+        let error = claim("link").unwrap_err();
+        assert!(error.message().contains("a link of user 12345"), "{error}");
+        assert_eq!(whose("precious"), (0, 0o755));
+
+        let directory = claim("space").unwrap();
+        for name in ["data", "space"] {
+            assert_eq!(whose(name), (0, 0o700), "{name}");
+        }
+        // Interrupted here, it is known whom it was for.
+        assert_eq!(interrupted_for(&path("data")), Some(owner));
+        fs::create_dir(path("data/global")).unwrap();
+        directory.give(0o700).unwrap();
+        // Now the account may do this.
+        fs::rename(path("data/global"), path("data/moved")).unwrap();
+        std::os::unix::fs::symlink(path("precious"), path("data/global")).unwrap();
+        directory.finish(b"control", 0o600).unwrap_err();
+        assert_eq!(fs::read_dir(path("precious")).unwrap().count(), 0);
+        assert_eq!(whose("data"), (12_345, 0o700));
     }
 
     #[test]

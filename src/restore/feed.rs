@@ -243,7 +243,7 @@ pub(crate) enum WhenIdle {
 /// Whoever fetches ahead.
 pub(crate) struct FetchAhead<'a> {
     pub(crate) folder: &'a Folder,
-    /// Who owns the segments, when it is not this process's user.
+    /// The account that may write to the folder, when it is not this process's user.
     pub(crate) owner: Option<Owner>,
     pub(crate) settings: &'a Settings,
     pub(crate) reader: &'a Reader,
@@ -336,15 +336,13 @@ impl Ahead<'_> {
     }
 
     async fn fetch(&self, number: SegmentNumber, name: String) -> Result<()> {
-        let whole = self.folder.spooled(&name);
-        if whole.exists() {
+        if self.folder.spooled(&name).exists() {
             return Ok(());
         }
         let unfinished = self.folder.unfinished(&name, std::process::id());
         let plan = (self.settings, &*self.folder.data());
         self.feeder.write_planned(plan, number, &unfinished).await?;
-        fs::rename(&unfinished, &whole)
-            .context(|| format!("unable to rename '{}'", unfinished.display()))
+        self.folder.put_whole(&unfinished, &name)
     }
 }
 

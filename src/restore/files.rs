@@ -68,6 +68,8 @@ const TURNS: usize = 32;
 /// Text of the `backup_manifest` collected before it is written.
 const MANIFEST_TEXT_BYTES: usize = 256 << 10;
 
+/// Files are written to, never what a link in the place of one leads to.
+const NO_LINK: i32 = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
 /// Mode bits that a file has until it is whole: its blocks come one by one.
 const FILLED_FILE_MODE: u32 = 0o600;
 /// Mode bits that a directory has until everything is there.
@@ -530,7 +532,8 @@ impl Tree {
         }
         let place = self.place_of(path);
         let attempted = || format!("unable to write '{}' at byte {offset}", place.display());
-        let file = OpenOptions::new().write(true).open(&place).context(attempted)?;
+        let mut options = OpenOptions::new();
+        let file = options.write(true).custom_flags(NO_LINK).open(&place).context(attempted)?;
         let _turn = self.turn_at(path);
         file.write_all_at(bytes, offset).context(attempted)
     }

@@ -27,10 +27,9 @@
 //! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
 //! whatever is lost here is fetched again.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +39,9 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, SystemId, TimelineId};
+
+use super::directory::Owner;
+use super::rights::as_account;
 
 /// The folder inside `pg_wal`.
 pub(crate) const FOLDER: &str = "tidemark";
@@ -191,14 +193,19 @@ impl Settings {
     }
 }
 
-/// The folder of one data directory.
+/// The folder of one data directory, and the account that may write to it if that is another one's.
 #[derive(Clone, Debug)]
-pub(crate) struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf, Option<Owner>);
 
 impl Folder {
     /// That of `wal_directory`, a `pg_wal`.
     pub(crate) fn of(wal_directory: &Path) -> Self {
-        Self(wal_directory.join(FOLDER))
+        Self(wal_directory.join(FOLDER), None)
+    }
+
+    /// The same, where root writes and removes with the rights of `account` only.
+    pub(crate) fn of_account(self, account: Owner) -> Self {
+        Self(self.0, Some(account))
     }
 
     /// Where the folder is.
@@ -278,7 +285,7 @@ impl Folder {
             None => false,
         };
         for name in self.spool()?.iter().filter(is_left) {
-            remove_if_there(&self.0.join(SPOOL).join(name))?;
+            self.remove_if_there(&self.0.join(SPOOL).join(name))?;
         }
         Ok(())
     }
@@ -301,7 +308,9 @@ impl Folder {
         let attempted = || format!("unable to lock '{}'", path.display());
         // For writing too: NFS locks a range of bytes for this, exclusively, and refuses to (EBADF) where
         // nothing could be written.
-        let file = OpenOptions::new().read(true).write(true).open(&path).context(attempted)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = as_account(self.1, || options.open(&path).context(attempted))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -312,6 +321,14 @@ impl Folder {
     /// Whether somebody fetches ahead.
     pub(crate) fn is_fetched_ahead(&self) -> Result<bool> {
         Ok(self.lock()?.is_none())
+    }
+
+    /// Puts a segment that was fetched into `unfinished` among those that are whole.
+    pub(crate) fn put_whole(&self, unfinished: &Path, name: &str) -> Result<()> {
+        as_account(self.1, || {
+            fs::rename(unfinished, self.spooled(name))
+                .context(|| format!("unable to rename '{}'", unfinished.display()))
+        })
     }
 
     /// Hands `name` over to `path` if it is in the spool.
@@ -339,7 +356,7 @@ impl Folder {
         let place = self.0.join(SPOOL).join(WANTED);
         let wanted = read_note(&place, NOTE_BYTES_MAX)?;
         if wanted.is_some() {
-            remove_if_there(&place)?;
+            self.remove_if_there(&place)?;
         }
         Ok(wanted)
     }
@@ -349,19 +366,26 @@ impl Folder {
         let place = self.0.join(SPOOL).join(ERROR);
         let hint = error.hint_text().map(|hint| format!("\n{hint}")).unwrap_or_default();
         let attempted = || format!("unable to write '{}'", place.display());
-        fs::write(&place, format!("{error}{hint}")).context(attempted)?;
-        // Root may write it for PostgreSQL's account to read.
-        fs::set_permissions(&place, Permissions::from_mode(0o644)).context(attempted)
+        as_account(self.1, || fs::write(&place, format!("{error}{hint}")).context(attempted))
     }
 
     /// Takes the word that [`Folder::fail`] left.
     pub(crate) fn take_failure(&self) -> Result<Option<Error>> {
         let place = self.0.join(SPOOL).join(ERROR);
         let Some(text) = read_note(&place, NOTE_BYTES_MAX)? else { return Ok(None) };
-        remove_if_there(&place)?;
+        self.remove_if_there(&place)?;
         let (message, hint) = text.split_once('\n').unwrap_or((&text, ""));
         let error = Error::new(Kind::Unavailable, message);
         Ok(Some(if hint.is_empty() { error } else { error.hint(hint) }))
+    }
+
+    fn remove_if_there(&self, path: &Path) -> Result<()> {
+        as_account(self.1, || match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(Error::io(format!("unable to remove '{}'", path.display()), &error))
+            }
+            _ => Ok(()),
+        })
     }
 }
 
@@ -371,15 +395,6 @@ fn is_of_another(pid: &str) -> bool {
     let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return false };
     // Of another user it may not even be asked.
     rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(Error::io(format!("unable to remove '{}'", path.display()), &error))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// A small text file, `None` when it is not there.

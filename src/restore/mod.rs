@@ -19,6 +19,7 @@ pub mod progress;
 mod resolve;
 #[cfg(test)]
 mod resolve_tests;
+mod rights;
 pub mod run;
 mod scan;
 mod segments;

@@ -168,7 +168,7 @@ pub async fn run(
 
         progress.begin(Phase::Syncing, 0);
         restored.directory_modes.set()?;
-        set_directory_mode(directory)?;
+        directory.give(directory_mode(directory))?;
         claimed.finish(&restored.control, restored.control_mode)?;
         progress.begin(Phase::Done, 0);
         let elapsed = clock.instant().saturating_duration_since(begun);
@@ -249,6 +249,9 @@ fn owner_of(options: &Options) -> Result<Option<Owner>> {
     }
     let path = std::path::absolute(&options.into)
         .context(|| format!("unable to find the directory '{}'", options.into.display()))?;
+    if let Some(owner) = directory::interrupted_for(&path) {
+        return Ok(Some(owner));
+    }
     let nearest = path.ancestors().find_map(|folder| fs::metadata(folder).ok());
     match nearest.map(|found| Owner { uid: found.uid(), gid: found.gid() }) {
         Some(owner) if owner.uid != 0 => Ok(Some(owner)),
@@ -311,14 +314,10 @@ fn replace(path: &Path, content: &[u8], owner: Option<Owner>) -> Result<()> {
 }
 
 /// 0700, or 0750 when the cluster allows its group to read: what PostgreSQL accepts.
-fn set_directory_mode(directory: &Directory) -> Result<()> {
+fn directory_mode(directory: &Directory) -> u32 {
     let version_file = directory.path().join("PG_VERSION");
     let mode = fs::metadata(&version_file).map_or(0o600, |found| found.permissions().mode());
-    let mode = if mode & 0o040 == 0 { 0o700 } else { 0o750 };
-    let path = directory.path();
-    fs::set_permissions(path, Permissions::from_mode(mode))
-        .context(|| format!("unable to set the mode of '{}'", path.display()))?;
-    directory.owner().map_or(Ok(()), |owner| owner.give(path))
+    if mode & 0o040 == 0 { 0o700 } else { 0o750 }
 }
 
 /// What became of the WAL.
@@ -425,13 +424,13 @@ impl Delivery<'_> {
         let size = self.plan.wal_segment_bytes;
         self.progress.begin(Phase::Wal, wanted.len() as u64 * size.bytes());
         let source = RepositoryWal::of_restore(self.reader);
-        let identity =
-            Identity { system_id: self.plan.system_id, size, owner: self.directory.owner() };
+        let identity = Identity { system_id: self.plan.system_id, size, owner: None };
         let replayed = self.plan.backup.start_lsn..self.replay_end();
         let mut watch = Watch::new(size, self.directory.path(), replayed);
         for segment in &wanted {
             let path = self.wal_directory().join(&segment.name);
             segments::write(&source, segment, &path, identity).await?;
+            self.give(&path)?;
             watch = watch.see(path, segment.known()).await?;
             self.mark_archived(&segment.name)?;
             self.progress.add_written(size.bytes());

@@ -24,6 +24,7 @@ use crate::pg::{LsnRange, SegmentSize, SystemId, TimelineId};
 
 use super::chain::Piece;
 use super::directory::Owner;
+use super::rights::as_account;
 use super::scan::{self, WAL_PAGE_BYTES, WalSource};
 
 /// Extents on their way while one is written.
@@ -86,7 +87,7 @@ pub(crate) struct Identity {
     pub(crate) system_id: SystemId,
     /// Size of its segments.
     pub(crate) size: SegmentSize,
-    /// Who owns the files.
+    /// The account that may write where the files are put, when it is not this process's user.
     pub(crate) owner: Option<Owner>,
 }
 
@@ -103,11 +104,8 @@ pub(crate) async fn write<S: WalSource>(
     let attempted = || format!("unable to write WAL segment '{}'", path.display());
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
-    let file = options.open(path).context(attempted)?;
+    let file = as_account(identity.owner, || options.open(path).context(attempted))?;
     file.set_len(identity.size.bytes()).context(attempted)?;
-    if let Some(Owner { uid, gid }) = identity.owner {
-        std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).context(attempted)?;
-    }
     let start = segment.range.start();
     let begins_whole = segment.pieces.first().is_some_and(|piece| piece.range.start() == start);
     let mut header = None;

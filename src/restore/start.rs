@@ -1,7 +1,9 @@
 //! Starting PostgreSQL on a restored directory and watching it until the target is reached.
 //!
 //! # Invariants
-//! - It runs as the owner of the files, never as root.
+//! - It runs as the owner of the files, never as root, and with all groups of that account.
+//! - The directory is the account's by now: what root writes there is written with the account's rights
+//!   (see `rights`).
 //! - Until the outcome is known a server that is still running is ours: whoever gives up, or drops the
 //!   future, has it stopped.
 //! - Where it stopped is compared with the plan; a difference is an error, not a remark.
@@ -29,6 +31,7 @@ use super::feed::{FetchAhead, WhenIdle};
 use super::handover::Folder;
 use super::plan::Plan;
 use super::progress::{Phase, Progress};
+use super::rights::{self, as_account};
 use super::run::Role;
 use super::server_log::{Outcome, ServerLog};
 use super::settings::{Action, Stop};
@@ -118,7 +121,7 @@ pub async fn start(
         write_once(&folder.join("pg_hba.conf"), "local all all trust\n", owner)?;
     }
     progress.begin(Phase::Replaying, plan.wal_bytes());
-    let folder = Folder::of(&into.join("pg_wal"));
+    let folder = Folder::of(&into.join("pg_wal")).of_account(owner);
     let begun = clock.instant();
     let mut server = Server::spawn(&programs, into, owner, options)?;
     let fetching = async {
@@ -238,10 +241,10 @@ impl Programs {
         })
     }
 
-    fn command(&self, program: &str, owner: Owner) -> Command {
+    /// To be started by [`rights::spawn`].
+    fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.folder.join(program));
         if Owner::process_is_root() {
-            command.uid(owner.uid).gid(owner.gid);
             // Root's is not where a standby's .pgpass is; without one, libpq asks for the account's.
             command.env_remove("HOME");
         }
@@ -308,20 +311,26 @@ fn write_once(path: &Path, content: &str, owner: Owner) -> Result<bool> {
     use std::io::Write as _;
     let attempted = || format!("unable to write '{}'", path.display());
     let mut options = OpenOptions::new();
-    match options.write(true).create_new(true).mode(0o600).open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(false),
+    options.write(true).create_new(true).mode(0o600);
+    as_account(Some(owner), || match options.open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
         other => {
-            other.and_then(|mut file| file.write_all(content.as_bytes())).context(attempted)?
+            other.and_then(|mut file| file.write_all(content.as_bytes())).context(attempted)?;
+            Ok(true)
         }
-    }
-    owner.give_if_root(path)?;
-    Ok(true)
+    })
 }
 
-impl Owner {
-    fn give_if_root(self, path: &Path) -> Result<()> {
-        if Self::process_is_root() { self.give(path) } else { Ok(()) }
-    }
+/// A log that begins empty, to be written and to be read.
+fn open_log(path: &Path, owner: Owner) -> Result<(File, File)> {
+    let attempted = || format!("unable to write '{}'", path.display());
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).mode(0o600);
+    as_account(Some(owner), || {
+        let written = options.open(path).context(attempted)?;
+        written.set_len(0).context(attempted)?;
+        Ok((written, File::open(path).context(attempted)?))
+    })
 }
 
 /// A server of ours.
@@ -342,21 +351,16 @@ impl Server {
     ) -> Result<Self> {
         let log_path = into.join(LOG);
         let attempted = || format!("unable to write '{}'", log_path.display());
-        let mut open = OpenOptions::new();
-        open.append(true).create(true).read(true).mode(0o600);
-        let log = open.open(&log_path).context(attempted)?;
-        log.set_len(0).context(attempted)?;
-        owner.give_if_root(&log_path)?;
-        let mut command = programs.command("postgres", owner);
+        let (log, log_file) = open_log(&log_path, owner)?;
+        let mut command = programs.command("postgres");
         command.arg("-D").arg(into).current_dir(into);
         for setting in settings(into, options) {
             command.args(["-c", &setting]);
         }
         let errors = log.try_clone().context(attempted)?;
         // In a group of its own: a Ctrl-C meant for us is not the server's.
-        let child = command.stdout(log).stderr(errors).process_group(0).spawn();
-        let child = child.context(|| "unable to start PostgreSQL")?;
-        let log_file = File::open(&log_path).context(attempted)?;
+        command.stdout(log).stderr(errors).process_group(0);
+        let child = rights::spawn(owner, command)?;
         let (into, log) = (into.to_path_buf(), ServerLog::default());
         Ok(Self { child: Some(child), into, owner, log_file, log })
     }
@@ -474,11 +478,12 @@ impl Server {
         self.read_log()?;
         self.child = None;
         let log = self.into.join(LOG);
-        let mut command = programs.command("pg_ctl", self.owner);
+        let mut command = programs.command("pg_ctl");
         command.args(["start", "-w", "-t", "60", "-s", "-D"]).arg(&self.into).arg("-l").arg(&log);
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        let started = super::scan::blocking(move || command.status()).await?;
-        let started = started.context(|| "unable to run pg_ctl")?;
+        let owner = self.owner;
+        let run = move || rights::spawn(owner, command)?.wait().context(|| "unable to run pg_ctl");
+        let started = super::scan::blocking(run).await??;
         self.read_log()?;
         if started.success() {
             return Ok(());

@@ -1,5 +1,6 @@
 //! Restores of real clusters: to every kind of target, and what must be true of the directory.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -400,6 +401,21 @@ async fn what_root_makes_for_a_restore_lets_the_account_of_the_server_pass() {
     assert_eq!(rows(&binaries, &target), [1]);
 }
 
+fn groups_of_process(pid: u32) -> BTreeSet<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap();
+    groups.split_whitespace().map(str::to_owned).collect()
+}
+
+/// The groups that the account gets when it logs in.
+fn groups_of_account() -> BTreeSet<String> {
+    let uid = Account::current().ids().map(|(uid, _)| uid.to_string());
+    let mut id = Command::new("id");
+    let said = id.arg("-G").args(uid).output().unwrap();
+    assert!(said.status.success());
+    String::from_utf8(said.stdout).unwrap().split_whitespace().map(str::to_owned).collect()
+}
+
 /// The restored server that `--start` left running; stopped when dropped.
 struct Left {
     binaries: Binaries,
@@ -467,6 +483,7 @@ async fn a_started_server_reaches_the_target_and_is_left_as_the_action_says() {
     run(&place, &planned, &options(&folder.data())).await.unwrap();
     let (report, left) = start(&place, &planned, &folder, Action::Promote).await.unwrap();
     assert_eq!((report.outcome, report.new_timeline), (Outcome::Promoted, Some(2)));
+    assert_eq!(groups_of_process(report.pid.unwrap()), groups_of_account());
     assert_eq!(left.psql("select id from t"), "1");
     assert_eq!(left.psql("select pg_is_in_recovery()"), "f");
     drop(left);
@@ -686,6 +703,8 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     assert_eq!(left.psql("select max(id), count(*) from t"), "20|20");
     drop(left);
 
+    links_of_the_account_lead_root_nowhere(place, &planned, &on_demand).await;
+
     // What is created behind the target is in the same segment and not replayed; to the end, it is.
     let latest = plan(place, &request(Target::Latest)).await.unwrap();
     let folder = Folder::new();
@@ -705,6 +724,34 @@ async fn much_wal_comes_through_wal_get_and_nothing_else_than_its_end_ends_recov
     std::fs::write(&conf, text.replace("/nonexistent", &url)).unwrap();
     drop(restored);
     assert_eq!(rows(&binaries, &folder.data()), (1..=20).collect::<Vec<_>>());
+}
+
+/// Root feeds and watches the server in a directory in which others say what a name means.
+async fn links_of_the_account_lead_root_nowhere(
+    place: &Place,
+    planned: &Plan,
+    on_demand: &dyn Fn(&Folder, &Path) -> Options,
+) {
+    if Account::current().ids().is_none() {
+        return;
+    }
+    let precious = tempfile::tempdir().unwrap();
+    let file = precious.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let targets = [("tidemark-recovery.log", &*file), ("pg_wal/tidemark/spool", precious.path())];
+    for (name, target) in targets {
+        let folder = Folder::new();
+        run(place, planned, &on_demand(&folder, Path::new("/nonexistent"))).await.unwrap();
+        let link = folder.data().join(name);
+        if link.exists() {
+            std::fs::remove_dir(&link).unwrap();
+        }
+        std::os::unix::fs::symlink(target, &link).unwrap();
+        let error = start(place, planned, &folder, Action::Promote).await.err().unwrap();
+        assert_eq!(error.kind(), Kind::Denied, "{error:?}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    assert_eq!(std::fs::read_dir(precious.path()).unwrap().count(), 1);
 }
 
 /// Starts a server that gives up before its recovery has ended, and says why.

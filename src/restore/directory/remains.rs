@@ -86,6 +86,20 @@ pub(super) fn clear(
     Ok(Some(marker))
 }
 
+/// Whom the interrupted restore in `path` was for, as its marker says; only that of this account or of root
+/// is asked.
+pub(crate) fn interrupted_for(path: &Path) -> Option<Owner> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let marker = openat(open_directory(path).ok()?, MARKER, flags, Mode::empty()).ok()?;
+    let marker = File::from(marker);
+    if Word::of(&marker.metadata().ok()?, None) != Ok(Word::Trusted) {
+        return None;
+    }
+    let mut text = Vec::new();
+    marker.take(MARKER_BYTES_MAX).read_to_end(&mut text).ok()?;
+    serde_json::from_slice::<Marker>(&text).ok()?.owner
+}
+
 /// The tablespace directories that the restore wrote to, as far as its marker tells.
 fn named_places(marker: &mut File, path: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut text = Vec::new();

@@ -36,6 +36,11 @@ impl Written {
         Ok(Self { path: path.to_path_buf(), folder: open_directory(path)? })
     }
 
+    /// The directory itself, whatever its path leads to by now.
+    pub(super) fn folder(&self) -> &File {
+        &self.folder
+    }
+
     /// Writes everything out.
     ///
     /// # Errors
