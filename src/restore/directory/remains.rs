@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, fstat, openat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::{CONTROL_FILE, MARKER, Marker, Owner, lock, open_directory};
@@ -197,6 +197,11 @@ fn is_empty(place: &Path) -> bool {
 fn empty(folder: OwnedFd, keep: Option<&str>, depth: u32) -> std::io::Result<()> {
     if depth > DEPTH_MAX {
         return Err(std::io::Error::other(format!("it is more than {DEPTH_MAX} folders deep")));
+    }
+    let mode = Mode::from_raw_mode(fstat(&folder)?.st_mode);
+    if !mode.contains(Mode::RWXU) {
+        // A restore that was interrupted late had given it its mode of the backup, which may be 0500.
+        fchmod(&folder, mode | Mode::RWXU)?;
     }
     for entry in Dir::read_from(&folder)? {
         let entry = entry?;

@@ -4,6 +4,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
 use super::super::{Directory, TablespacePlace};
 use super::*;
+use crate::restore::rights::as_account;
 
 fn marker(places: &[&Path]) -> Marker {
     let places: Vec<TablespacePlace> = places
@@ -136,4 +137,29 @@ fn root_clears_nothing_of_others_on_the_word_of_the_account_it_restores_for() {
     give(&space, 70);
     drop(Directory::claim(&data, &marker(&[&space]), owner).unwrap());
     assert!(!space.join("precious").exists() && !data.join("PG_VERSION").exists());
+}
+
+#[test]
+fn folders_that_keep_their_owner_from_writing_are_cleared_by_him() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    interrupted(&data, &[]);
+    fs::create_dir_all(data.join("extra/deep")).unwrap();
+    fs::write(data.join("extra/deep/server.key"), "x").unwrap();
+    for folder in ["extra/deep", "extra"] {
+        fs::set_permissions(data.join(folder), fs::Permissions::from_mode(0o500)).unwrap();
+    }
+    if Owner::process_is_root() {
+        // Modes do not bind root, so that it is done by somebody else.
+        let nobody = Owner { uid: 12_345, gid: 12_346 };
+        for path in ["", MARKER, "PG_VERSION", "extra", "extra/deep", "extra/deep/server.key"] {
+            nobody.give(&data.join(path)).unwrap();
+        }
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        as_account(Some(nobody), || Directory::claim(&data, &marker(&[]), None)).unwrap();
+    } else {
+        drop(Directory::claim(&data, &marker(&[]), None).unwrap());
+    }
+    let names: Vec<_> = fs::read_dir(&data).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, [MARKER]);
 }
