@@ -79,8 +79,8 @@ impl Watch {
             let offset = piece.start().saturating_since(self.size.start_of(piece.start()));
             file.read_exact_at(&mut bytes, offset).context(attempted)?;
             fed = scanner.feed(&bytes, &mut |landmark| {
-                if let Landmark::Tablespace { oid, path, range } = landmark {
-                    created.push((oid, path, range.start()));
+                if let Landmark::Tablespace { path, range, .. } = landmark {
+                    created.push((path, range.start()));
                 }
             });
             if fed.is_err() {
@@ -88,13 +88,11 @@ impl Watch {
             }
         }
         self.scanner = fed.is_ok().then_some(scanner);
-        created.into_iter().try_for_each(|(oid, place, lsn)| self.check(oid, place, lsn))
+        created.into_iter().try_for_each(|(place, lsn)| self.check(place, lsn))
     }
 
-    fn check(&mut self, oid: u32, place: PathBuf, lsn: Lsn) -> Result<()> {
-        let link = self.data.join("pg_tblspc").join(oid.to_string());
-        let is_ours = fs::read_link(&link).is_ok_and(|to| to == place);
-        if !self.replayed.contains(&lsn) || is_ours || !place.is_absolute() {
+    fn check(&mut self, place: PathBuf, lsn: Lsn) -> Result<()> {
+        if !self.replayed.contains(&lsn) || !place.is_absolute() || self.is_ours(&place) {
             return Ok(());
         }
         let entries = match fs::read_dir(&place) {
@@ -118,6 +116,13 @@ impl Watch {
              another host, or move that directory away and make an empty one in its place for \
              PostgreSQL's account.",
         ))
+    }
+
+    /// Whether a tablespace of the server itself is there. Not of this record: replay that begins again
+    /// finds what it made before, and that may be a later tablespace at the place of one that was dropped.
+    fn is_ours(&self, place: &Path) -> bool {
+        let links = fs::read_dir(self.data.join("pg_tblspc")).into_iter().flatten().flatten();
+        links.map(|link| fs::read_link(link.path())).any(|to| to.is_ok_and(|to| to == place))
     }
 }
 
@@ -206,6 +211,9 @@ mod tests {
         assert_eq!(seen(record.start()).unwrap(), std::slice::from_ref(&missing));
         // Replay made it, before the server was started anew.
         std::os::unix::fs::symlink(&taken, data.join("pg_tblspc/4")).unwrap();
+        assert_eq!(seen(end).unwrap(), std::slice::from_ref(&missing));
+        // Or made a later one there, when this one had been dropped.
+        fs::rename(data.join("pg_tblspc/4"), data.join("pg_tblspc/5")).unwrap();
         assert_eq!(seen(end).unwrap(), [missing]);
     }
 }
