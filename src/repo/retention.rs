@@ -33,10 +33,12 @@
 
 mod apply;
 mod check;
+mod outlook;
 
 pub use apply::{DeletionReport, Refusal, apply};
 pub(super) use apply::{delete_unless_refused, ensure_clock};
 pub use check::check;
+pub use outlook::{Outlook, Reading};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

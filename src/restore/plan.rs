@@ -11,7 +11,9 @@ use serde::Serialize;
 
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, PgTime, SegmentSize, SystemId, TimelineId};
+use crate::repo::Catalog;
 use crate::repo::names::BackupId;
+use crate::repo::retention::{Outlook, Reading, RetentionOptions};
 
 use super::chain::Piece;
 use super::settings::Stop;
@@ -141,6 +143,31 @@ impl Plan {
     #[must_use]
     pub fn wal_bytes(&self) -> u64 {
         self.wal.iter().map(|wal| wal.end_lsn.saturating_since(wal.start_lsn)).sum()
+    }
+
+    /// Notes what retention by `rules` takes of the plan within a day of `now`: nothing keeps it while it is
+    /// restored.
+    pub fn note_retention(&mut self, catalog: &Catalog, rules: &RetentionOptions, now: Timestamp) {
+        let extents = self.pieces.iter().map(|piece| piece.extent).collect();
+        let reading = Reading { backup: self.backup.id, extents: &extents };
+        let at = |time: Timestamp| format!("at about {}", time.strftime("%Y-%m-%d %H:%M UTC"));
+        let (what, when) = match Outlook::of(reading, catalog, rules, now) {
+            Outlook::Stays => return,
+            Outlook::BackupAfterNext => ("this backup", "when the next one is there".to_owned()),
+            Outlook::BackupAt(time) => ("this backup", at(time)),
+            Outlook::WalAt(time) => ("WAL of this plan", at(time)),
+        };
+        let remedy = match (what, rules.pitr_days) {
+            ("this backup", None) => {
+                format!("'tidemark hold {}' keeps it and its WAL", self.backup.id)
+            }
+            ("this backup", Some(_)) => format!(
+                "'tidemark hold {}' keeps it, and a longer retention.pitr_days the WAL behind its end",
+                self.backup.id
+            ),
+            _ => "a longer retention.pitr_days keeps it, holding the backup does not".to_owned(),
+        };
+        self.notes.push(format!("by the rules of retention {what} goes {when}; {remedy}"));
     }
 
     /// A rough duration for so much data and WAL.

@@ -208,7 +208,8 @@ async fn removed_meanwhile(error: Error, reader: &Reader, id: BackupId) -> Error
     match reader.manifest(id).await {
         Err(manifest) if manifest.kind() == Kind::NotFound => error.hint(format!(
             "Backup '{id}' was removed meanwhile, by retention most likely. Restore from another one \
-             ('tidemark list' shows them); to keep that for as long as it takes: tidemark hold ID."
+             ('tidemark list' shows them). 'tidemark hold ID' keeps that and its WAL up to its end; with \
+             retention.pitr_days the WAL behind it goes as that says."
         )),
         _ => error,
     }

@@ -361,6 +361,11 @@ async fn read_only_files_and_directories_are_restored_by_an_account_that_modes_b
     let tidemark = Tidemark::with_directory();
     let words = ["backup", "--postgres", &server.conninfo(), "--checkpoint", "fast"];
     tidemark.run(&words).ok();
+    // Nothing keeps the backup while it is restored.
+    let mut plan = tidemark.command(&["restore", "--dry-run"]);
+    let plan = plan.env("TIDEMARK_RETENTION_KEEP_COUNT", "1").output().unwrap();
+    let said = String::from_utf8_lossy(&plan.stdout);
+    assert!(said.contains("this backup goes when the next one is there"), "{said}");
     let target = tidemark.new_target("read-only");
     tidemark.run(&["restore", "--into", target.to_str().unwrap()]).ok();
     for (path, mode) in modes {

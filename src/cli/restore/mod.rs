@@ -133,7 +133,10 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         let repository = opening::repository(config, clock).await?;
         let reader = keys::reader(config, &repository)?;
         let catalog = Catalog::load(&repository).await?;
-        let plan = restore::plan(&reader, &catalog, &request).await?;
+        let mut plan = restore::plan(&reader, &catalog, &request).await?;
+        if let Some(rules) = config.retention_options()? {
+            plan.note_retention(&catalog, &rules, clock.now());
+        }
         Ok((reader, plan))
     };
     let (reader, plan) = super::unless_stopped(stop, planning).await?;

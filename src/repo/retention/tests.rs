@@ -591,3 +591,34 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_the_rules_take_within_a_day_is_known_before() {
+    let of = |catalog: &Catalog, backup: i64, wal_days: std::ops::Range<i64>, options| {
+        let wal = days_of_wal(1, wal_days.start, wal_days.end);
+        let extents = wal.map(|stored| stored.name).collect();
+        let reading = Reading { backup: daily(1, backup).id(), extents: &extents };
+        Outlook::of(reading, catalog, &options, now(30))
+    };
+    let at = |backup, options| of(&month(), backup, backup..30, options);
+    assert_eq!(at(3, options(None, None, None)), Outlook::Stays);
+    let week = options(Some(7), None, None);
+    assert_eq!(at(24, week.clone()), Outlook::Stays);
+    // It ended an hour into day 23.
+    assert_eq!(at(23, week.clone()), Outlook::BackupAt(at_minute(30 * DAY + 60)));
+    // Gone already, if anybody looks.
+    assert_eq!(at(22, week), Outlook::BackupAt(now(30)));
+    // The third of three, and the first of one, go with the next.
+    assert_eq!(at(27, options(None, Some(3), None)), Outlook::BackupAfterNext);
+    assert_eq!(at(28, options(None, Some(3), None)), Outlook::Stays);
+    assert_eq!(at(29, options(None, Some(1), None)), Outlook::BackupAfterNext);
+    assert_eq!(at(29, options(Some(7), Some(1), None)), Outlook::Stays);
+
+    // All are kept by age, and of their WAL what the window needs. In two hours it begins after the last.
+    let few = Catalog { backups: [0, 20, 23].map(|day| daily(1, day)).into(), ..month() };
+    let at = |backup, wal_days| of(&few, backup, wal_days, options(Some(90), None, Some(7)));
+    assert_eq!(at(0, 0..30), Outlook::WalAt(now(30)));
+    assert_eq!(at(20, 20..30), Outlook::WalAt(at_minute(30 * DAY + 120)));
+    assert_eq!(at(20, 20..21), Outlook::Stays, "its own");
+    assert_eq!(at(23, 23..30), Outlook::Stays);
+}
