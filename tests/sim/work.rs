@@ -315,7 +315,10 @@ pub async fn command(inside: Surroundings, settings: Settings, command: Command)
     let clock = &inside.clock;
     match command {
         Command::Expire => upkeep::expire(&repository, &settings.retention, clock).await.map(drop),
-        Command::Sweep => upkeep::sweep(&repository, clock).await.map(drop),
+        Command::Sweep => {
+            let catalog = Catalog::load(&repository).await?;
+            upkeep::sweep(&repository, &catalog, clock).await.map(drop)
+        }
         Command::SweepKeys => {
             let evidence = sweep::scan_headers(&repository).await?;
             let catalog = Catalog::load(&repository).await?;
