@@ -25,8 +25,11 @@ const APPLICATION_NAME: &str = "tidemark";
 /// Least memory a command can work with: the process itself and two parts being uploaded.
 const MEMORY_BYTES_MIN: u64 = 48 << 20;
 
-/// Longest passphrase file that is read; its first line is what counts.
+/// Longest passphrase file that is read.
 const PASSPHRASE_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// So many passphrases of a file count: each that does not fit costs a third of a second of one core.
+const PASSPHRASES_MAX: usize = 16;
 
 /// Whether what is written is sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,30 +174,31 @@ impl Config {
         self.settings.list("keys.recipients")
     }
 
-    /// The passphrase itself, or the first line of its file.
+    /// The passphrase itself, or those of its file, one a line: the first seals, and all open, so that
+    /// what was sealed before a change can be read together with what was sealed after it.
     ///
     /// # Errors
-    /// `config` when both are set, or the file cannot be read or is empty.
-    pub fn passphrase(&self) -> Result<Option<SecretString>> {
+    /// `config` when both are set, or the file cannot be read or its first line is empty.
+    pub fn passphrases(&self) -> Result<Vec<SecretString>> {
         match (self.text("keys.passphrase"), self.text("keys.passphrase_file")) {
             (Some(_), Some(_)) => Err(Error::new(
                 Kind::Config,
                 "both 'keys.passphrase' and 'keys.passphrase_file' are set",
             )
             .hint("Keep one of them; 'tidemark config show' prints where each comes from.")),
-            (Some(text), None) => Ok(Some(text.to_owned().into())),
+            (Some(text), None) => Ok(vec![text.to_owned().into()]),
             (None, Some(path)) => {
                 let attempted = format!("unable to read the passphrase file '{path}'");
                 let text = crate::file::read_to_string(Path::new(path), PASSPHRASE_FILE_BYTES_MAX)
                     .map_err(|error| Error::io(&attempted, &error).with_kind(Kind::Config))?;
-                let line = text.lines().next().unwrap_or_default();
-                if line.is_empty() {
+                if text.lines().next().unwrap_or_default().is_empty() {
                     let flaw = format!("{attempted}: its first line is empty");
                     return Err(Error::new(Kind::Config, flaw));
                 }
-                Ok(Some(line.to_owned().into()))
+                let lines = text.lines().filter(|line| !line.is_empty()).take(PASSPHRASES_MAX);
+                Ok(lines.map(|line| line.to_owned().into()).collect())
             }
-            (None, None) => Ok(None),
+            (None, None) => Ok(Vec::new()),
         }
     }
 
@@ -380,6 +384,8 @@ impl Config {
 mod tests {
     use std::path::Path;
 
+    use secrecy::ExposeSecret;
+
     use super::*;
     use crate::config::Environment;
 
@@ -408,6 +414,30 @@ mod tests {
     fn the_identity_file_stands_in_the_users_configuration_folder() {
         let expected = Path::new("/home/a/.config/tidemark/identity.txt");
         assert_eq!(config(&[("HOME", "/home/a")]).identity_file().unwrap(), expected);
+    }
+
+    #[test]
+    fn each_line_of_a_passphrase_file_is_a_passphrase_as_it_stands() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passphrases");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            let found =
+                config(&[("TIDEMARK_KEYS_PASSPHRASE_FILE", path.to_str().unwrap())]).passphrases();
+            found.map(|all| all.iter().map(|one| one.expose_secret().to_owned()).collect())
+        };
+        let expect = |text, expected: &[&str]| {
+            let found: Vec<String> = read(text).unwrap();
+            assert_eq!(found, expected, "{text:?}");
+        };
+        for text in ["a b ", "a b \n", "a b \r\n", "a b \n\n\n"] {
+            expect(text, &["a b "]);
+        }
+        expect("b\n\n a\n", &["b", " a"]);
+        expect(&"a\n".repeat(1000), &["a"; PASSPHRASES_MAX]);
+        for text in ["", "\na"] {
+            assert_eq!(read(text).unwrap_err().kind(), Kind::Config, "{text:?}");
+        }
     }
 
     #[test]

@@ -12,8 +12,9 @@
 //! | stream | 48 MiB | extent being filled + extents being uploaded, each at most as much as the other |
 //! | restore | 96 MiB | batches being fetched, and what their connections hold + threads × (context + block) + WAL segments |
 //!
-//! A passphrase as recipient costs 128 MiB once at start on top, for about 0.3 s: that is what makes
-//! it expensive to guess (scrypt). X25519 recipients cost nothing.
+//! A passphrase costs 128 MiB on top for about 0.3 s at start, when the newest data key is opened with
+//! it (once for each passphrase until one fits) and again when a new one is sealed: that is what makes it
+//! expensive to guess (scrypt). X25519 recipients cost nothing.
 
 use super::codec::{Level, compressed_bytes_max};
 use super::frame::{BLOCK_BYTES, FRAME_OVERHEAD_BYTES};
