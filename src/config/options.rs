@@ -13,7 +13,7 @@ use crate::capture::base::PageChecksums;
 use crate::capture::stream::{SlotLife, StreamOptions};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Level;
-use crate::pipeline::budget::{Budget, STREAM_BYTES};
+use crate::pipeline::budget::{Budget, STREAM_BYTES, stream_bytes_min};
 use crate::repo::retention::RetentionOptions;
 use crate::restore::time;
 use crate::store::{StaticCredentials, StoreOptions};
@@ -251,6 +251,23 @@ impl Config {
         }
     }
 
+    /// Most memory the stream may take. Where the setting does not say, the levels that need more than
+    /// usual get it.
+    fn stream_memory_bytes(&self, level: Level) -> Result<u64> {
+        let least = stream_bytes_min(level);
+        let bytes = self.memory_bytes(STREAM_BYTES.max(least))?;
+        if bytes >= least {
+            return Ok(bytes);
+        }
+        let origin = self.settings.origin("pipeline.memory");
+        let (level, least) = (level.get(), least >> 20);
+        let message = format!(
+            "unable to stream at 'compression.level' {level} within the 'pipeline.memory' from \
+             {origin}: that level needs at least {least} MiB"
+        );
+        Err(Error::new(Kind::Config, message).hint("Choose a lower level, or allow more memory."))
+    }
+
     /// How many threads compress and encrypt: what the setting says, else as many as the machine
     /// has cores.
     ///
@@ -272,14 +289,15 @@ impl Config {
         let defaults = StreamOptions::default();
         let interval = |name| Self::set(name, settings.duration(name)?);
         let uploads = Self::set("wal.uploads_max", settings.integer("wal.uploads_max")?)?;
+        let level = self.level()?;
         Ok(StreamOptions {
             slot_name: self.slot_name().to_owned(),
             slot_life: SlotLife::Permanent,
             flush_interval: interval("wal.flush_interval")?,
             idle_flush_interval: interval("wal.idle_flush_interval")?,
             lag_ceiling_bytes: settings.size_bytes("wal.lag_ceiling")?,
-            level: self.level()?,
-            budget: Budget::stream(self.memory_bytes(STREAM_BYTES)?),
+            level,
+            budget: Budget::stream(self.stream_memory_bytes(level)?, level),
             uploads_max: usize::try_from(uploads).unwrap_or(defaults.uploads_max),
             stop_grace: interval("wal.stop_grace")?,
             ..defaults
@@ -408,6 +426,19 @@ mod tests {
         assert_eq!(config.rate_limit_kib().unwrap(), None);
         assert!(config.time_zone().unwrap().is_none());
         assert_eq!(config.retention_options().unwrap(), None, "nothing is deleted by default");
+    }
+
+    #[test]
+    fn a_stream_gets_the_memory_its_level_needs_or_is_refused() {
+        let stream = |level, memory| {
+            let set = [("TIDEMARK_COMPRESSION_LEVEL", level), ("TIDEMARK_PIPELINE_MEMORY", memory)];
+            config(&set).stream_options().map(|options| options.budget.extent_bytes_held >> 20)
+        };
+        assert_eq!([stream("1", "").unwrap(), stream("7", "48MiB").unwrap()], [10, 7]);
+        assert_eq!([stream("9", "").unwrap(), stream("19", "64MiB").unwrap()], [5, 9]);
+        let error = stream("19", "59MiB").unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.message().ends_with("that level needs at least 60 MiB"), "{error}");
     }
 
     #[test]

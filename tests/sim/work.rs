@@ -62,7 +62,7 @@ impl Settings {
 
     fn stream(&self) -> StreamOptions {
         // No thread: extents are sealed in place.
-        let budget = Budget { thread_count: 0, ..Budget::stream(48 << 20) };
+        let budget = Budget { thread_count: 0, ..Budget::stream(48 << 20, Level::default()) };
         StreamOptions {
             flush_interval: self.flush_interval,
             lag_ceiling_bytes: self.lag_ceiling_bytes,
