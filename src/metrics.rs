@@ -41,7 +41,8 @@ impl Counter {
     }
 }
 
-/// How long something takes.
+/// How long something takes, of what happened. Who waits for an answer before asking again asks less while
+/// answers are slow, so of an outage it shows little: that is for how old something is to tell.
 #[derive(Debug, Default)]
 pub struct Latency(Mutex<Option<Histogram<u64>>>);
 
@@ -87,20 +88,6 @@ impl Latency {
     pub fn record_all(&self, took: impl IntoIterator<Item = Duration>) {
         self.change(|histogram| {
             took.into_iter().for_each(|took| histogram.saturating_record(micros(took)));
-        });
-    }
-
-    /// Records one of a row that was to happen every `expected_interval`: a load generator that waits
-    /// for an answer before it asks again asks too seldom while answers are slow, and would leave out
-    /// exactly the askings that would have waited. For an answer that took longer than the interval
-    /// those are recorded too, each an interval shorter than the one before (the correction for
-    /// coordinated omission). Who is not a load generator records what happened: [`Latency::record`].
-    pub fn record_corrected(&self, took: Duration, expected_interval: Duration) {
-        let interval = micros(expected_interval);
-        self.change(|histogram| {
-            if histogram.record_correct(micros(took), interval).is_err() {
-                histogram.saturating_record(micros(took));
-            }
         });
     }
 
@@ -180,25 +167,6 @@ mod tests {
         let summary = latency.summary();
         assert_eq!(summary.count, 2);
         assert!(summary.max_us >= LATENCY_MICROS_MAX);
-    }
-
-    #[test]
-    fn an_answer_that_was_late_stands_for_those_that_were_not_asked_for() {
-        let (seconds, interval) = (Duration::from_secs, Duration::from_secs(1));
-        let (plain, corrected) = (Latency::new(), Latency::new());
-        for _ in 0..100 {
-            plain.record(Duration::from_millis(1));
-            corrected.record_corrected(Duration::from_millis(1), interval);
-        }
-        plain.record(seconds(100));
-        corrected.record_corrected(seconds(100), interval);
-        assert_eq!((plain.summary().count, corrected.summary().count), (101, 200));
-        // Half of the time the answer took from 1 to 100 s.
-        assert!(plain.summary().p90_us < 1100, "{:?}", plain.summary());
-        let p90_us = corrected.summary().p90_us;
-        assert!((79_000_000..81_000_000).contains(&p90_us), "{p90_us}");
-        corrected.record_corrected(seconds(100_000), seconds(100_000));
-        assert_eq!(corrected.summary().count, 201);
     }
 
     #[test]

@@ -331,8 +331,9 @@ pub const KEYS: &[Key] = &[
         "keys.passphrase_file",
         Form::Path,
         Group::Opening,
-        "File whose first line is the passphrase that seals and opens the repository, in place of \
-         key pairs.",
+        "File with the passphrase that seals and opens the repository in place of key pairs. To change \
+         it, put the new one into the first line and leave the old ones below, one a line: the first \
+         seals, and all (16 at most) open.",
     )
     .flag("passphrase-file"),
     key(
@@ -358,9 +359,9 @@ pub const KEYS: &[Key] = &[
         Form::Size,
         Group::Memory,
         "Most memory the process may take; 'tidemark run' takes as much for the stream and once more \
-         while it takes a backup. Without it backup keeps below 128 MiB, stream below 48 MiB and \
-         restore below 96 MiB. A restore may take 72 MiB whatever is set, and a passphrase takes 128 \
-         MiB more for a moment at the start.",
+         while it takes a backup. Without it backup keeps below 128 MiB, stream below 48 MiB \
+         (53 from compression.level 8 on, 60 from 13 on) and restore below 96 MiB. A restore may take 72 MiB whatever is set, and a passphrase takes 128 \
+         MiB more for moments at the start.",
     )
     .flag("memory"),
     key(

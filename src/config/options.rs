@@ -13,7 +13,7 @@ use crate::capture::base::PageChecksums;
 use crate::capture::stream::{SlotLife, StreamOptions};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Level;
-use crate::pipeline::budget::{Budget, STREAM_BYTES};
+use crate::pipeline::budget::{Budget, STREAM_BYTES, stream_bytes_min};
 use crate::repo::retention::RetentionOptions;
 use crate::restore::time;
 use crate::store::{StaticCredentials, StoreOptions};
@@ -25,8 +25,11 @@ const APPLICATION_NAME: &str = "tidemark";
 /// Least memory a command can work with: the process itself and two parts being uploaded.
 const MEMORY_BYTES_MIN: u64 = 48 << 20;
 
-/// Longest passphrase file that is read; its first line is what counts.
+/// Longest passphrase file that is read.
 const PASSPHRASE_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// So many passphrases of a file count: each that does not fit costs a third of a second of one core.
+const PASSPHRASES_MAX: usize = 16;
 
 /// Whether what is written is sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,30 +174,31 @@ impl Config {
         self.settings.list("keys.recipients")
     }
 
-    /// The passphrase itself, or the first line of its file.
+    /// The passphrase itself, or those of its file, one a line: the first seals, and all open, so that
+    /// what was sealed before a change can be read together with what was sealed after it.
     ///
     /// # Errors
-    /// `config` when both are set, or the file cannot be read or is empty.
-    pub fn passphrase(&self) -> Result<Option<SecretString>> {
+    /// `config` when both are set, or the file cannot be read or its first line is empty.
+    pub fn passphrases(&self) -> Result<Vec<SecretString>> {
         match (self.text("keys.passphrase"), self.text("keys.passphrase_file")) {
             (Some(_), Some(_)) => Err(Error::new(
                 Kind::Config,
                 "both 'keys.passphrase' and 'keys.passphrase_file' are set",
             )
             .hint("Keep one of them; 'tidemark config show' prints where each comes from.")),
-            (Some(text), None) => Ok(Some(text.to_owned().into())),
+            (Some(text), None) => Ok(vec![text.to_owned().into()]),
             (None, Some(path)) => {
                 let attempted = format!("unable to read the passphrase file '{path}'");
                 let text = crate::file::read_to_string(Path::new(path), PASSPHRASE_FILE_BYTES_MAX)
                     .map_err(|error| Error::io(&attempted, &error).with_kind(Kind::Config))?;
-                let line = text.lines().next().unwrap_or_default();
-                if line.is_empty() {
+                if text.lines().next().unwrap_or_default().is_empty() {
                     let flaw = format!("{attempted}: its first line is empty");
                     return Err(Error::new(Kind::Config, flaw));
                 }
-                Ok(Some(line.to_owned().into()))
+                let lines = text.lines().filter(|line| !line.is_empty()).take(PASSPHRASES_MAX);
+                Ok(lines.map(|line| line.to_owned().into()).collect())
             }
-            (None, None) => Ok(None),
+            (None, None) => Ok(Vec::new()),
         }
     }
 
@@ -247,6 +251,23 @@ impl Config {
         }
     }
 
+    /// Most memory the stream may take. Where the setting does not say, the levels that need more than
+    /// usual get it.
+    fn stream_memory_bytes(&self, level: Level) -> Result<u64> {
+        let least = stream_bytes_min(level);
+        let bytes = self.memory_bytes(STREAM_BYTES.max(least))?;
+        if bytes >= least {
+            return Ok(bytes);
+        }
+        let origin = self.settings.origin("pipeline.memory");
+        let (level, least) = (level.get(), least >> 20);
+        let message = format!(
+            "unable to stream at 'compression.level' {level} within the 'pipeline.memory' from \
+             {origin}: that level needs at least {least} MiB"
+        );
+        Err(Error::new(Kind::Config, message).hint("Choose a lower level, or allow more memory."))
+    }
+
     /// How many threads compress and encrypt: what the setting says, else as many as the machine
     /// has cores.
     ///
@@ -268,14 +289,15 @@ impl Config {
         let defaults = StreamOptions::default();
         let interval = |name| Self::set(name, settings.duration(name)?);
         let uploads = Self::set("wal.uploads_max", settings.integer("wal.uploads_max")?)?;
+        let level = self.level()?;
         Ok(StreamOptions {
             slot_name: self.slot_name().to_owned(),
             slot_life: SlotLife::Permanent,
             flush_interval: interval("wal.flush_interval")?,
             idle_flush_interval: interval("wal.idle_flush_interval")?,
             lag_ceiling_bytes: settings.size_bytes("wal.lag_ceiling")?,
-            level: self.level()?,
-            budget: Budget::stream(self.memory_bytes(STREAM_BYTES)?),
+            level,
+            budget: Budget::stream(self.stream_memory_bytes(level)?, level),
             uploads_max: usize::try_from(uploads).unwrap_or(defaults.uploads_max),
             stop_grace: interval("wal.stop_grace")?,
             ..defaults
@@ -380,6 +402,8 @@ impl Config {
 mod tests {
     use std::path::Path;
 
+    use secrecy::ExposeSecret;
+
     use super::*;
     use crate::config::Environment;
 
@@ -405,9 +429,46 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_gets_the_memory_its_level_needs_or_is_refused() {
+        let stream = |level, memory| {
+            let set = [("TIDEMARK_COMPRESSION_LEVEL", level), ("TIDEMARK_PIPELINE_MEMORY", memory)];
+            config(&set).stream_options().map(|options| options.budget.extent_bytes_held >> 20)
+        };
+        assert_eq!([stream("1", "").unwrap(), stream("7", "48MiB").unwrap()], [10, 7]);
+        assert_eq!([stream("9", "").unwrap(), stream("19", "64MiB").unwrap()], [5, 9]);
+        let error = stream("19", "59MiB").unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.message().ends_with("that level needs at least 60 MiB"), "{error}");
+    }
+
+    #[test]
     fn the_identity_file_stands_in_the_users_configuration_folder() {
         let expected = Path::new("/home/a/.config/tidemark/identity.txt");
         assert_eq!(config(&[("HOME", "/home/a")]).identity_file().unwrap(), expected);
+    }
+
+    #[test]
+    fn each_line_of_a_passphrase_file_is_a_passphrase_as_it_stands() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passphrases");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            let found =
+                config(&[("TIDEMARK_KEYS_PASSPHRASE_FILE", path.to_str().unwrap())]).passphrases();
+            found.map(|all| all.iter().map(|one| one.expose_secret().to_owned()).collect())
+        };
+        let expect = |text, expected: &[&str]| {
+            let found: Vec<String> = read(text).unwrap();
+            assert_eq!(found, expected, "{text:?}");
+        };
+        for text in ["a b ", "a b \n", "a b \r\n", "a b \n\n\n"] {
+            expect(text, &["a b "]);
+        }
+        expect("b\n\n a\n", &["b", " a"]);
+        expect(&"a\n".repeat(1000), &["a"; PASSPHRASES_MAX]);
+        for text in ["", "\na"] {
+            assert_eq!(read(text).unwrap_err().kind(), Kind::Config, "{text:?}");
+        }
     }
 
     #[test]

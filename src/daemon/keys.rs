@@ -25,7 +25,7 @@ pub struct Seal {
     pub made: Option<PathBuf>,
 }
 
-/// Everything that can open what is sealed: the identity file and the passphrase, as far as there
+/// Everything that can open what is sealed: the identity file and the passphrases, as far as there
 /// are any.
 ///
 /// # Errors
@@ -35,8 +35,12 @@ pub fn identities(config: &Config) -> Result<Vec<DecryptionIdentity>> {
         Some(path) => read_identity_file(&path)?,
         None => Vec::new(),
     };
-    identities.extend(config.passphrase()?.map(DecryptionIdentity::passphrase));
+    identities.extend(passphrases(config)?);
     Ok(identities)
+}
+
+fn passphrases(config: &Config) -> Result<impl Iterator<Item = DecryptionIdentity>> {
+    Ok(config.passphrases()?.into_iter().map(DecryptionIdentity::passphrase))
 }
 
 /// What reads `repository` with everything that can open it; objects that are not encrypted only when
@@ -56,10 +60,17 @@ pub fn reader(config: &Config, repository: &Repository) -> Result<Reader> {
 /// identity file, else a new identity, which is then durable before this returns.
 ///
 /// # Errors
-/// `config` when the settings contradict one another, or when others already write here and we do
-/// not know for whom.
+/// `config` when the settings contradict one another, when others already write here and we do
+/// not know for whom, or when they seal for a passphrase that none of ours is.
 pub async fn seal(config: &Config, repository: &Repository) -> Result<Seal> {
     if let Some(encryption) = configured(config)? {
+        let passphrases: Vec<DecryptionIdentity> = match config.sealing() {
+            Sealing::None => Vec::new(),
+            Sealing::Age => passphrases(config)?.collect(),
+        };
+        if !passphrases.is_empty() {
+            repository.reader(passphrases).ensure_passphrase_goes_on().await?;
+        }
         return Ok(Seal { encryption, made: None });
     }
     if repository.has_keys().await? {
@@ -100,7 +111,8 @@ pub fn configured(config: &Config) -> Result<Option<Encryption>> {
             )
         })?);
     }
-    recipients.extend(config.passphrase()?.map(Recipient::passphrase));
+    // The others of a file are former ones, which only open.
+    recipients.extend(config.passphrases()?.into_iter().next().map(Recipient::passphrase));
     if recipients.is_empty()
         && let Some(path) = existing_identity_file(config)?
     {
@@ -197,10 +209,13 @@ pub fn identity_text(identity: &DecryptionIdentity, clock: &Clock) -> String {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::config::Environment;
-    use crate::pg::SystemId;
-    use crate::repo::ClusterName;
+    use crate::pg::{Lsn, SystemId, TimelineId};
+    use crate::pipeline::Level;
+    use crate::repo::{ClusterName, ExtentBuilder};
     use crate::store::memory::Memory;
 
     fn config(variables: &[(&str, &str)]) -> Config {
@@ -238,6 +253,45 @@ mod tests {
         let config = config(&[("HOME", home.path().to_str().unwrap())]);
         assert_eq!(seal(&config, &repository).await.unwrap_err().kind(), Kind::Config);
         assert!(!config.identity_file().unwrap().exists());
+    }
+
+    /// A passphrase has no checksum: one that is mistyped seals, and nothing opens with what was meant.
+    #[tokio::test(start_paused = true)]
+    async fn a_passphrase_changes_only_where_the_old_one_still_opens() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1);
+        let (_, repository) = Repository::in_memory(&clock).await;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passphrases");
+        let with = |lines: &str| {
+            std::fs::write(&path, lines).unwrap();
+            config(&[("TIDEMARK_KEYS_PASSPHRASE_FILE", path.to_str().unwrap())])
+        };
+        let put = async |config: &Config, start: u64| {
+            let encryption = seal(config, &repository).await?.encryption;
+            let writer = repository.writer(&encryption).await?;
+            let (timeline, level) = (TimelineId::FIRST, Level::default());
+            let mut extent = ExtentBuilder::new(&writer, timeline, Lsn(start), level)?;
+            extent.push(Bytes::from_static(b"wal"))?;
+            let extent = extent.finish(None)?;
+            writer.put_extent(&extent).await?;
+            // The newest key is found by its time.
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            Ok::<_, Error>(extent.name)
+        };
+        let old = put(&with("a\n"), 0).await.unwrap();
+        let error = put(&with("b\n"), 3).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Config, "{error}");
+        assert!(error.hint_text().unwrap().contains("second line"), "{error:?}");
+        let new = put(&with("b\na\n"), 3).await.unwrap();
+        let both = reader(&with("b\na\n"), &repository).unwrap();
+        for name in [old, new] {
+            assert_eq!(both.extent(&name).await.unwrap(), &b"wal"[..]);
+        }
+        // Sealed with the first line: who forgets the old one is refused only what it sealed.
+        put(&with("b\n"), 6).await.unwrap();
+        let only_new = reader(&with("b\n"), &repository).unwrap();
+        assert!(only_new.extent(&new).await.is_ok());
+        assert_eq!(only_new.extent(&old).await.unwrap_err().kind(), Kind::Denied);
     }
 
     #[test]

@@ -13,7 +13,7 @@ const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(10);
 /// The longest pause, or the interval of backups when that is shorter.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
 /// The longest pause of a question that is made with a few requests.
-const ASK_PAUSE_MAX: Duration = Duration::from_secs(60);
+pub const ASK_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// The pause after a failure that an operator has to mend, while nothing new can be restored without a
 /// backup: the mended thing should not have to wait for tomorrow.
 const MENDED_PAUSE: Duration = Duration::from_secs(3600);
@@ -49,6 +49,15 @@ impl BackupHistory {
     pub fn of(starts: impl Iterator<Item = Timestamp>, now: Timestamp) -> Self {
         let newest_start = starts.filter(|start| *start <= now).max();
         Self { newest_start, ..Self::default() }
+    }
+
+    /// The same after `failure`; one before a backup that is there now, whoever took it, says nothing any
+    /// more.
+    #[must_use]
+    pub fn after(self, failure: Option<Failure>) -> Self {
+        let is_newer =
+            |failure: &Failure| self.newest_start.is_none_or(|start| start < failure.time);
+        Self { failure: failure.filter(is_newer), ..self }
     }
 
     /// Takes note of an attempt that failed at `time`. One that somebody else was in the way of may
@@ -177,6 +186,16 @@ mod tests {
             history.fail(at(187_000), Kind::Unavailable);
             assert_eq!(next_backup(history, DAY, at(187_001)), at(187_000 + 40));
         }
+    }
+
+    #[test]
+    fn a_failure_is_forgotten_once_there_is_a_newer_backup() {
+        let history = BackupHistory { newest_start: Some(at(100)), ..BackupHistory::default() };
+        let mut failed = history;
+        failed.fail(at(200), Kind::Unavailable);
+        assert_eq!(history.after(failed.failure), failed);
+        let newer = BackupHistory { newest_start: Some(at(200)), ..history };
+        assert_eq!(newer.after(failed.failure), newer);
     }
 
     #[test]

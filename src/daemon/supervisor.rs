@@ -9,17 +9,17 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::schedule::{self, BackupHistory};
+use super::schedule::{self, ASK_PAUSE_MAX, BackupHistory, Failure};
 use super::writing::Writing;
 use super::{backup, upkeep};
 use crate::capture::base::{self, Progress};
-use crate::capture::stream::{self, Phase, Status, Stream};
+use crate::capture::stream::{self, Phase, Snapshot, Status, Stream};
 use crate::clock::{Clock, Instant};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
-use crate::repo::Catalog;
 use crate::repo::retention::RetentionOptions;
+use crate::repo::{BackupSummary, Catalog};
 
 /// How often to look whether something is due.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -27,6 +27,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest that a process waits before it sweeps and expires for the first time: one that is started anew
 /// more often than it is due must do so too.
 const UPKEEP_FIRST: Duration = Duration::from_secs(300);
+
+/// A process that takes no backups asks so often whether the one that is needed was taken by somebody else.
+const OTHERS_BACKUP_PAUSE: Duration = Duration::from_secs(3600);
 
 /// What a process does besides streaming; `None` is left to somebody else.
 #[derive(Clone, Debug, Default)]
@@ -100,8 +103,7 @@ struct Streamed {
 }
 
 impl Streamed {
-    fn of(status: &Status) -> Self {
-        let now = status.snapshot();
+    fn of(now: &Snapshot) -> Self {
         Self { timeline: now.timeline, gap_start_lsn: now.gaps.last().map(|gap| gap.start_lsn) }
     }
 }
@@ -111,10 +113,15 @@ struct Chores<'a> {
     supervisor: &'a Supervisor,
     config: &'a Config,
     clock: &'a Clock,
-    /// `None` until the repository was asked, which is done again after each backup.
+    /// What the repository said last; `None` before, after each backup of ours, and after a question
+    /// without an answer. Whether one is needed at once, the stream's status knows.
     backups: Option<BackupHistory>,
-    /// What was streamed when the repository was asked.
+    /// When it said so.
+    looked: Option<Instant>,
+    /// What was streamed then.
     streamed: Streamed,
+    /// What came of our last attempts at a backup, if they failed.
+    failure: Option<Failure>,
     /// How often in a row the repository gave no answer, when it did last, and what was told of it.
     unanswered: Unanswered,
     /// When sweeping and expiring is due.
@@ -138,7 +145,9 @@ impl<'a> Chores<'a> {
             config,
             clock,
             backups: None,
+            looked: None,
             streamed: Streamed::default(),
+            failure: None,
             unanswered: Unanswered::default(),
             upkeep_due: supervisor.duties.upkeep_interval.map(first),
         }
@@ -188,32 +197,78 @@ impl<'a> Chores<'a> {
         }
     }
 
-    /// What is known of the backups if one is due.
+    /// What is known of the backups if one is due. The repository is asked right before: whoever else takes
+    /// backups may have taken it, and one costs a read of the whole database.
     async fn due_backup(&mut self) -> Option<BackupHistory> {
+        if self.is_look_due()
+            && let Err(error) = self.look().await
+        {
+            self.note_unanswered(error);
+        }
+        self.known_due()
+    }
+
+    /// What is known of the backups if by that one is due.
+    fn known_due(&self) -> Option<BackupHistory> {
         let interval = self.supervisor.duties.backup_interval?;
-        let streamed = Streamed::of(&self.supervisor.status);
-        let mut history = match self.backups.filter(|_| self.streamed == streamed) {
-            Some(history) => history,
-            None if self.unanswered.again.is_some_and(|again| self.clock.instant() < again) => {
-                return None;
-            }
-            None => match self.history().await {
-                Ok(history) => history,
-                Err(error) => {
-                    self.note_unanswered(error);
-                    return None;
-                }
-            },
-        };
-        self.unanswered = Unanswered::default();
-        self.streamed = streamed;
-        history.needed_at_once |= self.supervisor.status.snapshot().base_backup_needed;
-        self.backups = Some(history);
-        self.supervisor.status.update(|now| {
-            now.base_backup_needed |= history.needed_at_once;
-            now.newest_base_backup_start = history.newest_start;
-        });
+        let needed_at_once = self.supervisor.status.snapshot().base_backup_needed;
+        let history = BackupHistory { needed_at_once, ..self.backups? };
         schedule::is_backup_due(history, interval, self.clock.now()).then_some(history)
+    }
+
+    /// Whether to ask the repository which backups there are.
+    fn is_look_due(&self) -> bool {
+        let now = self.clock.instant();
+        if self.unanswered.again.is_some_and(|again| now < again) {
+            return false;
+        }
+        let status = self.supervisor.status.snapshot();
+        let takes_backups = self.supervisor.duties.backup_interval.is_some();
+        let pause = if takes_backups { ASK_PAUSE_MAX } else { OTHERS_BACKUP_PAUSE };
+        // Somebody may have taken the one that is needed.
+        let again = || self.looked.is_none_or(|looked| now >= looked + pause);
+        if status.base_backup_needed && again() {
+            return true;
+        }
+        let outdated = self.backups.is_none() || self.streamed != Streamed::of(&status);
+        takes_backups && (outdated || self.known_due().is_some())
+    }
+
+    /// Asks the repository for all it holds, and takes note of its backups.
+    async fn look(&mut self) -> Result<Catalog> {
+        self.backups = None;
+        let Supervisor { writing, duties, status, .. } = self.supervisor;
+        // Asked before the listing, which then holds all WAL up to there.
+        let before = status.snapshot();
+        let catalog = Catalog::load(&writing.repository).await?;
+        let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
+        let starts = restorable.map(|backup| backup.manifest.start_time);
+        let history = BackupHistory::of(starts, self.clock.now());
+        status.update(|now| {
+            // Who takes no backups looks too seldom to say how old the newest is.
+            if duties.backup_interval.is_some() {
+                now.newest_base_backup_start = history.newest_start;
+            }
+        });
+        if let Some(timeline) = before.timeline {
+            let leads = |backup: &&BackupSummary| {
+                let interval = catalog.interval(backup, timeline);
+                interval.is_some_and(|interval| interval.until_lsn >= before.durable_end_lsn)
+            };
+            let leading: Vec<_> = catalog.backups.iter().filter(leads).collect();
+            // A gap that an earlier process left, or a promotion, and nobody took a backup after.
+            status.update(|now| now.base_backup_needed |= leading.is_empty());
+            // A gap that is known here, and no listing shows yet, still counts.
+            for backup in leading {
+                status.base_backup_taken(backup.manifest.timeline, backup.manifest.start_lsn);
+            }
+        }
+        let streamed = Streamed::of(&before);
+        let history = history.after(self.failure.filter(|_| self.streamed == streamed));
+        (self.backups, self.failure) = (Some(history), history.failure);
+        (self.streamed, self.looked) = (streamed, Some(self.clock.instant()));
+        self.unanswered = Unanswered::default();
+        Ok(catalog)
     }
 
     /// The repository did not say which backups there are. That it does not answer at all, the stream
@@ -234,11 +289,11 @@ impl<'a> Chores<'a> {
         match &outcome {
             // Whether it leads to where the server is now, the repository tells: a promotion may have
             // left it on a dead branch.
-            Ok(_) => self.backups = None,
+            Ok(_) => (self.backups, self.failure) = (None, None),
             Err(_) if stop.is_cancelled() => return,
             Err(error) => {
                 history.fail(self.clock.now(), error.kind());
-                self.backups = Some(history);
+                (self.backups, self.failure) = (Some(history), history.failure);
                 self.supervisor.status.update(|now| now.base_backup_failure_count += 1);
             }
         }
@@ -252,20 +307,6 @@ impl<'a> Chores<'a> {
                 report.elapsed.as_secs_f64()
             ))
         });
-    }
-
-    async fn history(&self) -> Result<BackupHistory> {
-        // Asked before the listing, which then holds all WAL up to there.
-        let streamed = self.supervisor.status.snapshot();
-        let catalog = Catalog::load(&self.supervisor.writing.repository).await?;
-        let restorable = catalog.backups.iter().filter(|backup| catalog.is_restorable(backup));
-        let starts = restorable.map(|backup| backup.manifest.start_time);
-        // A gap that an earlier process left, or a promotion, and nobody took a backup after.
-        let reached = streamed
-            .timeline
-            .is_none_or(|timeline| catalog.reaches(timeline, streamed.durable_end_lsn));
-        let needed_at_once = !reached;
-        Ok(BackupHistory { needed_at_once, ..BackupHistory::of(starts, self.clock.now()) })
     }
 
     async fn take_backup(&self, stop: &CancellationToken) -> Result<base::BackupReport> {
@@ -295,7 +336,10 @@ impl<'a> Chores<'a> {
                 })
             });
         }
-        let outcome = upkeep::sweep(repository, self.clock).await;
+        let outcome = match self.look().await {
+            Ok(catalog) => upkeep::sweep(repository, &catalog, self.clock).await,
+            Err(error) => Err(error),
+        };
         self.tell("sweeping", outcome, |report| {
             (report.pack_count > 0)
                 .then(|| format!("swept {} packs of backups that were aborted", report.pack_count))
@@ -307,13 +351,25 @@ impl<'a> Chores<'a> {
 mod tests {
     use std::sync::Mutex;
 
+    use bytes::Bytes;
+
     use super::*;
+    use crate::capture::stream::WalGap;
     use crate::config::Environment;
-    use crate::repo::{Encryption, Lease, LeaseOptions, Repository};
+    use crate::pg::SegmentSize;
+    use crate::repo::{
+        BackupId, BackupKind, Encryption, ExtentBuilder, Lease, LeaseOptions, Level, Manifest,
+        Object, PublicManifest, Repository,
+    };
     use crate::store::Store as _;
     use crate::store::memory::{Call, Memory, Outcome};
 
     const DAY: Option<Duration> = Some(Duration::from_secs(86_400));
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// Where backups begin, and where what is stored ends.
+    const START: Lsn = Lsn(0x100);
+    const END: Lsn = Lsn(0x200);
 
     /// A supervisor over a repository in memory, and what it told.
     struct Scene {
@@ -348,12 +404,78 @@ mod tests {
 
     impl Scene {
         async fn run_for(&self, time: Duration) {
+            self.run_beside(tokio::time::sleep(time)).await;
+        }
+
+        /// Does what is due while `others` do something else.
+        async fn run_beside(&self, others: impl Future<Output = ()>) {
             let (stop, config) = (CancellationToken::new(), config());
             let mut chores = Chores::new(&self.supervisor, &config, &self.clock);
             tokio::select! {
                 () = chores.run(&stop) => {}
-                () = tokio::time::sleep(time) => {}
+                () = others => {}
             }
+        }
+
+        /// WAL is streamed up to `END`, and a gap before `gap_end` is known.
+        async fn stream_after_gap(&self, gap_end: Lsn) {
+            let Writing { writer, .. } = &self.supervisor.writing;
+            let (timeline, start) = (TimelineId::FIRST, Lsn(gap_end.0.min(START.0)));
+            let mut extent = ExtentBuilder::new(writer, timeline, start, Level::default()).unwrap();
+            extent.push(Bytes::from(vec![1; usize::try_from(END.0 - start.0).unwrap()])).unwrap();
+            writer.put_extent(&extent.finish(None).unwrap()).await.unwrap();
+            self.supervisor.status.update(|now| {
+                (now.timeline, now.durable_end_lsn) = (Some(timeline), END);
+                now.base_backup_needed = true;
+                now.gaps.push(WalGap {
+                    timeline,
+                    start_lsn: Lsn(gap_end.0 - 8),
+                    end_lsn: gap_end,
+                    reason: "lost".to_owned(),
+                    noticed_at: self.clock.now(),
+                });
+            });
+        }
+
+        /// Somebody else takes a backup from `START` to `END`.
+        async fn put_backup(&self) {
+            let Writing { repository, writer, .. } = &self.supervisor.writing;
+            let (now, timeline) = (self.clock.now(), TimelineId::FIRST);
+            let public = PublicManifest {
+                id: BackupId::new(now, timeline, START),
+                system_id: repository.system_id(),
+                postgres_version_num: 150_000,
+                wal_segment_size_bytes: SegmentSize::DEFAULT,
+                kind: BackupKind::Full,
+                parents: Vec::new(),
+                timeline,
+                end_timeline: timeline,
+                start_lsn: START,
+                end_lsn: END,
+                start_time: now,
+                end_time: now,
+                plain_bytes: 0,
+                stored_bytes: 0,
+                file_count: 0,
+                pack_bytes: Vec::new(),
+                checksum_failure_count: 0,
+                key_id: writer.key_id(),
+                recipients: Vec::new(),
+            };
+            let name = repository.name(&Object::Manifest(public.id)).unwrap();
+            let manifest = Manifest {
+                public,
+                tablespaces: Vec::new(),
+                settings: [].into(),
+                packs: Vec::new(),
+                checksum_failures: Vec::new(),
+            };
+            self.store.put_if_absent(&name, manifest.seal(writer).unwrap()).await.unwrap();
+        }
+
+        /// Times that a backup was tried and failed.
+        fn failures(&self) -> u64 {
+            self.supervisor.status.snapshot().base_backup_failure_count
         }
 
         fn lists(&self) -> u64 {
@@ -361,8 +483,13 @@ mod tests {
         }
     }
 
+    /// No server is there, so a backup fails at once.
     fn config() -> Config {
-        let variables = [("TIDEMARK_CONFIG", ""), ("TIDEMARK_REPOSITORY", "/nowhere")];
+        let variables = [
+            ("TIDEMARK_CONFIG", ""),
+            ("TIDEMARK_REPOSITORY", "/nowhere"),
+            ("TIDEMARK_POSTGRES", "host=/nowhere"),
+        ];
         Config::load(None, Vec::new(), Environment::of(variables)).unwrap()
     }
 
@@ -389,5 +516,65 @@ mod tests {
         assert!(once > 0, "nothing was swept");
         scene.run_for(UPKEEP_FIRST - Duration::from_secs(10)).await;
         assert_eq!(scene.lists() - before, once);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backup_that_somebody_else_took_meanwhile_is_not_taken_again() {
+        let scene = scene(Duties { backup_interval: DAY, ..Duties::default() }).await;
+        scene.stream_after_gap(Lsn(0x80)).await;
+        let begun = scene.clock.now();
+        scene
+            .run_beside(async {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                assert_eq!(scene.failures(), 1, "{:?}", scene.told.lock().unwrap());
+                scene.put_backup().await;
+                tokio::time::sleep(2 * ASK_PAUSE_MAX).await;
+            })
+            .await;
+        let now = scene.supervisor.status.snapshot();
+        assert_eq!(scene.failures(), 1, "{:?}", scene.told.lock().unwrap());
+        assert!(!now.base_backup_needed && now.newest_base_backup_start > Some(begun), "{now:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn upkeep_notices_the_backups_of_others() {
+        let duties = Duties { backup_interval: DAY, upkeep_interval: Some(HOUR), retention: None };
+        let scene = scene(duties).await;
+        scene.stream_after_gap(Lsn(0x80)).await;
+        scene.put_backup().await;
+        let newest = || scene.supervisor.status.snapshot().newest_base_backup_start;
+        scene
+            .run_beside(async {
+                tokio::time::sleep(20 * HOUR).await;
+                let first = newest();
+                let asked = scene.lists();
+                scene.put_backup().await;
+                tokio::time::sleep(HOUR).await;
+                assert!(first.is_some() && newest() > first);
+                assert!(scene.lists() - asked < 20, "{} listings", scene.lists() - asked);
+                tokio::time::sleep(20 * HOUR).await;
+            })
+            .await;
+        assert_eq!(scene.failures(), 0, "{:?}", scene.told.lock().unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_takes_no_backups_notices_the_one_that_was_needed() {
+        for (gap_end, needed_after) in [(Lsn(0x80), false), (Lsn(0x180), true)] {
+            let scene = scene(Duties::default()).await;
+            scene.stream_after_gap(gap_end).await;
+            scene
+                .run_beside(async {
+                    tokio::time::sleep(HOUR / 2).await;
+                    assert!(scene.supervisor.status.snapshot().base_backup_needed);
+                    scene.put_backup().await;
+                    tokio::time::sleep(HOUR).await;
+                })
+                .await;
+            let now = scene.supervisor.status.snapshot();
+            assert_eq!(now.base_backup_needed, needed_after, "a gap up to {gap_end}");
+            assert_eq!(now.newest_base_backup_start, None);
+            assert!(scene.lists() < 50, "{} listings", scene.lists());
+        }
     }
 }

@@ -100,7 +100,7 @@ pub async fn expire(
     retention::apply(repository, &plan).await
 }
 
-/// Removes what aborted backups left behind. Keys stay: to know that one is unused every object's
+/// Removes what aborted backups left behind, as `catalog` shows it. Keys stay: to know that one is unused every object's
 /// header must be read.
 ///
 /// # Errors
@@ -108,9 +108,12 @@ pub async fn expire(
 ///
 /// # Cancel safety
 /// Safe to drop anywhere: what is left is swept by a later run.
-pub async fn sweep(repository: &Repository, clock: &Clock) -> Result<SweepReport> {
-    let catalog = Catalog::load(repository).await?;
-    let plan = sweep::plan(&catalog, None, SweepOptions::default(), clock.now());
+pub async fn sweep(
+    repository: &Repository,
+    catalog: &Catalog,
+    clock: &Clock,
+) -> Result<SweepReport> {
+    let plan = sweep::plan(catalog, None, SweepOptions::default(), clock.now());
     let report = sweep::apply(repository, &plan).await?;
     for remark in &report.remarks {
         tracing::info!("{remark}");
@@ -182,10 +185,11 @@ mod tests {
         let name = repository.name(&Object::Pack(PackName { backup, number: 1 })).unwrap();
         memory.put_if_absent(&name, Bytes::from_static(b"pack")).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_secs(72 * 3600)).await;
+        let catalog = Catalog::load(&repository).await.unwrap();
         memory.fail_next(Call::Delete, Outcome::Denied);
-        let error = sweep(&repository, &clock).await.unwrap_err();
+        let error = sweep(&repository, &catalog, &clock).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Denied);
         assert!(error.message().contains(name.as_str()), "{error}");
-        assert_eq!(sweep(&repository, &clock).await.unwrap().pack_count, 1);
+        assert_eq!(sweep(&repository, &catalog, &clock).await.unwrap().pack_count, 1);
     }
 }

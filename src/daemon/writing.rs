@@ -69,7 +69,14 @@ pub async fn writer(config: &Config, clock: &Clock) -> Result<(Writer, Option<Pa
     // What can be wrong with settings alone comes out before anybody is asked.
     keys::configured(config)?;
     let repository = repository(config, clock).await?;
-    let seal = keys::seal(config, &repository).await?;
+    sealing_writer(config, &repository).await
+}
+
+async fn sealing_writer(
+    config: &Config,
+    repository: &Repository,
+) -> Result<(Writer, Option<PathBuf>)> {
+    let seal = keys::seal(config, repository).await?;
     Ok((repository.writer(&seal.encryption).await?, seal.made))
 }
 
@@ -111,10 +118,17 @@ impl Writing {
             options.wait = wait;
             let lease = Lease::acquire(&repository, options).await?;
             // Only who may write draws a key: a rival that is refused again and again leaves none.
-            let seal = keys::seal(config, &repository).await?;
-            let writer = repository.writer(&seal.encryption).await?;
-            lease.seals_with(writer.key_id().to_string());
-            Ok(Self { repository, writer, lease, identity_made: seal.made })
+            match sealing_writer(config, &repository).await {
+                Ok((writer, identity_made)) => {
+                    lease.seals_with(writer.key_id().to_string());
+                    Ok(Self { repository, writer, lease, identity_made })
+                }
+                Err(error) => {
+                    // Who mends the passphrase and starts again need not wait for it to expire.
+                    lease.release().await;
+                    Err(error)
+                }
+            }
         };
         tokio::select! {
             begun = begin => begun,
@@ -122,6 +136,37 @@ impl Writing {
                 Kind::Cancelled,
                 "stopped before the right to write was taken",
             )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Environment;
+    use crate::pg::SystemId;
+
+    #[tokio::test]
+    async fn a_start_that_the_passphrase_stopped_keeps_nobody_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, file) = (folder.path().join("repository"), folder.path().join("passphrase"));
+        let variables = [
+            ("TIDEMARK_CONFIG", ""),
+            ("TIDEMARK_REPOSITORY", root.to_str().unwrap()),
+            ("TIDEMARK_KEYS_PASSPHRASE_FILE", file.to_str().unwrap()),
+        ];
+        let config = Config::load(None, Vec::new(), Environment::of(variables)).unwrap();
+        let (clock, stop) = (Clock::system(), CancellationToken::new());
+        opening::repository_for(&config, &clock, SystemId(7)).await.unwrap();
+        for (passphrase, refused) in [("a", None), ("b", Some(Kind::Config)), ("a", None)] {
+            std::fs::write(&file, passphrase).unwrap();
+            match Writing::begin(&config, &clock, "test", Wait::Refuse, &stop).await {
+                Ok(writing) => {
+                    assert_eq!(refused, None);
+                    writing.lease.release().await;
+                }
+                Err(error) => assert_eq!(Some(error.kind()), refused, "{error}"),
+            }
         }
     }
 }

@@ -9,11 +9,12 @@
 //! | command | limit | what it is spent on |
 //! |---|---|---|
 //! | backup | 128 MiB | threads × (context + part being filled) + parts being uploaded + blocks waiting |
-//! | stream | 48 MiB | extent being filled + extents being uploaded, each at most as much as the other |
+//! | stream | 48 MiB | context + extent being filled + extents being uploaded, each at most as much as the other |
 //! | restore | 96 MiB | batches being fetched, and what their connections hold + threads × (context + block) + WAL segments |
 //!
-//! A passphrase as recipient costs 128 MiB once at start on top, for about 0.3 s: that is what makes
-//! it expensive to guess (scrypt). X25519 recipients cost nothing.
+//! A passphrase costs 128 MiB on top for about 0.3 s at start, when the newest data key is opened with
+//! it (once for each passphrase until one fits) and again when a new one is sealed: that is what makes it
+//! expensive to guess (scrypt). X25519 recipients cost nothing.
 
 use super::codec::{Level, compressed_bytes_max};
 use super::frame::{BLOCK_BYTES, FRAME_OVERHEAD_BYTES};
@@ -22,7 +23,7 @@ const MIB: u64 = 1 << 20;
 
 /// Whole-process limit of `backup` with defaults.
 pub const BACKUP_BYTES: u64 = 128 * MIB;
-/// Whole-process limit of `stream` with defaults.
+/// Whole-process limit of `stream` with defaults; more at levels that need it ([`stream_bytes_min`]).
 pub const STREAM_BYTES: u64 = 48 * MIB;
 /// Whole-process limit of `restore` with defaults.
 pub const RESTORE_BYTES: u64 = 96 * MIB;
@@ -37,6 +38,9 @@ pub const RESTORE_WAL_BYTES: u64 = 32 * MIB;
 /// together, and what a repository that is away leaves its client with, retries in hand. Measured with WAL
 /// that does not compress and a repository that was away: without it the process peaked at its limit.
 const GROWTH_BYTES: u64 = 11 * MIB;
+
+/// Least that `stream` works with: an extent being filled, and others on their way.
+const HELD_BYTES_MIN: u64 = 5 * MIB;
 
 /// Kept out of the shares of `backup`: what the store's client and TLS hold of parts on their way. Measured
 /// with a slow store: without it the process peaked at 121 of its 128 MiB.
@@ -127,11 +131,11 @@ impl Budget {
         })
     }
 
-    /// Shares for `stream` within `limit_bytes`.
+    /// Shares for `stream` within `limit_bytes`, which is [`stream_bytes_min`] at least.
     #[must_use]
-    pub fn stream(limit_bytes: u64) -> Self {
-        let data = limit_bytes.saturating_sub(PROCESS_BYTES + GROWTH_BYTES).max(8 * MIB);
-        let held = data - context_bytes(Level::default());
+    pub fn stream(limit_bytes: u64, level: Level) -> Self {
+        let fixed = PROCESS_BYTES + GROWTH_BYTES + context_bytes(level);
+        let held = limit_bytes.saturating_sub(fixed).max(HELD_BYTES_MIN);
         // By default a segment that shrinks to 31 % is one object (the plain megabyte that waits to be
         // compressed counts as well), and another is filled meanwhile.
         let cut = (held * 3 / 5).clamp(MIB, 16 * MIB);
@@ -182,6 +186,12 @@ impl Budget {
             + (self.blocks_max as u64 + 2) * BLOCK_BYTES as u64
             + self.thread_count as u64 * context_bytes(level)
     }
+}
+
+/// Least memory that `stream` can work with: 44 MiB with defaults, 60 at the highest levels.
+#[must_use]
+pub fn stream_bytes_min(level: Level) -> u64 {
+    PROCESS_BYTES + GROWTH_BYTES + context_bytes(level) + HELD_BYTES_MIN
 }
 
 /// Most bytes a frame of one block takes while it is made.
@@ -248,10 +258,20 @@ mod tests {
 
     #[test]
     fn stream_and_restore_stay_in_their_limits() {
-        let stream = Budget::stream(STREAM_BYTES);
+        let stream = Budget::stream(STREAM_BYTES, Level::default());
         let used = stream.extent_bytes_cut as u64 + stream.extent_bytes_in_flight + PROCESS_BYTES;
         assert!(stream.extent_bytes_held < used - PROCESS_BYTES);
         assert!(used <= STREAM_BYTES && stream.extent_bytes_in_flight > 8 * MIB);
+        for level in (Level::MIN..=Level::MAX).filter_map(Level::new) {
+            let least = stream_bytes_min(level);
+            for limit in [least, least.max(STREAM_BYTES), 256 * MIB] {
+                let stream = Budget::stream(limit, level);
+                let held = stream.extent_bytes_held;
+                let used = held + context_bytes(level) + PROCESS_BYTES + GROWTH_BYTES;
+                assert!(used <= limit, "{level:?}, {limit}: {used} {stream:?}");
+                assert!((stream.extent_bytes_cut as u64) < held);
+            }
+        }
         for cores in [1, 2, 64] {
             let restore = Budget::restore(RESTORE_BYTES, cores);
             let batches = restore.batches_max as u64 * (restore.batch_bytes as u64 + ANSWER_BYTES);

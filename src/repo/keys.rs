@@ -161,6 +161,18 @@ impl DecryptionIdentity {
         })
     }
 
+    /// As age takes it.
+    fn key(&self) -> Box<dyn age::Identity> {
+        match &self.0 {
+            IdentityKind::X25519(key) => Box::new(key.clone()),
+            IdentityKind::Passphrase(passphrase) => {
+                let mut key = age::scrypt::Identity::new(passphrase.clone());
+                key.set_max_work_factor(PASSPHRASE_LOG_N_MAX);
+                Box::new(key)
+            }
+        }
+    }
+
     /// The secret key as the line of an identity file, `None` for a passphrase.
     #[must_use]
     pub fn secret_line(&self) -> Option<SecretString> {
@@ -239,6 +251,11 @@ fn encryptor(recipients: &[Recipient]) -> Result<age::Encryptor> {
     })
 }
 
+/// Whether the body of a key object is sealed for a passphrase; what is no key object is not.
+pub(super) fn is_for_passphrase(wrapped: &[u8]) -> bool {
+    age::Decryptor::new_buffered(wrapped).is_ok_and(|decryptor| decryptor.is_scrypt())
+}
+
 /// Unwraps the body of key object `id` with the first identity that fits.
 pub(super) fn unwrap(
     wrapped: &[u8],
@@ -246,33 +263,25 @@ pub(super) fn unwrap(
     system_id: SystemId,
     identities: &[DecryptionIdentity],
 ) -> Result<DataKey> {
-    let decryptor =
-        age::Decryptor::new_buffered(wrapped).map_err(|error| damaged(flaw_of(&error)))?;
-    let is_passphrase = decryptor.is_scrypt();
-    let keys: Vec<Box<dyn age::Identity>> = identities
-        .iter()
-        .map(|identity| -> Box<dyn age::Identity> {
-            match &identity.0 {
-                IdentityKind::X25519(key) => Box::new(key.clone()),
-                IdentityKind::Passphrase(passphrase) => {
-                    let mut key = age::scrypt::Identity::new(passphrase.clone());
-                    key.set_max_work_factor(PASSPHRASE_LOG_N_MAX);
-                    Box::new(key)
-                }
+    let is_passphrase = begun(wrapped)?.is_scrypt();
+    let mut opened = None;
+    for identity in identities {
+        // Each by itself: of several that are given together, age tries none after a passphrase that
+        // does not fit.
+        match begun(wrapped)?.decrypt(std::iter::once(&*identity.key())) {
+            Ok(reader) => {
+                opened = Some(reader);
+                break;
             }
-        })
-        .collect();
-    let mut reader = match decryptor.decrypt(keys.iter().map(|key| &**key)) {
-        Ok(reader) => reader,
-        Err(
-            age::DecryptError::NoMatchingKeys
-            | age::DecryptError::DecryptionFailed
-            | age::DecryptError::KeyDecryptionFailed,
-        ) => {
-            return Err(denied(identities, is_passphrase));
+            Err(
+                age::DecryptError::NoMatchingKeys
+                | age::DecryptError::DecryptionFailed
+                | age::DecryptError::KeyDecryptionFailed,
+            ) => {}
+            Err(error) => return Err(damaged(flaw_of(&error))),
         }
-        Err(error) => return Err(damaged(flaw_of(&error))),
-    };
+    }
+    let mut reader = opened.ok_or_else(|| denied(identities, is_passphrase))?;
     let mut payload = zeroize::Zeroizing::new(Vec::with_capacity(PAYLOAD_BYTES + 1));
     (&mut reader)
         .take(PAYLOAD_BYTES as u64 + 1)
@@ -288,6 +297,10 @@ pub(super) fn unwrap(
         return Err(damaged("it is another key under this name"));
     }
     Ok(DataKey::new(key))
+}
+
+fn begun(wrapped: &[u8]) -> Result<age::Decryptor<&[u8]>> {
+    age::Decryptor::new_buffered(wrapped).map_err(|error| damaged(flaw_of(&error)))
 }
 
 fn damaged(found: &str) -> Error {
@@ -323,7 +336,8 @@ fn denied(identities: &[DecryptionIdentity], is_passphrase: bool) -> Error {
         }
     };
     Error::new(Kind::Denied, format!("it is sealed for {wanted}, {given}")).hint(if is_passphrase {
-        "Give the passphrase that was used when this was written."
+        "Give the passphrase that was used when this was written, as a line of its own of the \
+         passphrase file (--passphrase-file)."
     } else {
         "Give the identity file of a recipient that was configured when this was written \
              (--identity); 'tidemark list' shows for whom the backups were sealed."
@@ -373,8 +387,10 @@ mod tests {
         let recipient = Recipient::passphrase(secret("tide"));
         let body = wrapped(std::slice::from_ref(&recipient));
         let right = DecryptionIdentity::passphrase(secret("tide"));
-        assert!(unwrap(&body, ID, SYSTEM, &[right]).is_ok());
+        assert!(unwrap(&body, ID, SYSTEM, std::slice::from_ref(&right)).is_ok());
         let wrong = DecryptionIdentity::passphrase(secret("ebb"));
+        let others = [DecryptionIdentity::generate(), wrong.clone(), right.clone()];
+        assert!(unwrap(&body, ID, SYSTEM, &others).is_ok());
         let error = unwrap(&body, ID, SYSTEM, &[wrong]).unwrap_err();
         assert_eq!(error.kind(), Kind::Denied);
         assert!(!format!("{error:?}").contains("ebb"));
@@ -382,6 +398,14 @@ mod tests {
         let error = wrap(&DataKey::public(), ID, SYSTEM, &mixed).unwrap_err();
         assert_eq!(error.kind(), Kind::Config);
         assert_eq!(wrap(&DataKey::public(), ID, SYSTEM, &[]).unwrap_err().kind(), Kind::Config);
+    }
+
+    #[test]
+    fn what_is_sealed_for_a_passphrase_is_known_without_it() {
+        let passphrase = Recipient::passphrase(SecretString::from("tide".to_owned()));
+        assert!(is_for_passphrase(&wrapped(&[passphrase])));
+        assert!(!is_for_passphrase(&wrapped(&[DecryptionIdentity::generate().recipient()])));
+        assert!(!is_for_passphrase(b"age-encryption.org/v1"));
     }
 
     #[test]

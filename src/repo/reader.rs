@@ -351,6 +351,13 @@ impl Reader {
         if let Some(key) = keys.get(&id) {
             return Ok(key.clone());
         }
+        let key = self.open_key(id, self.wrapped_key(id).await?).await?;
+        keys.insert(id, key.clone());
+        Ok(key)
+    }
+
+    /// The body of a key object.
+    async fn wrapped_key(&self, id: KeyId) -> Result<Bytes> {
         let repository = self.repository();
         let name = repository.name(&Object::Key(id))?;
         let attempted = || format!("unable to open key '{name}'");
@@ -369,17 +376,63 @@ impl Reader {
             let message = format!("{}: {found} bytes, at most {WRAPPED_BYTES_MAX}", attempted());
             return Err(Error::new(Kind::Corrupt, message));
         }
+        Ok(wrapped)
+    }
+
+    /// Unwraps the body of key object `id`.
+    async fn open_key(&self, id: KeyId, wrapped: Bytes) -> Result<DataKey> {
+        let name = self.repository().name(&Object::Key(id))?;
         let inner = Arc::clone(&self.0);
-        let system_id = repository.system_id();
+        let system_id = self.repository().system_id();
         // A passphrase costs a third of a second of one core.
-        let key = tokio::task::spawn_blocking(move || {
+        tokio::task::spawn_blocking(move || {
             keys::unwrap(&wrapped, id, system_id, &inner.identities)
         })
         .await
         .map_err(|error| Error::new(Kind::Bug, format!("unwrapping a key: {error}")))?
-        .context(attempted)?;
-        keys.insert(id, key.clone());
-        Ok(key)
+        .context(|| format!("unable to open key '{name}'"))
+    }
+
+    /// Refuses to go on sealing for a passphrase when the newest data key is sealed for one that is not
+    /// among ours: nothing would tell one that is mistyped until somebody restores, and no restore that
+    /// begins before the change could end after it.
+    ///
+    /// Only the newest is looked at, for each costs a third of a second, and who changes the passphrase
+    /// has the one before among ours then. A key that cannot be read tells nothing.
+    ///
+    /// # Errors
+    /// `config` for another passphrase; what the store reports.
+    pub async fn ensure_passphrase_goes_on(&self) -> Result<()> {
+        let repository = self.repository();
+        let keys = repository.store().list_all(&repository.cluster().keys_prefix()).await?;
+        let keys =
+            keys.iter().filter_map(|key| match Object::parse(repository.cluster(), &key.name) {
+                Some(Object::Key(id)) => Some((key.modified?, id)),
+                _ => None,
+            });
+        let Some((_, id)) = keys.max_by_key(|(modified, _)| *modified) else { return Ok(()) };
+        let wrapped = match self.wrapped_key(id).await {
+            Ok(wrapped) if keys::is_for_passphrase(&wrapped) => wrapped,
+            Err(error) if error.is_transient() => return Err(error),
+            Ok(_) | Err(_) => return Ok(()),
+        };
+        match self.open_key(id, wrapped).await {
+            Err(error) if error.kind() == Kind::Denied => Err(Error::new(
+                Kind::Config,
+                format!(
+                    "the newest data key of cluster '{}' is sealed for another passphrase",
+                    repository.cluster()
+                ),
+            )
+            .hint(
+                "Is the passphrase mistyped? To change it, put the new one into the first line of the \
+                 passphrase file (--passphrase-file) and the old one into the second line: the first \
+                 seals, and all open. If the old one is lost, so is what it sealed: seal for a key pair \
+                 (--recipient) from now on, or begin anew with another --cluster.",
+            )),
+            Err(error) if error.is_transient() => Err(error),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// The key of the object with `header`, which is `thing`.

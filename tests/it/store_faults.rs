@@ -100,6 +100,23 @@ async fn a_completion_whose_answer_was_lost_is_known_as_ours() {
     assert_eq!(server.upload_count("tidemark"), 0, "the losers' parts are gone");
 }
 
+/// Who called it once more, as a backup does that outlasts an outage, must not take it for a rival's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_could_not_be_looked_at_is_known_as_ours() {
+    let server = memory();
+    for conditions_before_upload_id in [false, true] {
+        server.set_quirks(Quirks { conditions_before_upload_id, ..Quirks::default() });
+        let store = with(&server, "s3://tidemark/p", |options| options.attempts_max = 1);
+        let name = name(&format!("unseen-{conditions_before_upload_id}"));
+        let upload = store.begin_multipart(&name).await.unwrap();
+        upload.put_part(1, bytes("all")).await.unwrap();
+        let fault = Fault::new(Effect::error(503, "SlowDown")).on(Op::HeadObject).times(1);
+        server.faults().add(fault);
+        assert_eq!(upload.complete().await.unwrap_err().kind(), Kind::Unavailable);
+        assert_eq!(upload.complete().await.unwrap(), PutOutcome::Created, "{name}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_in_the_body_of_a_200_is_an_error() {
     let server = memory();

@@ -62,7 +62,7 @@ impl Settings {
 
     fn stream(&self) -> StreamOptions {
         // No thread: extents are sealed in place.
-        let budget = Budget { thread_count: 0, ..Budget::stream(48 << 20) };
+        let budget = Budget { thread_count: 0, ..Budget::stream(48 << 20, Level::default()) };
         StreamOptions {
             flush_interval: self.flush_interval,
             lag_ceiling_bytes: self.lag_ceiling_bytes,
@@ -315,7 +315,10 @@ pub async fn command(inside: Surroundings, settings: Settings, command: Command)
     let clock = &inside.clock;
     match command {
         Command::Expire => upkeep::expire(&repository, &settings.retention, clock).await.map(drop),
-        Command::Sweep => upkeep::sweep(&repository, clock).await.map(drop),
+        Command::Sweep => {
+            let catalog = Catalog::load(&repository).await?;
+            upkeep::sweep(&repository, &catalog, clock).await.map(drop)
+        }
         Command::SweepKeys => {
             let evidence = sweep::scan_headers(&repository).await?;
             let catalog = Catalog::load(&repository).await?;

@@ -108,7 +108,7 @@ impl Default for StreamOptions {
             older: OlderWal::Ask,
             level: Level::default(),
             uploads_max: 4,
-            budget: Budget::stream(STREAM_BYTES),
+            budget: Budget::stream(STREAM_BYTES, Level::default()),
             stop_grace: Duration::from_secs(20),
             compaction: Compaction::On,
         }

@@ -334,10 +334,9 @@ impl Collector {
                 }
                 crcs.insert(number, file.crc);
             }
-            let level = self.shared.options.level;
             self.tasks.spawn(async move {
                 let pack = filling.pack.name.number;
-                let last = tokio::task::spawn_blocking(move || filling.close(&crcs, level))
+                let last = tokio::task::spawn_blocking(move || filling.close(&crcs))
                     .await
                     .map_err(|error| Error::new(Kind::Bug, format!("a footer: {error}")))??;
                 Ok(Outcome::Closed { pack, last })
@@ -484,7 +483,10 @@ impl Filling {
 
     /// Joins what is left over with the footer: the last parts of the pack. Parts but the very last
     /// have at least the size every store takes.
-    fn close(mut self, crcs: &HashMap<u64, u32>, level: Level) -> Result<LastParts> {
+    ///
+    /// The footer is compressed at the default level, as manifests are: no budget has room for the larger
+    /// context of another one, and a footer is small.
+    fn close(mut self, crcs: &HashMap<u64, u32>) -> Result<LastParts> {
         let left_over = std::mem::take(
             &mut *self.pack.idle_parts.lock().unwrap_or_else(PoisonError::into_inner),
         );
@@ -510,7 +512,7 @@ impl Filling {
         }
         let index = self.pack.next_index.load(Ordering::Relaxed);
         let start = last.bytes.len();
-        let mut compressor = Compressor::new(level)?;
+        let mut compressor = Compressor::new(Level::default())?;
         let key = &self.pack.key;
         seal_blocks_from(&mut compressor, key, Bytes::from(encoded), index, &mut last.bytes)?;
         let bytes = to_u32(last.bytes.len() - start)?;

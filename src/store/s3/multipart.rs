@@ -36,7 +36,8 @@ pub(super) struct Upload {
     id: String,
     algorithm: Option<Algorithm>,
     parts: Mutex<BTreeMap<u32, Part>>,
-    /// A completion failed in a way that does not tell whether it was done.
+    /// A completion may have been done: it failed in a way that does not tell, or was answered well and
+    /// not looked at yet.
     in_doubt: AtomicBool,
     /// Why a completion failed for good and took the parts with it.
     ended: OnceLock<Failure>,
@@ -223,7 +224,11 @@ impl Multipart for Upload {
             self.store.attempt(call, |client| self.complete_once(client, parts.clone())).await?;
         let maybe_done_before = tried.maybe_done_before || self.in_doubt.load(Ordering::Relaxed);
         match tried.result {
-            Ok(()) => self.verify(size_bytes).await,
+            Ok(()) => {
+                // Should the look at the object fail, another completion finds what this one has made.
+                self.in_doubt.store(true, Ordering::Relaxed);
+                self.verify(size_bytes).await
+            }
             Err(failure) if failure.is_precondition() && !maybe_done_before => {
                 self.discard().await;
                 Ok(PutOutcome::AlreadyThere)

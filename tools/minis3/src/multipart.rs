@@ -127,10 +127,15 @@ impl Shared {
 
     pub(crate) fn complete_upload(
         &self,
-        input: CompleteMultipartUploadInput,
+        mut input: CompleteMultipartUploadInput,
     ) -> S3Result<CompleteMultipartUploadOutput> {
         let quirks = self.quirks();
         let mut state = self.state();
+        let (if_match, if_none_match) = (input.if_match.take(), input.if_none_match.take());
+        let conditions = Conditions { if_match, if_none_match };
+        if quirks.conditions_before_upload_id {
+            conditions.check(bucket(&state, &input.bucket)?, &input.key)?;
+        }
         let upload = upload(&state, &input.bucket, &input.key, &input.upload_id)?.clone();
         let parts = self.chosen_parts(&upload, input.multipart_upload)?;
         let checksum = joined_checksum(&upload, &parts);
@@ -148,8 +153,7 @@ impl Shared {
         let number = state.last_number + 1;
         let bucket = bucket(&state, &input.bucket)?;
         if !(quirks.ignore_conditions || quirks.ignore_conditions_on_complete) {
-            let (if_match, if_none_match) = (input.if_match, input.if_none_match);
-            Conditions { if_match, if_none_match }.check(bucket, &input.key)?;
+            conditions.check(bucket, &input.key)?;
         }
         let version = state::Version {
             id: bucket.version_id(number),

@@ -10,6 +10,8 @@ pub struct Quirks {
     pub ignore_conditions: bool,
     /// Ignores them on CompleteMultipartUpload only (Ceph 16).
     pub ignore_conditions_on_complete: bool,
+    /// Asks whether they hold before it asks whether there is such an upload (MinIO).
+    pub conditions_before_upload_id: bool,
     /// Compares a quoted tag in `If-Match` to its own without quotes, and so refuses it (Ceph 16).
     pub bare_tags: bool,
     /// Takes uploads whose checksum is wrong (moto, Ceph 16).
