@@ -211,6 +211,8 @@ fn a_sidecar_outlives_an_outage_that_is_longer_than_its_lease() {
     let now = world.now;
     world.server.work(5000, now);
     world.run(seconds(240), STEP);
+    let shown = world.processes[0].status.snapshot();
+    assert!(!shown.is_connected(), "nobody streams without the lease: {shown:#?}");
     world.net.set_weather(Weather::FAIR);
     world.run(seconds(60), STEP);
     assert_eq!(world.judge.violations, Vec::<String>::new());

@@ -22,7 +22,7 @@ use super::intake::{Intake, Step};
 use super::resume::Attempt;
 use super::sealer::Place;
 use super::server::{self, OurSlot};
-use super::status::Phase;
+use super::status::{Phase, Snapshot};
 use super::upstream::{Sending, Walsender};
 use super::watch::{Observation, Watch};
 use crate::clock::Instant;
@@ -154,6 +154,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     ) -> Result<Ended> {
         let began_at = self.intake.received_end();
         let result = self.stream_timelines(connection, slot, cancel).await;
+        self.engine.status.update(Snapshot::disconnect);
         // Whatever ended it, what was received goes its way.
         self.cut(CutReason::StreamEnd).await?;
         match result {
@@ -212,7 +213,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         let (received_end_lsn, durable) =
             (self.intake.received_end(), self.engine.ledger.durable_end());
         self.engine.status.update(|now| {
-            now.phase = Phase::Streaming;
+            (now.phase, now.connected) = (Phase::Streaming, true);
             if now.timeline != Some(timeline) {
                 // A server that took over may have had less WAL than the one before.
                 now.server_end_lsn = received_end_lsn;
