@@ -176,6 +176,20 @@ fn a_slot_of_another_host_is_not_dropped_for_one_that_lost_its_wal() {
     assert_eq!(world.judge.violations, Vec::<String>::new());
 }
 
+/// Of several hosts another one than the one that streams may answer what the catalog says.
+#[test]
+fn what_another_host_says_of_its_slot_is_not_said_of_ours() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(10), STEP);
+    let shown = |world: &World| world.processes[0].status.snapshot().slot.wal_status;
+    assert_eq!(shown(&world).as_deref(), Some("reserved"));
+    world.server.state().catalog_elsewhere = true;
+    world.run(seconds(130), STEP);
+    assert_eq!(shown(&world).as_deref(), Some("reserved"));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
 /// A walsender answers a status before it looks for more WAL to send.
 #[test]
 fn a_sign_of_life_in_front_of_a_commit_does_not_say_that_all_is_stored() {

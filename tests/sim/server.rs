@@ -13,10 +13,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
-use tidemark::capture::stream::DEFAULT_NAME;
 use tidemark::capture::stream::relief::SlotMove;
 use tidemark::capture::stream::upstream::{Sending, Upstream, Walsender};
 use tidemark::capture::stream::watch::Observation;
+use tidemark::capture::stream::{DEFAULT_NAME, SlotHealth};
 use tidemark::clock::Clock;
 use tidemark::error::{Error, Kind, Result};
 use tidemark::pg::{Lsn, PgTime, SegmentSize, SystemId, TimelineId};
@@ -94,6 +94,8 @@ pub struct State {
     old_primary_answers: bool,
     /// How often the old primary was told a flush position.
     pub old_primary_acks: usize,
+    /// What the catalog says of our slot comes from a host on which nobody streams by it.
+    pub catalog_elsewhere: bool,
     /// Rises with each crash: what began before is gone.
     pub generation: u64,
     conns: Vec<Conn>,
@@ -133,6 +135,7 @@ impl Server {
             elsewhere: None,
             old_primary_answers: false,
             old_primary_acks: 0,
+            catalog_elsewhere: false,
             generation: 0,
             conns: Vec::new(),
             last_conn: 0,
@@ -583,10 +586,12 @@ impl Walsender for Connected {
         if !state.up {
             return Err(gone("it is down"));
         }
+        let wal_status = if state.catalog_elsewhere { "lost" } else { "reserved" };
         Ok(Observation {
             server_end_lsn: Lsn(state.end()),
+            slot: SlotHealth { wal_status: Some(wal_status.to_owned()), ..SlotHealth::default() },
             slot_restart_lsn: state.slot.map(Lsn),
-            slot_in_use: state.is_slot_used(),
+            slot_in_use: Some(state.is_slot_used() && !state.catalog_elsewhere),
             ..Observation::default()
         })
     }

@@ -466,6 +466,9 @@ impl<'e, 'a> Pump<'e, 'a> {
     }
 
     fn observe(&mut self, observed: &Observation) -> bool {
+        if !observed.may_be_of_our_stream() {
+            return false;
+        }
         if let Some(waits) = observed.commits_wait(self.told)
             && waits != self.synchronous
         {
