@@ -111,6 +111,16 @@ impl TimelineHistory {
         parts
     }
 
+    /// Whether the path leaves `timeline` at `switch_lsn` for `next`.
+    #[must_use]
+    pub fn leads_on(&self, timeline: TimelineId, switch_lsn: Lsn, next: TimelineId) -> bool {
+        let path = self.path();
+        let mut steps = path.iter().zip(path.iter().skip(1));
+        steps.any(|(part, follows)| {
+            (part.timeline, part.end, follows.timeline) == (timeline, Some(switch_lsn), next)
+        })
+    }
+
     /// The timeline that the byte at `position` is read from on this path.
     #[must_use]
     pub fn timeline_at(&self, position: Lsn) -> TimelineId {
@@ -157,6 +167,10 @@ mod tests {
             part(7, 0x500_0000, None),
         ];
         assert_eq!(history.path(), expected);
+        let leads_on = |from, at, to| history.leads_on(timeline(from), Lsn(at), timeline(to));
+        assert!(leads_on(1, 0x300_0148, 3) && leads_on(3, 0x500_0000, 7));
+        assert!(!leads_on(1, 0x300_0148, 7) && !leads_on(1, 0x300_0140, 3));
+        assert!(!leads_on(7, 0x500_0000, 8));
         assert_eq!(history.timeline_at(Lsn(0x300_0147)), timeline(1));
         assert_eq!(history.timeline_at(Lsn(0x300_0148)), timeline(3));
         assert_eq!(history.timeline_at(Lsn(0x500_0000)), timeline(7));

@@ -156,18 +156,16 @@ impl Catalog {
     }
 
     async fn load_wal(&mut self, repository: &Repository) -> Result<Vec<TimelineId>> {
-        let prefix = repository.cluster().wal_prefix();
-        let begin = vec![Rest { after: None, scope: Scope::All }];
         let mut timelines = Vec::new();
         let (wal, foreign_count) = (&mut self.wal, &mut self.foreign_count);
-        list_in_parallel(repository, &prefix, begin, &mut |object| match Object::parse(
-            repository.cluster(),
-            &object.name,
-        ) {
-            Some(Object::Extent(name)) => wal.push(stored(name, object)),
-            Some(Object::History(timeline)) => timelines.push(timeline),
-            _ => *foreign_count += 1,
-        })
+        list_wal(
+            repository,
+            &mut |object| match Object::parse(repository.cluster(), &object.name) {
+                Some(Object::Extent(name)) => wal.push(stored(name, object)),
+                Some(Object::History(timeline)) => timelines.push(timeline),
+                _ => *foreign_count += 1,
+            },
+        )
         .await?;
         self.wal.index();
         Ok(timelines)
@@ -230,6 +228,18 @@ impl WalCatalog {
         };
         Ok(Self::new(extents))
     }
+}
+
+/// Shows `take` each object of the WAL once, in no order.
+///
+/// # Errors
+/// What the store reports.
+pub(crate) async fn list_wal(
+    repository: &Repository,
+    take: &mut (dyn FnMut(&ObjectInfo) + Send),
+) -> Result<()> {
+    let begin = vec![Rest { after: None, scope: Scope::All }];
+    list_in_parallel(repository, &repository.cluster().wal_prefix(), begin, take).await
 }
 
 /// Extents of `timeline` that begin inside `starts`.

@@ -43,6 +43,7 @@ pub use interval::{Interval, Lineage, Piece, WalGap};
 pub use keys::{DecryptionIdentity, Encryption, Recipient};
 pub use lease::{Lease, LeaseOptions};
 pub use load::list_extents;
+pub(crate) use load::list_wal;
 pub use manifest::{
     BackupKind, ChecksumFailure, Manifest, ManifestFacts, PackSummary, PublicManifest, Tablespace,
 };

@@ -11,8 +11,8 @@ use tidemark::capture::base::{
 };
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
-use tidemark::pg::Lsn;
 use tidemark::pg::backup_label::BackupFrom;
+use tidemark::pg::{Lsn, SystemId, TimelineId};
 use tidemark::pipeline::{Budget, Level, Worker};
 use tidemark::repo::{
     BackupId, Check, ChecksumFailure, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName,
@@ -273,7 +273,10 @@ async fn a_page_that_was_copied_badly_is_forgiven_only_if_it_was_changed_since_o
     server.psql("create table gone as select * from t");
     server.psql("vacuum (freeze) t, gone");
     server.psql("checkpoint");
-    let start: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    let start_lsn: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    let id = server.psql("select system_identifier from pg_control_system()");
+    let (system_id, timeline) = (id.parse().unwrap(), TimelineId::FIRST);
+    let origin = pages::Origin { system_id, timeline, start_lsn };
     let suspect = |relation: &str, fork: &str| ChecksumFailure {
         path: server.psql(&format!("select pg_relation_filepath('{relation}')")) + fork,
         block: 0,
@@ -285,12 +288,41 @@ async fn a_page_that_was_copied_badly_is_forgiven_only_if_it_was_changed_since_o
     server.psql("drop table gone");
     server.psql("checkpoint");
     let (postgres, clock) = (connect_options(&server), Clock::system());
-    let recheck = || pages::recheck(&suspects, start, &postgres, &clock);
+    let recheck = || pages::recheck(&suspects, &origin, &postgres, &clock);
     // It was never written since, so no replay mends what was copied, whatever that was.
     assert_eq!(recheck().await, [data]);
     server.psql("update t set body = '' where ctid = '(0,1)'");
     server.psql("checkpoint");
     assert_eq!(recheck().await, []);
+}
+
+/// Of several hosts another one may answer than the one that was copied: a file that it lacks says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_is_forgiven_by_no_server_that_lacks_what_was_copied() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 10);
+    let standby = server.standby();
+    server.psql("checkpoint");
+    let start_lsn: Lsn = server.psql("select pg_current_wal_lsn()").parse().unwrap();
+    standby.wait_for(&format!("select pg_last_wal_replay_lsn() >= '{start_lsn}'"), "t");
+    let id = server.psql("select system_identifier from pg_control_system()");
+    let (system_id, timeline): (SystemId, _) = (id.parse().unwrap(), TimelineId::FIRST);
+    let origin = pages::Origin { system_id, timeline, start_lsn };
+    let gone = ChecksumFailure { path: "base/1/987654".into(), block: 0, expected: 1, found: 2 };
+    let suspects = [gone];
+    let clock = Clock::system();
+    let recheck = async |server: &Postgres, origin| {
+        pages::recheck(&suspects, &origin, &connect_options(server), &clock).await
+    };
+    for host in [&server, &standby] {
+        assert_eq!(recheck(host, origin).await, []);
+        let ahead = Lsn(start_lsn.0 + (1 << 30));
+        assert_eq!(recheck(host, pages::Origin { start_lsn: ahead, ..origin }).await, suspects);
+        let another = SystemId(system_id.0 ^ 1);
+        assert_eq!(recheck(host, pages::Origin { system_id: another, ..origin }).await, suspects);
+    }
+    let timeline = TimelineId::new(2).unwrap();
+    assert_eq!(recheck(&server, pages::Origin { timeline, ..origin }).await, suspects);
 }
 
 #[tokio::test(flavor = "multi_thread")]

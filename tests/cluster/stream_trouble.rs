@@ -368,13 +368,13 @@ async fn a_slot_is_moved_on_only_where_it_was_seen_and_while_nobody_uses_it() {
     let way = SlotMove { from: slot(), to: flushed() };
     assert!(!asking.move_slot("tidemark", way, ours).await.unwrap());
     let observed = asking.observe("tidemark").await.unwrap();
-    assert!(observed.slot_in_use && observed.slot_restart_lsn.is_some());
+    assert!(observed.slot_in_use == Some(true) && observed.slot_restart_lsn.is_some());
     running.stop().await.unwrap();
 
     load(&server, 100);
     let (from, to) = (slot(), flushed());
     let observed = asking.observe("tidemark").await.unwrap();
-    assert_eq!((observed.slot_in_use, observed.slot_restart_lsn), (false, Some(from)));
+    assert_eq!((observed.slot_in_use, observed.slot_restart_lsn), (Some(false), Some(from)));
     let elsewhere = SlotMove { from: Lsn(from.0 - 8), to };
     let way = SlotMove { from, to };
     assert!(!asking.move_slot("tidemark", elsewhere, ours).await.unwrap());

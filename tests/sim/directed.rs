@@ -6,8 +6,9 @@ use jiff::SignedDuration;
 use tidemark::repo::Catalog;
 use tidemark::repo::retention::RetentionOptions;
 
-use crate::model::Damage;
+use crate::model::{Damage, SEGMENT};
 use crate::net::Weather;
+use crate::server::Elsewhere;
 use crate::work::Settings;
 use crate::world::World;
 
@@ -75,6 +76,120 @@ fn a_standby_promoted_while_it_is_asked_was_not_rolled_back() {
     assert!(told.durable_end_lsn.0 > end, "{told:#?}");
 }
 
+/// A standby has received the WAL into the middle of a record, and so has the repository. The record is no
+/// part of the timeline that begins when it is promoted, which may be after it has said who it is.
+#[test]
+fn a_standby_promoted_after_it_was_asked_has_other_wal_than_what_is_stored_of_a_torn_record() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let end = world.server.state().line().end();
+    world.server.receive(end);
+    let now = world.now;
+    world.server.work(50_000, now);
+    let torn = {
+        let state = world.server.state();
+        let long = state.line().records.iter().rfind(|(start, end)| end - start > 500);
+        long.unwrap().0 + 300
+    };
+    world.server.receive(torn);
+    world.run(seconds(5), STEP);
+    world.server.break_connections();
+    world.server.state().promoted_at_start = true;
+    world.run(seconds(2), STEP);
+    let now = world.now;
+    world.server.work(50_000, now);
+    world.run(seconds(30), STEP);
+    assert!(world.net.names().keys().any(|name| name.contains(&format!("-{torn:016X}-"))));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    let told = world.processes[0].status.snapshot();
+    let end = world.server.state().line().end();
+    assert!(told.timeline.unwrap().get() == 2 && end > torn);
+    assert_eq!((told.durable_end_lsn.0, told.acknowledged_end_lsn.0), (end, end), "{told:#?}");
+}
+
+/// The server has removed the WAL that is asked for first; the next connection is one to the old primary,
+/// which came up in between, has our old slot, and would send its own timeline without end.
+#[test]
+fn another_host_that_answers_the_next_attempt_is_not_streamed() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.promote(0, false, now);
+    world.server.work(3 * SEGMENT, now);
+    world.server.checkpoint(now);
+    world.server.work(500, now);
+    {
+        let mut state = world.server.state();
+        let old = &mut state.lines[0];
+        for salt in 0..10 {
+            old.filler(SEGMENT as usize / 2, salt);
+        }
+        old.ending(9000, now.as_microsecond(), true);
+        state.elsewhere = Some(Elsewhere::OldPrimary);
+    }
+    world.run(seconds(30), STEP);
+    let (was_gone, acks) = {
+        let state = world.server.state();
+        (state.elsewhere.is_none(), state.old_primary_acks)
+    };
+    assert_eq!((was_gone, acks), (true, 0));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    let told = world.processes[0].status.snapshot();
+    let end = world.server.state().line().end();
+    assert_eq!((told.timeline.unwrap().get(), told.durable_end_lsn.0), (2, end), "{told:#?}");
+    assert_eq!(told.gaps.len(), 1);
+}
+
+/// A slot that lost its WAL is made anew; one of the same name on another host is not that one.
+#[test]
+fn a_slot_of_another_host_is_not_dropped_for_one_that_lost_its_wal() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    let now = world.now;
+    world.server.work(3 * SEGMENT + SEGMENT / 4, now);
+    world.run(seconds(5), STEP);
+    let made = world.server.state().slot_made;
+    let now = world.now;
+    world.server.checkpoint(now);
+    world.server.crash();
+    {
+        let mut state = world.server.state();
+        let stored = state.slot.unwrap();
+        let (slot, kept_from) = (state.line().boundary_before(stored - 5000), state.kept_from);
+        state.elsewhere = Some(Elsewhere::Sound { slot, kept_from });
+        state.kept_from = (stored / SEGMENT + 1) * SEGMENT;
+    }
+    world.server.start(now);
+    world.run(seconds(30), STEP);
+    let (was_gone, slot_made, slot, end) = {
+        let state = world.server.state();
+        (state.elsewhere.is_none(), state.slot_made, state.slot, state.line().end())
+    };
+    assert!(was_gone, "{:?}", world.log);
+    assert_eq!((slot_made, slot), (made, Some(end)));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
+/// Of several hosts another one than the one that streams may answer what the catalog says.
+#[test]
+fn what_another_host_says_of_its_slot_is_not_said_of_ours() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(10), STEP);
+    let shown = |world: &World| world.processes[0].status.snapshot().slot.wal_status;
+    assert_eq!(shown(&world).as_deref(), Some("reserved"));
+    world.server.state().catalog_elsewhere = true;
+    world.run(seconds(130), STEP);
+    assert_eq!(shown(&world).as_deref(), Some("reserved"));
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
 /// A walsender answers a status before it looks for more WAL to send.
 #[test]
 fn a_sign_of_life_in_front_of_a_commit_does_not_say_that_all_is_stored() {
@@ -110,6 +225,8 @@ fn a_sidecar_outlives_an_outage_that_is_longer_than_its_lease() {
     let now = world.now;
     world.server.work(5000, now);
     world.run(seconds(240), STEP);
+    let shown = world.processes[0].status.snapshot();
+    assert!(!shown.is_connected(), "nobody streams without the lease: {shown:#?}");
     world.net.set_weather(Weather::FAIR);
     world.run(seconds(60), STEP);
     assert_eq!(world.judge.violations, Vec::<String>::new());

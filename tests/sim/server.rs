@@ -13,10 +13,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
-use tidemark::capture::stream::DEFAULT_NAME;
 use tidemark::capture::stream::relief::SlotMove;
 use tidemark::capture::stream::upstream::{Sending, Upstream, Walsender};
 use tidemark::capture::stream::watch::Observation;
+use tidemark::capture::stream::{DEFAULT_NAME, SlotHealth};
 use tidemark::clock::Clock;
 use tidemark::error::{Error, Kind, Result};
 use tidemark::pg::{Lsn, PgTime, SegmentSize, SystemId, TimelineId};
@@ -44,6 +44,15 @@ pub struct Ack {
     pub position: u64,
     /// Where the slot was before.
     pub before: u64,
+}
+
+/// Who answers next, once WAL that was asked for is gone: another host of the connection string.
+#[derive(Clone, Copy, Debug)]
+pub enum Elsewhere {
+    /// The first primary, which came up again and knows nothing of a promotion.
+    OldPrimary,
+    /// One that keeps what its slot says.
+    Sound { slot: u64, kept_from: u64 },
 }
 
 #[derive(Debug)]
@@ -75,6 +84,18 @@ pub struct State {
     pub answers_first: bool,
     /// It is a standby that has WAL up to here, and is promoted as soon as it has said so.
     pub standby_end: Option<u64>,
+    /// It is a standby that has received WAL up to here, perhaps in the middle of a record.
+    received_end: Option<u64>,
+    /// It is promoted, and has its connections still, when it is asked for WAL next.
+    pub promoted_at_start: bool,
+    /// What happens when WAL that was asked for is gone.
+    pub elsewhere: Option<Elsewhere>,
+    /// The next connection is one to the old primary.
+    old_primary_answers: bool,
+    /// How often the old primary was told a flush position.
+    pub old_primary_acks: usize,
+    /// What the catalog says of our slot comes from a host on which nobody streams by it.
+    pub catalog_elsewhere: bool,
     /// Rises with each crash: what began before is gone.
     pub generation: u64,
     conns: Vec<Conn>,
@@ -109,6 +130,12 @@ impl Server {
             synchronous: dice.chance(200),
             answers_first: false,
             standby_end: None,
+            received_end: None,
+            promoted_at_start: false,
+            elsewhere: None,
+            old_primary_answers: false,
+            old_primary_acks: 0,
+            catalog_elsewhere: false,
             generation: 0,
             conns: Vec::new(),
             last_conn: 0,
@@ -261,7 +288,6 @@ impl Server {
     /// last.
     pub fn promote(&self, lost_records: usize, seamless: bool, now: Timestamp) {
         self.change(|state| {
-            let number = state.lines.iter().map(|line| line.number).max().unwrap_or(1) + 1;
             let line = state.line();
             let begin = line.ancestors.last().map_or(ORIGIN, |(_, at)| *at);
             let last = line.records.len().saturating_sub(1 + lost_records);
@@ -271,13 +297,7 @@ impl Server {
             // A standby stops at damaged WAL: here it had that before.
             let inside = line.barriers.iter().find(|it| it.at < at && at < it.until);
             let at = inside.map_or(at, |barrier| barrier.until);
-            let (previous, mut line) = (line.number, line.fork(number, at));
-            let time = state.time(now);
-            line.end_of_recovery(previous, time);
-            state.lines.push(line);
-            state.current = state.lines.len() - 1;
-            state.up = true;
-            state.generation += 1;
+            state.fork(at, now);
             if !seamless {
                 state.disconnect();
                 // Physical slots are not copied to a standby.
@@ -286,6 +306,11 @@ impl Server {
                 state.redo = state.redo.min(at);
             }
         });
+    }
+
+    /// From now on it is a standby that has received WAL up to `end`.
+    pub fn receive(&self, end: u64) {
+        self.change(|state| state.received_end = Some(end));
     }
 
     /// Begins a base backup; gives where, and the timeline by index.
@@ -337,6 +362,45 @@ impl State {
     fn time(&mut self, now: Timestamp) -> i64 {
         self.last_time = now.as_microsecond().max(self.last_time + 1);
         self.last_time
+    }
+
+    /// First position that it does not have.
+    fn end(&self) -> u64 {
+        self.received_end.unwrap_or(self.line().end())
+    }
+
+    /// Begins a timeline at `at`, the end of a record.
+    fn fork(&mut self, at: u64, now: Timestamp) {
+        let number = self.lines.iter().map(|line| line.number).max().unwrap_or(1) + 1;
+        let (previous, mut line) = (self.line().number, self.line().fork(number, at));
+        let time = self.time(now);
+        line.end_of_recovery(previous, time);
+        self.lines.push(line);
+        self.current = self.lines.len() - 1;
+        self.up = true;
+        self.generation += 1;
+    }
+
+    /// A standby is promoted: what it has of a record that it has not received to its end is no part of
+    /// the new timeline.
+    fn promote_at_start(&mut self, now: Timestamp) {
+        if std::mem::take(&mut self.promoted_at_start) {
+            let at = self.line().boundary_before(self.end());
+            self.received_end = None;
+            self.fork(at, now);
+        }
+    }
+
+    /// WAL that was asked for is gone; another host may answer next.
+    fn removed(&mut self, position: u64) -> Error {
+        match self.elsewhere.take() {
+            Some(Elsewhere::OldPrimary) => self.old_primary_answers = true,
+            Some(Elsewhere::Sound { slot, kept_from }) => {
+                (self.slot, self.kept_from) = (Some(slot), kept_from);
+            }
+            None => {}
+        }
+        removed(position)
     }
 
     fn disconnect(&mut self) {
@@ -392,8 +456,9 @@ impl Upstream for Dial {
         if session == Session::Physical {
             state.conns.push(Conn { id, heard: clock.now() });
         }
+        let is_old = session == Session::Physical && std::mem::take(&mut state.old_primary_answers);
         let (server, clock, process) = (self.server.clone(), clock.clone(), self.process);
-        Ok(Box::new(Connected { server, clock, process, id }))
+        Ok(Box::new(Connected { server, clock, process, id, is_old }))
     }
 }
 
@@ -404,6 +469,8 @@ struct Connected {
     clock: Clock,
     process: usize,
     id: u64,
+    /// It leads to the old primary.
+    is_old: bool,
 }
 
 impl Drop for Connected {
@@ -422,6 +489,11 @@ impl Connected {
         state.conn(self.id)?.heard = now;
         Ok(state)
     }
+
+    /// The timeline that it leads to, by index.
+    fn line(&self, state: &State) -> usize {
+        if self.is_old { 0 } else { state.current }
+    }
 }
 
 #[async_trait]
@@ -430,8 +502,9 @@ impl Walsender for Connected {
         let (number, end, is_standby) = {
             let mut state = self.alive()?;
             let standby_end = state.standby_end.take();
-            let line = state.line();
-            (line.number, standby_end.unwrap_or(line.end()), standby_end.is_some())
+            let line = &state.lines[self.line(&state)];
+            let end = if self.is_old { line.end() } else { state.end() };
+            (line.number, standby_end.unwrap_or(end), standby_end.is_some())
         };
         if is_standby {
             self.server.promote(0, true, self.clock.now());
@@ -459,8 +532,11 @@ impl Walsender for Connected {
     fn parameter(&self, name: &str) -> Option<&str> {
         match name {
             "application_name" => Some("tidemark"),
-            "in_hot_standby" if self.server.state().standby_end.is_some() => Some("on"),
-            "in_hot_standby" => Some("off"),
+            "in_hot_standby" => {
+                let state = self.server.state();
+                let is_standby = state.standby_end.is_some() || state.received_end.is_some();
+                Some(if is_standby { "on" } else { "off" })
+            }
             _ => None,
         }
     }
@@ -510,10 +586,12 @@ impl Walsender for Connected {
         if !state.up {
             return Err(gone("it is down"));
         }
+        let wal_status = if state.catalog_elsewhere { "lost" } else { "reserved" };
         Ok(Observation {
-            server_end_lsn: Lsn(state.line().end()),
+            server_end_lsn: Lsn(state.end()),
+            slot: SlotHealth { wal_status: Some(wal_status.to_owned()), ..SlotHealth::default() },
             slot_restart_lsn: state.slot.map(Lsn),
-            slot_in_use: state.is_slot_used(),
+            slot_in_use: Some(state.is_slot_used() && !state.catalog_elsewhere),
             ..Observation::default()
         })
     }
@@ -539,7 +617,9 @@ impl Walsender for Connected {
         let id = self.id;
         {
             let mut state = self.alive()?;
-            let passing = slot != Some(DEFAULT_NAME);
+            state.promote_at_start(self.clock.now());
+            // The old primary has a slot of the name as well.
+            let passing = slot != Some(DEFAULT_NAME) || self.is_old;
             if state.slot.is_none() && !passing {
                 return Err(Error::new(Kind::NotFound, "simulated server: no such slot"));
             }
@@ -550,7 +630,7 @@ impl Walsender for Connected {
             if !passing {
                 state.slot_user = Some(id);
             }
-            let line = state.line();
+            let line = &state.lines[self.line(&state)];
             let part = line.parts().into_iter().find(|part| part.0 == wanted.get());
             let Some((_, _, part_end)) = part else {
                 return Err(Error::new(Kind::Conflict, "simulated server: not in its history"));
@@ -587,14 +667,15 @@ impl Running {
         let mut state = self.inner.server.state();
         let state = &mut *state;
         state.conn(self.inner.id)?;
-        if self.position < state.kept_from {
-            return Err(removed(self.position));
+        if self.position < state.kept_from && !self.inner.is_old {
+            return Err(state.removed(self.position));
         }
         // A server that was promoted goes on with the timeline it was on for as far as that goes.
-        let line = &state.lines[state.current];
+        let line = &state.lines[self.inner.line(state)];
         let mut parts = line.parts().into_iter().skip_while(|part| part.0 != self.number);
         let Some((_, _, part_end)) = parts.next() else { return Err(gone("another history")) };
-        let limit = line.end().min(part_end);
+        let end = if self.inner.is_old { line.end() } else { state.end() };
+        let limit = end.min(part_end);
         if self.position < limit {
             // A reply that the server owes goes out before WAL it has not looked at yet.
             if std::mem::take(&mut state.answers_first) || state.dice.chance(5) {
@@ -664,6 +745,10 @@ impl Sending for Running {
         conn.heard = now;
         let position = status.durable_end_lsn.0;
         if position == 0 || self.ended {
+            return Ok(());
+        }
+        if self.inner.is_old {
+            state.old_primary_acks += 1;
             return Ok(());
         }
         let line = state.current;

@@ -245,8 +245,9 @@ async fn make_ready(
     // Beyond a limit they are counted only.
     let suspects = packed.checksum_failures().to_vec();
     let suspect_count = packed.checksum_failure_count();
-    let start_lsn = ended.id.start_lsn();
-    let damaged = pages::recheck(&suspects, start_lsn, &base.postgres, repository.clock()).await;
+    let (start_lsn, timeline) = (ended.id.start_lsn(), ended.id.timeline());
+    let origin = pages::Origin { system_id: repository.system_id(), timeline, start_lsn };
+    let damaged = pages::recheck(&suspects, &origin, &base.postgres, repository.clock()).await;
     packed.forgive(|suspect| !damaged.contains(suspect));
     let damage = Damage {
         named: packed.checksum_failures(),

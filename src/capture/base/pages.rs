@@ -18,9 +18,9 @@ use bytes::Bytes;
 
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
-use crate::pg::Lsn;
 use crate::pg::data_dir::{Fork, RelationFile};
 use crate::pg::page::{BLCKSZ, PageVerdict, RELSEG_SIZE, verify_page};
+use crate::pg::{Lsn, SystemId, TimelineId};
 use crate::repo::{ChecksumFailure, FileMeta, Inspect};
 use crate::wire::{ConnectOptions, Connection, Session};
 
@@ -110,22 +110,37 @@ fn for_each_page(data: &[Bytes], mut look: impl FnMut(&[u8; BLCKSZ])) {
     }
 }
 
+/// Where pages were copied from, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The cluster.
+    pub system_id: SystemId,
+    /// The timeline on which the backup started.
+    pub timeline: TimelineId,
+    /// Where the backup started.
+    pub start_lsn: Lsn,
+}
+
 /// Reads suspects again and returns those that are damaged indeed; all of them when the server does
 /// not let us read (that takes the right to execute this `pg_read_binary_file`, which
 /// `pg_read_server_files` does not give, or being superuser).
+///
+/// The suspects are read on a connection of their own, and of several hosts another one may answer it than
+/// the one that was copied. Any that has the WAL up to the start will do; on one that has not, a file may
+/// be missing because it is not there yet, and would count as dropped.
 ///
 /// # Errors
 /// Never for a suspect: what cannot be read again stays one.
 pub async fn recheck(
     suspects: &[ChecksumFailure],
-    start_lsn: Lsn,
+    origin: &Origin,
     postgres: &ConnectOptions,
     clock: &Clock,
 ) -> Vec<ChecksumFailure> {
     if suspects.is_empty() {
         return Vec::new();
     }
-    match recheck_each(suspects, start_lsn, postgres, clock).await {
+    match recheck_each(suspects, origin, postgres, clock).await {
         Ok(damaged) => damaged,
         Err(error) => {
             tracing::warn!(
@@ -139,11 +154,12 @@ pub async fn recheck(
 
 async fn recheck_each(
     suspects: &[ChecksumFailure],
-    start_lsn: Lsn,
+    origin: &Origin,
     postgres: &ConnectOptions,
     clock: &Clock,
 ) -> Result<Vec<ChecksumFailure>> {
     let mut connection = Connection::connect(postgres, Session::Database, clock).await?;
+    check_origin(&mut connection, origin).await?;
     let mut damaged = Vec::new();
     for suspect in suspects {
         let mut bad = true;
@@ -151,7 +167,7 @@ async fn recheck_each(
             if attempt > 0 {
                 tokio::time::sleep(READ_PAUSE).await;
             }
-            bad = is_damaged(&mut connection, suspect, start_lsn).await?;
+            bad = is_damaged(&mut connection, suspect, origin.start_lsn).await?;
             if !bad {
                 break;
             }
@@ -162,6 +178,36 @@ async fn recheck_each(
     }
     connection.close().await;
     Ok(damaged)
+}
+
+/// Refuses a server that has not come to where the backup started: another cluster, a standby that lags, or
+/// a primary of an older timeline, which one that took over has replaced. A standby does not tell its
+/// timeline (`pg_walfile_name` is refused during recovery).
+///
+/// # Errors
+/// `unavailable` for such a server, and what it says itself.
+async fn check_origin(connection: &mut Connection, origin: &Origin) -> Result<()> {
+    let Origin { system_id, timeline, start_lsn } = *origin;
+    let sql = format!(
+        "select c.system_identifier, case when pg_catalog.pg_is_in_recovery() \
+         then coalesce(pg_catalog.pg_last_wal_replay_lsn() >= '{start_lsn}', false) \
+         else pg_catalog.pg_current_wal_lsn() >= '{start_lsn}' \
+         and pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8) \
+         >= '{:08X}' collate \"C\" end from pg_catalog.pg_control_system() as c",
+        timeline.get()
+    );
+    let attempted = || "unable to tell whether this server has what was copied";
+    let rows = connection.query(&sql).await.context(attempted)?;
+    let row = rows.first().ok_or_else(|| Error::new(Kind::Corrupt, attempted()))?;
+    let found = row.parse::<i64>(0)?.cast_unsigned();
+    if found == system_id.0 && row.get(1)? == Some("t") {
+        return Ok(());
+    }
+    let message = format!(
+        "another server answers than the one that was copied: system identifier {found}, expected \
+         {system_id}, with the WAL up to {start_lsn} of timeline {timeline}"
+    );
+    Err(Error::new(Kind::Unavailable, message))
 }
 
 async fn is_damaged(

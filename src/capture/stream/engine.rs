@@ -19,7 +19,7 @@ use super::pump::{Ended, Pump};
 use super::relief::LeftSlot;
 use super::resume::{self, Attempt, OlderWal, Situation};
 use super::sealer::Sealer;
-use super::server::{self, OurSlot, Server};
+use super::server::{self, Met, OurSlot, Server};
 use super::status::{Phase, Status};
 use super::uploads::{Stored, Upload, Uploads, jittered};
 use super::upstream::Walsender;
@@ -78,7 +78,8 @@ pub(super) struct Engine<'a> {
     pub(super) newest_timeline: Option<TimelineId>,
     /// The histories this engine has put: they need no repository any more. A handful, and small.
     histories: BTreeMap<TimelineId, Bytes>,
-    slot_is_void: bool,
+    /// Where the slot stood whose WAL was gone.
+    void_slot_lsn: Option<Lsn>,
     segment_size: Option<SegmentSize>,
     /// The permanent slot, once a session has used it.
     pub(super) left_slot: Option<LeftSlot>,
@@ -132,7 +133,7 @@ impl<'a> Engine<'a> {
             connected_before: false,
             newest_timeline: None,
             histories: BTreeMap::new(),
-            slot_is_void: false,
+            void_slot_lsn: None,
             segment_size: None,
             left_slot: None,
             began_at: None,
@@ -272,10 +273,10 @@ impl<'a> Engine<'a> {
             return if error.kind() == Kind::Conflict { Ok(Err(error)) } else { Err(error) };
         }
         let mut stored = self.ledger.held().ranges();
-        if std::mem::take(&mut self.slot_is_void) {
+        if let Some(void_lsn) = self.void_slot_lsn.take() {
             match stream.options.slot_life {
                 SlotLife::Permanent => {
-                    server::drop_void_slot(&mut server, &stream.options).await?;
+                    server::drop_void_slot(&mut server, void_lsn, &stream.options).await?;
                 }
                 // It is not ours to drop; what it was said to keep is not asked for again.
                 SlotLife::Connection => stored.clear(),
@@ -317,17 +318,13 @@ impl<'a> Engine<'a> {
         &mut self,
         open: Option<Box<dyn Walsender>>,
         attempt: &Attempt,
-        current: TimelineId,
+        met: &Met,
     ) -> Result<Result<Box<dyn Walsender>>> {
-        let stream = self.stream;
         let mut open = match open {
             Some(open) => open,
-            None => {
-                let expected = stream.writer.repository().system_id();
-                Server::reconnect(&*stream.upstream, expected, &self.clock).await?
-            }
+            None => met.reconnect(&*self.stream.upstream, &self.clock).await?,
         };
-        if attempt.timeline == current {
+        if attempt.timeline == met.timeline {
             return Ok(Ok(open));
         }
         let (_, history_file) = server::read_history(&mut *open, attempt.timeline).await?;
@@ -355,7 +352,8 @@ impl<'a> Engine<'a> {
             return Ok(SessionEnd::Refused(refused));
         }
         let stream = self.stream;
-        let Server { connection, timeline, status_interval, synchronous, .. } = server;
+        let met = server.met(stream.writer.repository().system_id());
+        let Server { connection, status_interval, synchronous, .. } = server;
         let Server { segment_size, history, .. } = server;
         let mut connection = Some(connection);
         let last = attempts.len().saturating_sub(1);
@@ -369,7 +367,7 @@ impl<'a> Engine<'a> {
                 biased;
                 () = cancel.cancelled() => return self.stop_without_server().await,
                 error = guard.lost() => return Ok(SessionEnd::Refused(error)),
-                opened = self.open(connection.take(), attempt, timeline) => opened?,
+                opened = self.open(connection.take(), attempt, &met) => opened?,
             };
             let open = match opened {
                 Ok(open) => open,
@@ -386,8 +384,7 @@ impl<'a> Engine<'a> {
                     "it was removed on the server",
                 );
             }
-            let overlap = self.ledger.held().expected(&history, attempt.stream_from);
-            let mut pump = Pump::new(self, attempt, overlap, segment_size, status_interval);
+            let mut pump = Pump::new(self, attempt, &history, segment_size, status_interval);
             pump.set_synchronous(synchronous);
             match pump.run(open, &slot, cancel).await {
                 Ok(Ended::Stopped) => return Ok(SessionEnd::Stopped),
@@ -402,7 +399,7 @@ impl<'a> Engine<'a> {
                 }
                 Ok(Ended::WalRemoved(error)) => {
                     // Not even what the slot promised: it was invalidated, and a new one is needed.
-                    (self.slot_is_void, self.began_at) = (true, None);
+                    (self.void_slot_lsn, self.began_at) = (Some(slot.restart_lsn), None);
                     return Err(error);
                 }
                 Err(error) => return Err(error),

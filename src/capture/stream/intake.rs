@@ -204,6 +204,12 @@ impl Intake {
         }
     }
 
+    /// Whether what is still to come is stored already, in part.
+    #[must_use]
+    pub fn expects_known(&self) -> bool {
+        !self.known.is_empty()
+    }
+
     /// End of the known range that the next byte lies in.
     fn known_end(&self) -> Option<Lsn> {
         let first = self.known.front()?;

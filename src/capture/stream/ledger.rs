@@ -17,10 +17,14 @@ use super::resume::{Attempt, join};
 use super::uploads::Stored;
 use crate::error::Result;
 use crate::pg::{Lsn, LsnRange, PgTime, TimelineHistory, TimelineId};
-use crate::repo::{Object, Repository};
+use crate::repo::{Object, Repository, list_wal};
 
 /// Most extents of which the greatest time is kept: more than are stored in an hour at one a second.
 const TIMES_MAX: usize = 4096;
+
+/// Most extents that are entered before those that touch are joined: several pages of a listing, which
+/// come in no order.
+const NOT_JOINED_MAX: usize = 10_000;
 
 /// What is stored, by timeline, joined where it touches: as large as the number of gaps.
 #[derive(Clone, Debug, Default)]
@@ -31,7 +35,12 @@ pub struct Held {
 }
 
 impl Held {
-    /// What `repository` holds, read from its listing page by page.
+    /// What `repository` holds, read from its listing: nothing is streamed before that is known, and of
+    /// years of WAL it has a thousand pages.
+    ///
+    /// All of it is read anew by whoever has taken the lease again. What was stored before stays so, but
+    /// what was on its way when the lease was lost may have arrived, in front of what is known and behind
+    /// it, on more than one timeline; the listing says so, and no part of it that is known to be enough.
     ///
     /// # Durability
     /// What is listed may have been put by a process that was killed before it was durable. All of it
@@ -42,23 +51,23 @@ impl Held {
     pub async fn load(repository: &Repository) -> Result<Self> {
         let prefix = repository.cluster().wal_prefix();
         let mut held = Self::default();
-        let mut after = None;
-        loop {
-            let page = repository.store().list(&prefix, after.as_ref()).await?;
-            for object in &page.objects {
-                if let Some(Object::Extent(extent)) =
-                    Object::parse(repository.cluster(), &object.name)
-                {
-                    held.push(extent.timeline, extent.range, extent.time);
-                }
+        let mut not_joined_count = 0;
+        list_wal(repository, &mut |object| {
+            let Some(Object::Extent(extent)) = Object::parse(repository.cluster(), &object.name)
+            else {
+                return;
+            };
+            held.push(extent.timeline, extent.range, extent.time);
+            not_joined_count += 1;
+            if not_joined_count == NOT_JOINED_MAX {
+                held.join();
+                not_joined_count = 0;
             }
-            held.join();
-            after = page.next_after()?;
-            if after.is_none() {
-                repository.store().make_durable(&prefix).await?;
-                return Ok(held);
-            }
-        }
+        })
+        .await?;
+        held.join();
+        repository.store().make_durable(&prefix).await?;
+        Ok(held)
     }
 
     /// Enters an extent: its range, and the greatest time of a commit or abort inside.
@@ -283,6 +292,38 @@ mod tests {
         let held = Held::load(&repository).await.unwrap();
         assert_eq!(held.ranges(), [(TimelineId::FIRST, range(0, 100))]);
         assert!(synced() >= 3, "the folder of the timeline, and those above it");
+    }
+
+    /// The first page of a timeline is not asked for alone: what is behind the timeline is asked for at the
+    /// same time.
+    #[tokio::test(start_paused = true)]
+    async fn a_long_listing_is_read_by_several_requests_at_a_time() {
+        let clock = Clock::simulated(jiff::Timestamp::UNIX_EPOCH, 5);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        for number in 0..2500_u64 {
+            // Every second one has a hole behind it, and the last have their times kept.
+            let range = range(number * 100, number * 100 + 100 - number % 2);
+            let time = Some(PgTime(number.cast_signed()));
+            let name = ExtentName { timeline: TimelineId::FIRST, range, time };
+            let name = repository.name(&Object::Extent(name)).unwrap();
+            memory.put_if_absent(&name, Bytes::new()).await.unwrap();
+        }
+        let both = Arc::new(tokio::sync::Barrier::new(2));
+        let meet = || {
+            let both = Arc::clone(&both);
+            async move {
+                both.wait().await;
+            }
+        };
+        let cluster = repository.cluster();
+        memory.before_list(&cluster.wal_prefix(), async {});
+        memory.before_list(&cluster.wal_prefix(), meet());
+        memory.before_list(&cluster.timeline_prefix(TimelineId::FIRST), meet());
+        let patience = std::time::Duration::from_secs(60);
+        let held = tokio::time::timeout(patience, Held::load(&repository)).await.unwrap().unwrap();
+        let ranges = held.ranges();
+        assert_eq!((ranges.len(), held.times.len()), (1250, 2500));
+        assert_eq!(ranges[1249], (TimelineId::FIRST, range(249_800, 249_999)));
     }
 
     #[test]

@@ -19,16 +19,15 @@ use tokio_util::sync::CancellationToken;
 use super::cutter::{CutPolicy, CutReason};
 use super::engine::{Engine, SessionEnd};
 use super::intake::{Intake, Step};
-use super::overlap::Overlap;
 use super::resume::Attempt;
 use super::sealer::Place;
 use super::server::{self, OurSlot};
-use super::status::Phase;
+use super::status::{Phase, Snapshot};
 use super::upstream::{Sending, Walsender};
 use super::watch::{Observation, Watch};
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, PgTime, SegmentSize, TimelineId};
+use crate::pg::{Lsn, PgTime, SegmentSize, TimelineHistory, TimelineId};
 use crate::wire::{StandbyStatus, WalEvent};
 
 /// Uploads at a time in synchronous mode: while two are on their way, commits gather for the next,
@@ -77,6 +76,8 @@ enum Flow {
 pub(super) struct Pump<'e, 'a> {
     engine: &'e mut Engine<'a>,
     intake: Intake,
+    /// The way to the server's timeline, as the attempt was planned with it.
+    planned: &'e TimelineHistory,
     timeline: TimelineId,
     status_interval: Duration,
     synchronous: bool,
@@ -99,7 +100,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     pub(super) fn new(
         engine: &'e mut Engine<'a>,
         attempt: &Attempt,
-        overlap: Overlap,
+        planned: &'e TimelineHistory,
         segment_size: SegmentSize,
         status_interval: Duration,
     ) -> Self {
@@ -109,11 +110,13 @@ impl<'e, 'a> Pump<'e, 'a> {
             flush_interval: options.flush_interval,
             idle_flush_interval: options.idle_flush_interval,
         };
+        let overlap = engine.ledger.held().expected(planned, attempt.stream_from);
         let intake = Intake::new(policy, attempt, overlap, engine.unreadable.clone());
         let requests = engine.status.flush_requests();
         let told_at = engine.clock.instant();
         Self {
             intake,
+            planned,
             timeline: attempt.timeline,
             status_interval,
             synchronous: false,
@@ -151,6 +154,7 @@ impl<'e, 'a> Pump<'e, 'a> {
     ) -> Result<Ended> {
         let began_at = self.intake.received_end();
         let result = self.stream_timelines(connection, slot, cancel).await;
+        self.engine.status.update(Snapshot::disconnect);
         // Whatever ended it, what was received goes its way.
         self.cut(CutReason::StreamEnd).await?;
         match result {
@@ -209,7 +213,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         let (received_end_lsn, durable) =
             (self.intake.received_end(), self.engine.ledger.durable_end());
         self.engine.status.update(|now| {
-            now.phase = Phase::Streaming;
+            (now.phase, now.connected) = (Phase::Streaming, true);
             if now.timeline != Some(timeline) {
                 // A server that took over may have had less WAL than the one before.
                 now.server_end_lsn = received_end_lsn;
@@ -224,6 +228,11 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     /// The server finished a timeline: so do we, exactly there; `None` to go on with the next one.
     ///
+    /// A server may be promoted after it has said who it is, and before it has sent again what is stored.
+    /// The new timeline then leaves the old one at the end of the last whole record (`FinishWalRecovery`),
+    /// and what is stored behind that is WAL of a branch that nobody is on: the new timeline's own must
+    /// not be taken for known. So the session ends, and the next one is planned with the new history.
+    ///
     /// Between two timelines the walsender waits for a command, without a time-out of its own: nobody
     /// has to be answered while the store takes its time (`WalSndCheckTimeOut` is for one that sends).
     async fn switch(
@@ -236,6 +245,14 @@ impl<'e, 'a> Pump<'e, 'a> {
         if received != start {
             let message = format!(
                 "the server ended timeline {} at {start} and sent it up to {received}",
+                self.timeline
+            );
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+        if self.intake.expects_known() && !self.planned.leads_on(self.timeline, start, timeline) {
+            let message = format!(
+                "the server was promoted from timeline {} to timeline {timeline} at {start}, before \
+                 what the repository holds behind that was sent again",
                 self.timeline
             );
             return Err(Error::new(Kind::Unavailable, message));
@@ -449,6 +466,9 @@ impl<'e, 'a> Pump<'e, 'a> {
     }
 
     fn observe(&mut self, observed: &Observation) -> bool {
+        if !observed.may_be_of_our_stream() {
+            return false;
+        }
         if let Some(waits) = observed.commits_wait(self.told)
             && waits != self.synchronous
         {

@@ -112,7 +112,8 @@ fn report(stream: &Stream, way: &SlotMove, ceiling_bytes: u64) {
 
 /// Where a slot is that nobody uses.
 fn place(observed: &Observation) -> Option<Lsn> {
-    observed.slot_restart_lsn.filter(|_| !observed.slot_in_use && !observed.shutting_down)
+    let is_free = observed.slot_in_use == Some(false) && !observed.shutting_down;
+    observed.slot_restart_lsn.filter(|_| is_free)
 }
 
 /// Whether the slot is to be moved, and how; `seen` is where it was, unused, at the look before.
@@ -180,6 +181,7 @@ mod tests {
         Observation {
             server_end_lsn: Lsn(server_end),
             slot_restart_lsn: Some(Lsn(at)),
+            slot_in_use: Some(false),
             ..Observation::default()
         }
     }
@@ -203,7 +205,7 @@ mod tests {
     #[test]
     fn a_slot_that_may_be_in_the_hands_of_a_rival_is_left_alone() {
         let (at, end) = (SEG + 100, SEG * 100);
-        let in_use = Observation { slot_in_use: true, ..observed(at, end) };
+        let in_use = Observation { slot_in_use: Some(true), ..observed(at, end) };
         let shutting_down = Observation { shutting_down: true, ..observed(at, end) };
         for (what, found, left, seen) in [
             ("used now", in_use, at, Some(at)),

@@ -82,18 +82,52 @@ impl Server {
         }))
     }
 
-    /// Connects again to the same server for another try at streaming.
+    /// What tells whether another connection leads to the same server.
+    #[must_use]
+    pub fn met(&self, system_id: SystemId) -> Met {
+        Met { system_id, timeline: self.timeline, flushed_end_lsn: self.flushed_end_lsn }
+    }
+}
+
+/// A server that was met, for another connection to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// The cluster.
+    pub system_id: SystemId,
+    /// The timeline it was on.
+    pub timeline: TimelineId,
+    /// How far it was.
+    pub flushed_end_lsn: Lsn,
+}
+
+impl Met {
+    /// Connects again for another try at streaming.
+    ///
+    /// Of several hosts in the connection string another one may answer now, say an old primary that came
+    /// up in between: on another timeline, or behind. What the try was planned with is not true of it, nor
+    /// was it looked at as a server that is met. A promotion in between ends here as well.
     ///
     /// # Errors
-    /// As [`Server::meet`].
+    /// As [`Server::meet`]; `unavailable` for a server that is not as it was met: the next session meets
+    /// whoever answers.
     pub async fn reconnect(
+        &self,
         upstream: &dyn Upstream,
-        expected: SystemId,
         clock: &Clock,
     ) -> Result<Box<dyn Walsender>> {
         let mut connection = upstream.connect(Session::Physical, clock).await?;
-        check_system(expected, connection.identify_system().await?.system_id)?;
-        Ok(connection)
+        let (identity, _) = identify(&mut *connection).await?;
+        check_system(self.system_id, identity.system_id)?;
+        if identity.timeline == self.timeline && identity.flushed_end_lsn >= self.flushed_end_lsn {
+            return Ok(connection);
+        }
+        let (timeline, end) = (identity.timeline, identity.flushed_end_lsn);
+        let message = format!(
+            "another server answers than the one before: it is on timeline {timeline} at {end}, that one \
+             was on timeline {} at {}",
+            self.timeline, self.flushed_end_lsn
+        );
+        Err(Error::new(Kind::Unavailable, message))
     }
 }
 
@@ -267,12 +301,22 @@ pub async fn ensure_slot(
     }
 }
 
-/// Drops the slot of which the server has said that its WAL is gone.
+/// Drops the slot of which the server has said that its WAL is gone, when it stands where it stood then,
+/// at `void_lsn`. One that does not may be another host's that keeps what it says, and is used: should its
+/// WAL be gone as well, that is found out soon enough.
 ///
 /// # Errors
 /// What the server says, except that there is no such slot.
-pub async fn drop_void_slot(server: &mut Server, options: &StreamOptions) -> Result<()> {
+pub async fn drop_void_slot(
+    server: &mut Server,
+    void_lsn: Lsn,
+    options: &StreamOptions,
+) -> Result<()> {
     let name = &options.slot_name;
+    let found = server.connection.read_slot(name).await?;
+    if found.and_then(|slot| slot.restart_lsn) != Some(void_lsn) {
+        return Ok(());
+    }
     match server.connection.drop_slot(name).await {
         Ok(()) => {
             tracing::warn!("replication slot '{name}' had lost its WAL and is made anew");

@@ -90,6 +90,8 @@ pub struct Snapshot {
     pub plain_bytes: u64,
     /// Stored bytes of those extents.
     pub stored_bytes: u64,
+    /// There is a stream: set by whoever streams, for as long as that lasts.
+    pub connected: bool,
     /// Times the connection to the server was made.
     pub connection_count: u64,
     /// Why there is no connection to the server now; `None` when all is well.
@@ -115,8 +117,19 @@ impl Snapshot {
     /// Whether there is a connection: else what is known of the server is old.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        let phases = [Phase::Streaming, Phase::WaitingForRepository, Phase::Stopping];
-        self.server_error.is_none() && phases.contains(&self.phase)
+        match self.phase {
+            // Said by whoever streams, and by nobody else.
+            Phase::Streaming => true,
+            // Said with a stream and without.
+            Phase::WaitingForRepository | Phase::Stopping => self.connected,
+            Phase::Connecting | Phase::Stopped => false,
+        }
+    }
+
+    /// The stream has ended: nobody waits for it any more.
+    pub(super) fn disconnect(&mut self) {
+        (self.connected, self.synchronous) = (false, false);
+        self.phase = Phase::Connecting;
     }
 
     /// Bytes the server has and the repository has not.
@@ -323,6 +336,22 @@ mod tests {
         assert!(needed_after(1, 500));
         assert!(needed_after(2, 25));
         assert!(!needed_after(2, 40));
+    }
+
+    #[test]
+    fn only_a_stream_is_a_connection() {
+        let mut now = Snapshot::default();
+        for phase in [Phase::Connecting, Phase::WaitingForRepository, Phase::Stopping] {
+            now.phase = phase;
+            assert!(!now.is_connected(), "{phase:?}");
+        }
+        (now.phase, now.connected, now.synchronous) = (Phase::Streaming, true, true);
+        for phase in [Phase::Streaming, Phase::WaitingForRepository, Phase::Stopping] {
+            now.phase = phase;
+            assert!(now.is_connected(), "{phase:?}");
+        }
+        now.disconnect();
+        assert!(!now.is_connected() && !now.synchronous);
     }
 
     #[test]

@@ -40,8 +40,9 @@ pub struct Observation {
     pub slot: SlotHealth,
     /// Oldest WAL the slot keeps; `None` when there is none, or it is not known.
     pub slot_restart_lsn: Option<Lsn>,
-    /// Somebody streams by the slot, or holds it for another reason.
-    pub slot_in_use: bool,
+    /// Whether somebody streams by the slot, or holds it for another reason; `None` when the catalog could
+    /// not be asked.
+    pub slot_in_use: Option<bool>,
     /// The server accepts no connections although it streams: it is shutting down.
     pub shutting_down: bool,
     /// Number of the observation; 0 = none yet.
@@ -56,6 +57,16 @@ impl Observation {
     pub fn commits_wait(&self, told: Lsn) -> Option<bool> {
         let state = self.slot.sync_state.as_deref().filter(|_| told.is_valid())?;
         Some(matches!(state, "sync" | "quorum"))
+    }
+
+    /// Whether this may be said of the server that we stream from, which holds our slot while we do. Each
+    /// question is a connection of its own, and of several hosts another one may answer it, with a slot of
+    /// the same name that nobody uses or with none. Between two timelines ours is free for a moment, and
+    /// when the connection has just broken: then the next answer is as good. An answer without the catalog
+    /// cannot be told apart; it is one position, and WAL is given up only by what a server says that is met.
+    #[must_use]
+    pub fn may_be_of_our_stream(&self) -> bool {
+        self.slot_in_use != Some(false)
     }
 }
 
@@ -199,7 +210,7 @@ fn decode(row: &Row) -> Result<Observation> {
     };
     let slot = SlotHealth { wal_status: text(1)?, safe_wal_bytes, sync_state: text(3)? };
     let slot_restart_lsn = row.get(4)?.map(str::parse).transpose()?;
-    let slot_in_use = row.get(5)? == Some("t");
+    let slot_in_use = Some(row.get(5)? == Some("t"));
     Ok(Observation {
         server_end_lsn,
         slot,
@@ -253,6 +264,14 @@ mod tests {
         assert_eq!(shown("async").commits_wait(Lsn(1)), Some(false));
         assert_eq!(shown("quorum").commits_wait(Lsn(1)), Some(true));
         assert_eq!(Observation::default().commits_wait(Lsn(1)), None);
+    }
+
+    #[test]
+    fn a_slot_that_nobody_uses_is_not_the_one_we_stream_by() {
+        let said = |slot_in_use| {
+            Observation { slot_in_use, ..Observation::default() }.may_be_of_our_stream()
+        };
+        assert!(said(Some(true)) && said(None) && !said(Some(false)));
     }
 
     #[test]
