@@ -17,28 +17,39 @@ use crate::harness::sidecar::Output;
 use crate::harness::{Binaries, Postgres};
 
 use super::complaints;
-use super::faults::{holes, stored_end};
+use super::faults::holes;
+use super::inventory::{Inventory, Reach, Stretch};
 use super::plan::{Acknowledgement, Kind, Target};
-use super::round::Times;
+use super::round::{Times, words};
 use super::stage::{Mount, Stage};
 use super::usage;
 use super::writer::Commit;
 
 /// Too little for the data of a round.
 const SMALL_DISK_MIB: u64 = 24;
+/// So much of a restore is there when its disk can no longer be written.
+const READ_ONLY_AT_MIB: u64 = 8;
 /// Enough.
 const LARGE_DISK_MIB: u64 = 4096;
 /// Exit status of what does not exist, and of what is not sound.
 const NOT_FOUND: i32 = 6;
 const CORRUPT: i32 = 8;
 
-/// What a round that passed has shown.
+/// What a round has shown, whether it passed or not.
 #[derive(Clone, Debug, Default)]
 pub struct Verdict {
+    /// Whether the round was played and judged to its end.
+    pub is_whole: bool,
+    /// Commits that writers tried.
+    pub attempt_count: usize,
     /// Commits that Postgres acknowledged to a writer.
     pub commit_count: usize,
-    /// Of those, the ones that were durable in the repository and were all found again.
+    /// Of those, the ones that were durable in the repository.
     pub durable_count: usize,
+    /// Of those, the ones that were looked for in a restore.
+    pub compared_count: usize,
+    /// Commits that had to be in a restore, durable or listed as restorable, and were not.
+    pub lost_count: usize,
     /// Restores that were started and compared.
     pub restore_count: u32,
     /// Restores that had to fail and did.
@@ -66,35 +77,51 @@ pub struct Verdict {
 }
 
 /// Judges a round that was performed. Restores go below the sidecar's home.
-pub fn judge(stage: &Stage, times: &Times) -> Result<Verdict, String> {
+pub fn judge(stage: &Stage, times: &Times) -> (Verdict, Vec<String>) {
     stage.s3.server().faults().clear();
     stage.to_store.set(NetFault::None);
     let mut judge = Judge {
         stage,
         expected: Expected::of(stage),
         flaws: stage.complaints.lock().unwrap().clone(),
-        verdict: Verdict {
+        compared: BTreeSet::new(),
+        lost: BTreeSet::new(),
+        verdict: Verdict { recovery: times.recovered - times.over, ..Verdict::of(stage) },
+    };
+    let judged = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| judge.all(times)));
+    if let Err(panic) = judged {
+        judge.flaws.push(words(&*panic));
+    }
+    judge.verdict.lost_count = judge.lost.len();
+    judge.verdict.compared_count = judge.compared.len();
+    (judge.verdict, judge.flaws)
+}
+
+/// What is known of a round that did not get as far as a verdict, because of `failure`.
+pub fn broken_off(stage: &Stage, failure: String) -> (Verdict, Vec<String>) {
+    let mut flaws = vec![failure];
+    flaws.extend(stage.complaints.lock().unwrap().clone());
+    flaws.extend(complaints::unexpected(stage, None));
+    (Verdict::of(stage), flaws)
+}
+
+impl Verdict {
+    /// What can be told before anything is restored, and of a round that was broken off.
+    fn of(stage: &Stage) -> Self {
+        let expected = Expected::of(stage);
+        let mut verdict = Self {
+            attempt_count: stage.record.attempt_count(),
             commit_count: stage.record.count(),
+            durable_count: expected.newest.len() + expected.branch.len(),
             fenced: stage.fenced.lock().unwrap().clone(),
             effective: stage.effective.lock().unwrap().clone(),
             not_run: stage.not_run.lock().unwrap().clone(),
             start_count: stage.sidecar.start_count(),
-            recovery: times.recovered - times.over,
-            ..Verdict::default()
-        },
-    };
-    judge.durable();
-    judge.listing();
-    judge.soundness("before");
-    judge.earlier_target();
-    judge.dead_branch();
-    if stage.plan.setup.expire {
-        judge.expire();
+            ..Self::default()
+        };
+        usage::count(stage, &mut verdict);
+        verdict
     }
-    judge.newest_state();
-    judge.flaws.extend(complaints::unexpected(stage));
-    usage::measure(stage, times, &mut judge.verdict, &mut judge.flaws);
-    if judge.flaws.is_empty() { Ok(judge.verdict) } else { Err(judge.flaws.join("\n")) }
 }
 
 /// What must be found again, worked out from what the servers and writers saw.
@@ -170,14 +197,24 @@ struct Judge<'a> {
     stage: &'a Stage,
     expected: Expected,
     flaws: Vec<String>,
+    /// Durable commits that were looked for in a restore, and all that were not found.
+    compared: BTreeSet<(i32, i64)>,
+    lost: BTreeSet<(i32, i64)>,
     verdict: Verdict,
 }
 
 impl Judge<'_> {
-    fn run(&self, args: &[&str]) -> Output {
+    fn run(&mut self, args: &[&str]) -> Output {
         let done = self.stage.tidemark.run(args);
-        self.stage.diary.note(format!("tidemark {}: {:?}", args.join(" "), done.code));
+        self.note(args, &done);
         done
+    }
+
+    fn note(&mut self, args: &[&str], done: &Output) {
+        self.stage.diary.note(format!("tidemark {}: {:?}", args.join(" "), done.code));
+        for line in complaints::of_command(done) {
+            self.flaw(format!("unexpected of 'tidemark {}': {line}", args.join(" ")));
+        }
     }
 
     fn flaw(&mut self, text: impl Into<String>) {
@@ -186,8 +223,26 @@ impl Judge<'_> {
         self.flaws.push(text);
     }
 
+    fn all(&mut self, times: &Times) {
+        self.durable();
+        self.listing();
+        self.soundness("before");
+        self.earlier_target();
+        self.dead_branch();
+        if self.stage.plan.setup.expire {
+            self.expire();
+        }
+        self.newest_state();
+        let (compared, durable) = (self.compared.len(), self.verdict.durable_count);
+        if compared != durable {
+            self.flaw(format!("{compared} of {durable} durable commits were looked for"));
+        }
+        self.flaws.extend(complaints::unexpected(self.stage, Some(times)));
+        usage::measure(self.stage, times, &mut self.verdict, &mut self.flaws);
+        self.verdict.is_whole = true;
+    }
+
     fn durable(&mut self) {
-        self.verdict.durable_count = self.expected.newest.len() + self.expected.branch.len();
         if self.verdict.durable_count == 0 {
             self.flaw("no commit was durable, so nothing was shown");
         }
@@ -200,7 +255,42 @@ impl Judge<'_> {
             self.flaw(format!("list failed: {done:?}"));
             return Value::Null;
         }
-        done.json()
+        let list = done.json();
+        self.hold_against_store(name, &list);
+        list
+    }
+
+    /// What is listed is what the store has: no backup leads less far or further, from no other moment,
+    /// and nothing but what is missing is a gap.
+    fn hold_against_store(&mut self, name: &str, list: &Value) {
+        let inventory = Inventory::of(self.stage, switch_point(self.stage));
+        let (listed, expected) = (reaches(list), inventory.reaches());
+        if listed != expected {
+            self.flaw(format!("{name}: intervals are {listed:?}, in the store {expected:?}"));
+        }
+        let listed = windows(list);
+        let edges: Vec<&Stretch> = listed.iter().map(|window| &window.stretch).collect();
+        let expected = inventory.stretches();
+        if edges != expected.iter().collect::<Vec<_>>() {
+            self.flaw(format!("{name}: windows are {edges:?}, in the store {expected:?}"));
+        }
+        let commits = self.stage.record.commits();
+        for window in &listed {
+            let (earliest, latest) = inventory.time_bounds(&window.stretch, &commits);
+            if window.until_time < earliest || window.until_time > latest {
+                self.flaw(format!("{name}: not {earliest} to {latest}: the end of {window:?}"));
+            }
+        }
+        let (listed, expected) = (gaps(list, |_| true), inventory.holes());
+        if listed != expected {
+            self.flaw(format!("{name}: gaps are {listed:?}, in the store {expected:?}"));
+        }
+        // They end what can be restored, and no fault of ours is a reason for one.
+        let barrier =
+            |name: &&String| name.contains("/marks/minimal-") || name.contains("/marks/damaged-");
+        if let Some(mark) = self.stage.s3.names().iter().find(barrier) {
+            self.flaw(format!("{name}: there is a mark '{mark}'"));
+        }
     }
 
     /// Intervals and gaps are those that the names of the objects and the faults made tell.
@@ -235,26 +325,26 @@ impl Judge<'_> {
         if list["damaged"].as_array().is_none_or(|damaged| !damaged.is_empty()) {
             self.flaw(format!("damaged objects are listed: {}", list["damaged"]));
         }
-        let windows = windows(&list, self.expected.timeline);
-        if windows.is_empty() || windows.len() > 1 + gaps.len() {
-            self.flaw(format!("windows of the newest timeline: {windows:?}"));
-        }
-        let Some(last) = windows.last() else { return };
-        let flushed = self.stage.flushed(self.expected.timeline as usize - 1);
-        if last.until_lsn < flushed {
-            self.flaw(format!("listed until {}, flushed until {flushed}", last.until_lsn));
-        }
-        if self.expected.timeline == 1 && gaps.is_empty() {
-            let stored = stored_end(self.stage);
-            if stored != last.until_lsn {
-                self.flaw(format!("listed until {}, stored until {stored}", last.until_lsn));
-            }
+        let Some(last) = self.windows(&list).pop() else {
+            return self.flaw("nothing can be restored of the newest timeline");
+        };
+        let (until, flushed) = (last.stretch.until_lsn, self.expected.timeline as usize - 1);
+        let flushed = self.stage.flushed(flushed);
+        if until < flushed {
+            self.flaw(format!("listed until {until}, flushed until {flushed}"));
         }
         self.claimed_until(last.until_time);
-        self.refuses(Lsn(last.until_lsn.0 + (64 << 20)));
+        self.refuses(Lsn(until.0 + (64 << 20)));
         for (from, until) in gaps {
             self.refuses(Lsn((from.0 + until.0) / 2));
         }
+    }
+
+    /// What is listed of the newest timeline.
+    fn windows(&self, list: &Value) -> Vec<Window> {
+        let mut windows = windows(list);
+        windows.retain(|window| window.stretch.timeline == self.expected.timeline);
+        windows
     }
 
     /// What is listed as restorable up to a time has every commit up to that time, whether anybody said
@@ -304,14 +394,15 @@ impl Judge<'_> {
 
     fn earlier_target(&mut self) {
         let list = self.list("list-windows.json");
-        let windows = windows(&list, self.expected.timeline);
+        let windows = self.windows(&list);
         let inside = |commit: &&Commit| {
             windows.iter().any(|window| {
                 let time = Timestamp::try_from(commit.acknowledged).unwrap();
-                let reached = commit.until_lsn.is_some_and(|until| until <= window.until_lsn);
-                commit.from_lsn >= window.from_lsn
+                let Stretch { from_lsn, until_lsn, from_time, .. } = window.stretch;
+                let reached = commit.until_lsn.is_some_and(|until| until <= until_lsn);
+                commit.from_lsn >= from_lsn
                     && reached
-                    && (window.from_time..window.until_time).contains(&time)
+                    && (from_time..window.until_time).contains(&time)
             })
         };
         let candidates: Vec<Commit> = self.expected.newest.iter().filter(inside).copied().collect();
@@ -388,19 +479,18 @@ impl Judge<'_> {
     fn restore(&mut self, wanted: &Wanted) {
         let Wanted { name, arguments, .. } = wanted;
         let target = self.stage.tidemark.new_target(name);
-        let disk = wanted.trouble.and_then(|kind| self.small_disk(kind, target.parent().unwrap()));
+        let disk = wanted.trouble.and_then(|kind| self.bad_disk(kind, target.parent().unwrap()));
         let programs = Binaries::of_this_run().dir().display().to_string();
         let into = target.display().to_string();
         let command =
             ["restore", "--start", "--json", "--postgres-bin", &programs, "--into", &into];
         let more: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let command = [&command[..], &more].concat();
-        if let Some((kind, disk)) = &disk {
-            let refused = self.run(&command);
-            self.judge_refusal(*kind, &refused, &target);
-            disk.enlarge(LARGE_DISK_MIB);
+        let mut first = None;
+        if let Some(disk) = &disk {
+            first = self.fail_on(disk, &command, &target);
         }
-        let done = self.run(&command);
+        let done = first.unwrap_or_else(|| self.run(&command));
         if done.code != Some(0) {
             self.flaw(format!("restore '{name}' {arguments:?} failed: {done:?}"));
             return;
@@ -417,14 +507,49 @@ impl Judge<'_> {
         let _ = fs::remove_dir_all(&target);
     }
 
-    fn small_disk(&mut self, kind: Kind, at: &Path) -> Option<(Kind, Mount)> {
-        match Mount::tmpfs(at, SMALL_DISK_MIB, kind == Kind::RestoreReadOnly) {
+    /// The disk that a restore is to fail on.
+    fn bad_disk(&mut self, kind: Kind, at: &Path) -> Option<(Kind, Mount)> {
+        let mounted = match kind {
+            Kind::RestoreDiskFull => Mount::tmpfs(at, SMALL_DISK_MIB),
+            _ => Mount::ext4(at, LARGE_DISK_MIB),
+        };
+        match mounted {
             Ok(mount) => Some((kind, mount)),
             Err(reason) => {
                 self.verdict.not_run.push((kind, reason));
                 None
             }
         }
+    }
+
+    /// Restores onto a disk that fills up, or that nobody can write any more once a part is there, and
+    /// mends the disk. What the restore came to, when it was done before that.
+    fn fail_on(
+        &mut self,
+        (kind, disk): &(Kind, Mount),
+        command: &[&str],
+        target: &Path,
+    ) -> Option<Output> {
+        let running = self.stage.tidemark.start(command);
+        if *kind == Kind::RestoreReadOnly {
+            let empty = disk.used_mib();
+            while !running.is_finished() && disk.used_mib() < empty + READ_ONLY_AT_MIB {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            disk.fail();
+            self.stage.diary.note(format!("read-only at {} MiB", disk.used_mib() - empty));
+        }
+        let done = running.join().unwrap();
+        self.note(command, &done);
+        let refused = done.code != Some(0);
+        if refused {
+            self.judge_refusal(*kind, &done, target);
+        }
+        match kind {
+            Kind::RestoreDiskFull => disk.enlarge(LARGE_DISK_MIB),
+            _ => disk.mend(),
+        }
+        (!refused).then_some(done)
     }
 
     /// A restore that cannot succeed says why and leaves nothing that starts by accident.
@@ -456,6 +581,11 @@ impl Judge<'_> {
             .collect();
         let lost: Vec<&Commit> =
             must.iter().filter(|c| !rows.contains(&(c.writer, c.number))).collect();
+        self.lost.extend(lost.iter().map(|c| (c.writer, c.number)));
+        let durable = self.expected.newest.iter().chain(&self.expected.branch);
+        let durable: BTreeSet<_> = durable.map(|c| (c.writer, c.number)).collect();
+        let looked_for = must.iter().map(|c| (c.writer, c.number));
+        self.compared.extend(looked_for.filter(|key| durable.contains(key)));
         if let Some(first) = lost.first() {
             self.flaw(format!(
                 "'{name}': LOST {} of {} durable commits, first {first:?}",
@@ -497,31 +627,59 @@ fn loss_told(stage: &Stage) -> bool {
 /// What can be restored towards a timeline, as listed.
 #[derive(Clone, Debug)]
 struct Window {
-    from_lsn: Lsn,
-    until_lsn: Lsn,
-    from_time: Timestamp,
+    stretch: Stretch,
+    /// Up to when it has every commit.
     until_time: Timestamp,
 }
 
-fn windows(list: &Value, timeline: u32) -> Vec<Window> {
-    let all = list["windows"].as_array().cloned().unwrap_or_default();
-    let towards = all.iter().filter(|window| window["timeline"] == timeline);
-    let lsn = |value: &Value| value.as_str().unwrap().parse().unwrap();
-    let time = |value: &Value| value.as_str().unwrap().parse().unwrap();
-    towards
-        .map(|window| Window {
+fn windows(list: &Value) -> Vec<Window> {
+    let window = |window: &Value| Window {
+        stretch: Stretch {
+            timeline: timeline(window),
             from_lsn: lsn(&window["from_lsn"]),
             until_lsn: lsn(&window["until_lsn"]),
             from_time: time(&window["from_time"]),
-            until_time: time(&window["until_time"]),
-        })
-        .collect()
+        },
+        until_time: time(&window["until_time"]),
+    };
+    list["windows"].as_array().into_iter().flatten().map(window).collect()
+}
+
+/// What each backup leads to, as listed.
+fn reaches(list: &Value) -> BTreeSet<Reach> {
+    let reach = |interval: &Value| Reach {
+        timeline: timeline(interval),
+        from_lsn: lsn(&interval["from_lsn"]),
+        until_lsn: lsn(&interval["until_lsn"]),
+        from_time: time(&interval["from_time"]),
+        backup: interval["backup"].as_str().unwrap().to_owned(),
+    };
+    list["intervals"].as_array().into_iter().flatten().map(reach).collect()
 }
 
 /// Listed gaps that are a loss.
 fn real_gaps(list: &Value) -> Vec<(Lsn, Lsn)> {
-    let all = list["gaps"].as_array().cloned().unwrap_or_default();
-    let lost = all.iter().filter(|gap| gap["expired"] == false);
-    let lsn = |value: &Value| value.as_str().unwrap().parse().unwrap();
-    lost.map(|gap| (lsn(&gap["missing"]["start"]), lsn(&gap["missing"]["end"]))).collect()
+    gaps(list, |gap| gap["expired"] == false)
+        .into_iter()
+        .map(|(_, from, until)| (from, until))
+        .collect()
+}
+
+/// Listed gaps, each with the timeline that it is on.
+fn gaps(list: &Value, wanted: impl Fn(&Value) -> bool) -> BTreeSet<(u32, Lsn, Lsn)> {
+    let all = list["gaps"].as_array().into_iter().flatten().filter(|gap| wanted(gap));
+    let missing = |gap: &Value| (lsn(&gap["missing"]["start"]), lsn(&gap["missing"]["end"]));
+    all.map(|gap| (timeline(gap), missing(gap).0, missing(gap).1)).collect()
+}
+
+fn timeline(value: &Value) -> u32 {
+    u32::try_from(value["timeline"].as_u64().unwrap()).unwrap()
+}
+
+fn lsn(value: &Value) -> Lsn {
+    value.as_str().unwrap().parse().unwrap()
+}
+
+fn time(value: &Value) -> Timestamp {
+    value.as_str().unwrap().parse().unwrap()
 }

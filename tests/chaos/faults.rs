@@ -10,12 +10,15 @@ use crate::harness::postgres::{Stop, process_state};
 use crate::harness::proxy::Fault as NetFault;
 
 use super::complaints::CONFLICT;
+use super::inventory::{joined, parse_extent};
 use super::plan::{Fault, Kind};
 use super::sidecars::Supervised;
 use super::stage::{GapExpected, Stage};
 
 /// Longest that a server may take to come back by itself after one of its processes was killed.
 const SELF_RESTART_MAX: Duration = Duration::from_secs(60);
+/// More than the 15 minutes that S3 lets pass.
+const SKEW_MS: i64 = 20 * 60 * 1000;
 /// Longest that a refused or fenced sidecar may take to end.
 const REFUSAL_MAX: Duration = Duration::from_secs(30);
 
@@ -61,6 +64,7 @@ fn make_one(stage: &Stage, fault: &Fault) -> bool {
         SwitchStorm => switch_storm(stage, fault),
         WalDiskFull => fill_wal_disk(stage, fault.lasts),
         S3Outage => outage(stage, fault),
+        S3Skew => skew(stage, fault),
         _ if fault.kind.name().starts_with("net-") => net(stage, fault),
         _ => store(stage, fault),
     }
@@ -144,6 +148,7 @@ fn second_sidecar(stage: &Stage, lasts: Duration) -> bool {
 fn takeover(stage: &Stage, lease_ttl: Duration) -> bool {
     let _at_work = stage.sidecar.at_work();
     let Some(pid) = stage.sidecar.signal("STOP") else { return false };
+    let told_before = losses_told(stage);
     let mut second = stage.sidecar.rival("second", &["--wait"]);
     let taken = |second: &crate::harness::sidecar::Process| second.log().contains("streaming ");
     let took_over = stage.wait(lease_ttl * 2 + Duration::from_secs(20), || {
@@ -154,10 +159,12 @@ fn takeover(stage: &Stage, lease_ttl: Duration) -> bool {
     std::thread::sleep(Duration::from_secs(1));
     stage.sidecar.signal("CONT");
     if took_over && still_first {
-        if stage.wait(REFUSAL_MAX, || !stage.sidecar.is_running(pid)) {
-            stage.fenced.lock().unwrap().push(Kind::Takeover);
-        } else {
+        if !stage.wait(REFUSAL_MAX, || !stage.sidecar.is_running(pid)) {
             stage.complain("a sidecar whose lease was taken over went on");
+        } else if losses_told(stage) == told_before {
+            stage.complain("a sidecar whose lease was taken over ended and did not name the lease");
+        } else {
+            stage.fenced.lock().unwrap().push(Kind::Takeover);
         }
     } else if still_first && !stage.plan.any(Kind::keeps_store_away) {
         // Where another fault has ended the first one, who comes next is not settled yet.
@@ -328,15 +335,7 @@ pub fn holes(stage: &Stage) -> Vec<(Lsn, Lsn)> {
 
 /// The WAL of timeline 1 in the store, joined where it touches.
 fn stored(stage: &Stage) -> Vec<(Lsn, Lsn)> {
-    let ranges = extents(stage).into_iter().map(|extent| extent.range);
-    let mut runs: Vec<(Lsn, Lsn)> = Vec::new();
-    for (from, until) in ranges {
-        match runs.last_mut() {
-            Some(last) if from <= last.1 => last.1 = last.1.max(until),
-            _ => runs.push((from, until)),
-        }
-    }
-    runs
+    joined(extents(stage).into_iter().map(|extent| extent.range).collect())
 }
 
 /// A WAL object.
@@ -350,13 +349,8 @@ pub struct Extent {
 /// The WAL objects of timeline 1 by position, read from their names.
 pub fn extents(stage: &Stage) -> Vec<Extent> {
     let parse = |name: String| {
-        let (folder, extent) = name.rsplit_once('/')?;
-        if !folder.ends_with("/00000001") {
-            return None;
-        }
-        let mut parts = extent.split('-').map(|part| u64::from_str_radix(part, 16));
-        let range = (Lsn(parts.next()?.ok()?), Lsn(parts.next()?.ok()?));
-        Some(Extent { name, range })
+        let (timeline, range) = parse_extent(&name)?;
+        (timeline == 1).then_some(Extent { name, range })
     };
     let mut extents: Vec<Extent> = stage.s3.wal_names().into_iter().filter_map(parse).collect();
     extents.sort_unstable_by_key(|extent| extent.range);
@@ -461,6 +455,20 @@ fn outage(stage: &Stage, fault: &Fault) -> bool {
     effective
 }
 
+/// Sets the store's clock. Its answers tell by how much the clocks differ, and what is signed anew by that is
+/// taken: again when the clock is set back.
+fn skew(stage: &Stage, fault: &Fault) -> bool {
+    let server = stage.s3.server();
+    let before = server.skewed_count();
+    let ahead = if fault.strength.is_multiple_of(2) { SKEW_MS } else { -SKEW_MS };
+    server.set_clock_ahead_ms(ahead);
+    std::thread::sleep(fault.lasts);
+    let hits = server.skewed_count() - before;
+    server.set_clock_ahead_ms(0);
+    stage.diary.note(format!("{} hit {hits} requests", fault.kind.name()));
+    hits > 0
+}
+
 fn store(stage: &Stage, fault: &Fault) -> bool {
     let faults = stage.s3.server().faults();
     faults.seed(stage.plan.seed ^ u64::from(stage.plan.round));
@@ -489,7 +497,6 @@ fn store(stage: &Stage, fault: &Fault) -> bool {
         Kind::S3SlowList => {
             vec![StoreFault::new(Effect::Delay { ms: fault.strength }).on(Op::ListObjects)]
         }
-        Kind::S3Skew => vec![error(403, "RequestTimeTooSkewed")],
         Kind::S3Expired => vec![error(400, "ExpiredToken")],
         Kind::S3BucketGone => vec![error(404, "NoSuchBucket")],
         other => panic!("{} is no fault of the store", other.name()),

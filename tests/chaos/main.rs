@@ -18,6 +18,7 @@ mod check;
 mod complaints;
 mod diary;
 mod faults;
+mod inventory;
 mod options;
 mod plan;
 mod random;
@@ -31,6 +32,7 @@ mod writer;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use harness::commit::commit_hash;
 use options::Options;
 use plan::Plan;
 use report::Report;
@@ -88,10 +90,14 @@ fn a_round_whose_store_loses_wal_fails() {
             }
         }
     });
-    let failure = round.verdict.unwrap_err();
+    let failure = round.failure().unwrap();
     for words in ["missing: [(0/", "LOST "] {
         assert!(failure.contains(words), "{words}: {failure}");
     }
+    let mut report = Report::default();
+    report.add(&round, &options.only);
+    let (report, lost) = (report.json(), round.verdict.lost_count);
+    assert!(lost > 0 && report["commits_lost"] == lost, "{report:#}");
     let _ = std::fs::remove_dir_all(round.evidence.unwrap());
 }
 
@@ -100,26 +106,26 @@ fn play(plan: &Plan, options: &Options, report: &Mutex<Report>) {
     eprintln!("{plan}");
     let round = round::play(plan, &options.evidence);
     let seconds = round.elapsed.as_secs();
-    match (&round.verdict, &round.evidence) {
-        (Ok(verdict), _) => {
-            eprintln!(
-                "seed {} round {}: passed in {seconds} s, {} commits durable",
-                plan.seed, plan.round, verdict.durable_count
-            );
-            for (kind, reason) in &verdict.not_run {
-                eprintln!("NOT RUN: {}: {reason}", kind.name());
-            }
-        }
-        (Err(failure), evidence) => {
-            let kept = evidence.as_ref().map(|at| at.display().to_string()).unwrap_or_default();
+    match round.failure() {
+        None => eprintln!(
+            "seed {} round {}: passed in {seconds} s, {} commits durable",
+            plan.seed, plan.round, round.verdict.durable_count
+        ),
+        Some(failure) => {
+            let kept = round.evidence.as_ref().map(|at| at.display().to_string());
             eprintln!(
                 "seed {} round {}: FAILED in {seconds} s\n{failure}\nthe evidence is kept in \
-                 {kept}\nto repeat it: {}",
+                 {}\nto repeat it at commit {}: {}",
                 plan.seed,
                 plan.round,
+                kept.unwrap_or_default(),
+                commit_hash(),
                 plan.replay(&options.only)
             );
         }
+    }
+    for (kind, reason) in &round.verdict.not_run {
+        eprintln!("NOT RUN: {}: {reason}", kind.name());
     }
     report.lock().unwrap().add(&round, &options.only);
 }

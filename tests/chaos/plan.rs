@@ -16,7 +16,7 @@ pub enum Kind {
     SidecarKill,
     /// SIGSTOP for less than the lease lives.
     SidecarStop,
-    /// SIGSTOP for longer than the lease lives: it must notice and end.
+    /// SIGSTOP for longer than the lease lives, every other time for a minute: it must notice and say so.
     SidecarFreeze,
     /// SIGTERM, and a new one after a while.
     SidecarTerm,
@@ -76,7 +76,7 @@ pub enum Kind {
     S3LosePart,
     /// Listings take seconds.
     S3SlowList,
-    /// The store finds our clock wrong.
+    /// The store's clock is set to twenty minutes from ours, and back: it refuses what we signed by ours.
     S3Skew,
     /// Credentials expire and come back.
     S3Expired,
@@ -84,7 +84,8 @@ pub enum Kind {
     S3BucketGone,
     /// The disk is full during the restore; with more room the same command succeeds.
     RestoreDiskFull,
-    /// The disk is read-only when the restore begins.
+    /// The disk becomes read-only in the middle of the restore; when it can be written the same command
+    /// succeeds.
     RestoreReadOnly,
 }
 
@@ -413,9 +414,9 @@ impl Fault {
             SidecarKill | SidecarTerm => (ms(random, 0, 3000), 0),
             SidecarStop => (ms(random, 500, 6000), 0),
             SidecarFreeze => {
-                let long = random.percent(15);
-                let beyond = if long { ms(random, 15_000, 55_000) } else { ms(random, 500, 4000) };
-                (setup.lease_ttl + beyond, 0)
+                let long = random.percent(50);
+                let short = setup.lease_ttl + ms(random, 500, 4000);
+                (if long { Duration::from_secs(60) } else { short }, 0)
             }
             SecondSidecar => (ms(random, 2000, 4000), 0),
             Takeover => (setup.lease_ttl, 0),
@@ -447,7 +448,9 @@ impl Fault {
             S3HangAfter => (ms(random, 1500, 5000), random.one_of(&[150_000, 500_000])),
             S3CompleteError | S3LosePart => (ms(random, 6000, 9000), 700_000),
             S3SlowList => (ms(random, 3000, 7000), random.within(500..=4000)),
-            S3Skew | S3Expired | S3BucketGone => (ms(random, 1000, 5000), 0),
+            // An odd strength sets the store's clock behind ours, an even one ahead.
+            S3Skew => (ms(random, 1000, 5000), random.within(0..=1)),
+            S3Expired | S3BucketGone => (ms(random, 1000, 5000), 0),
             RestoreDiskFull | RestoreReadOnly => (Duration::ZERO, 0),
         };
         Self { kind, at, lasts, strength }

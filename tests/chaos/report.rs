@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::harness::commit::commit_hash;
+
 use super::plan::{Acknowledgement, Kind};
 use super::round::Round;
 
@@ -24,11 +26,15 @@ pub struct Report {
     /// Faults that were drawn and met nothing: there was no process, no connection, no request.
     without_effect: BTreeMap<Kind, usize>,
     not_run: BTreeMap<Kind, (usize, String)>,
+    broken_off: usize,
     together: usize,
     synchronous: usize,
     segments: BTreeMap<u32, usize>,
+    attempts: usize,
     commits: usize,
     durable: usize,
+    compared: usize,
+    lost: usize,
     restores: u32,
     refused: u32,
     gaps: usize,
@@ -43,18 +49,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Adds a round.
+    /// Adds a round, whether it failed or not: what a failed round lost must not be missing from the sum.
     pub fn add(&mut self, round: &Round, only: &[Kind]) {
         self.round_count += 1;
         self.played += round.elapsed;
         let plan = &round.plan;
-        let verdict = match &round.verdict {
-            Ok(verdict) => verdict,
-            Err(failure) => {
-                self.failures.push((plan.replay(only), failure.clone()));
-                return;
-            }
-        };
+        let verdict = &round.verdict;
+        self.failures.extend(round.failure().map(|failure| (plan.replay(only), failure)));
+        self.broken_off += usize::from(!verdict.is_whole);
         for (kind, reason) in &verdict.not_run {
             let entry = self.not_run.entry(*kind).or_default();
             *entry = (entry.0 + 1, reason.clone());
@@ -63,6 +65,8 @@ impl Report {
         for fault in plan.faults.iter().filter(|fault| ran(fault.kind)) {
             let counts = match verdict.effective.contains(&fault.kind) {
                 true => &mut self.faults,
+                // It may not have come to it.
+                false if !verdict.is_whole => continue,
                 false => &mut self.without_effect,
             };
             *counts.entry(fault.kind).or_default() += 1;
@@ -74,8 +78,11 @@ impl Report {
         let synchronous = plan.setup.acknowledgement == Acknowledgement::Synchronous;
         self.synchronous += usize::from(synchronous);
         *self.segments.entry(plan.setup.segment_mib).or_default() += 1;
+        self.attempts += verdict.attempt_count;
         self.commits += verdict.commit_count;
         self.durable += verdict.durable_count;
+        self.compared += verdict.compared_count;
+        self.lost += verdict.lost_count;
         self.restores += verdict.restore_count;
         self.refused += verdict.refused_count;
         self.gaps += verdict.gap_count;
@@ -107,10 +114,12 @@ impl Report {
             self.failures.len()
         );
         let mut line = |label: &str, value: String| writeln!(text, "{label:<44}{value}").unwrap();
-        line("commits acknowledged by PostgreSQL", self.commits.to_string());
+        line("commit", commit_hash());
+        line("commits tried", self.attempts.to_string());
+        line("  of which acknowledged by PostgreSQL", self.commits.to_string());
         line("  of which durable in the repository", self.durable.to_string());
-        // A round that lost any has failed and says which; the others compared all of them.
-        line("  of those lost, in rounds that passed", "0".to_owned());
+        line("  of which looked for in a restore", self.compared.to_string());
+        line("commits LOST: not in a restore (must be 0)", self.lost.to_string());
         line("restores started and compared", self.restores.to_string());
         line("restores that had to be refused, and were", self.refused.to_string());
         line("gaps that had to be listed, and were", self.gaps.to_string());
@@ -145,6 +154,9 @@ impl Report {
                 format!("{count}: {reason} (root may mount file systems)"),
             );
         }
+        if self.broken_off > 0 {
+            line("rounds broken off before their verdict", self.broken_off.to_string());
+        }
         for (replay, failure) in &self.failures {
             writeln!(text, "FAILED: {replay}\n{failure}").unwrap();
         }
@@ -167,9 +179,13 @@ impl Report {
             "rounds": self.round_count,
             "passed": self.round_count - self.failures.len(),
             "failures": failures,
+            "commit": commit_hash(),
+            "rounds_broken_off": self.broken_off,
+            "commits_tried": self.attempts,
             "commits_acknowledged": self.commits,
             "commits_durable": self.durable,
-            "commits_lost_in_passed_rounds": 0,
+            "commits_compared": self.compared,
+            "commits_lost": self.lost,
             "restores": self.restores,
             "refusals": self.refused,
             "gaps": self.gaps,
@@ -188,5 +204,58 @@ impl Report {
             "not_run": not_run,
             "round_seconds": self.played.as_secs_f64(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::Verdict;
+    use super::super::plan::Plan;
+    use super::*;
+
+    #[test]
+    fn a_round_that_failed_is_in_every_total() {
+        let mut report = Report::default();
+        let plan = Plan::draw(1, 0, &[Kind::SidecarKill]);
+        for (lost_count, flaws) in [(10_000, vec!["LOST 10000".to_owned()]), (0, Vec::new())] {
+            let verdict = Verdict {
+                attempt_count: 30_000,
+                commit_count: 20_000,
+                durable_count: 15_000,
+                compared_count: 15_000,
+                lost_count,
+                restore_count: 2,
+                rpo_worst: Duration::from_secs(lost_count as u64 / 1000),
+                effective: vec![Kind::SidecarKill],
+                is_whole: true,
+                ..Verdict::default()
+            };
+            let (elapsed, evidence) = (Duration::from_secs(9), None);
+            report.add(&Round { plan: plan.clone(), elapsed, verdict, flaws, evidence }, &[]);
+        }
+        let json = report.json();
+        let totals = [
+            ("rounds", 2),
+            ("passed", 1),
+            ("commits_tried", 60_000),
+            ("commits_acknowledged", 40_000),
+            ("commits_durable", 30_000),
+            ("commits_compared", 30_000),
+            ("commits_lost", 10_000),
+            ("restores", 4),
+        ];
+        for (name, total) in totals {
+            assert_eq!(json[name], total, "{name}");
+        }
+        assert_eq!(
+            (&json["faults"]["sidecar-kill"], &json["rpo_worst_seconds"]),
+            (&json!(2), &json!(10.0))
+        );
+        assert_eq!(json["commit"], commit_hash());
+        let text = report.text();
+        let shown = |label: &str, value: &str| {
+            text.lines().any(|line| line.starts_with(label) && line.ends_with(value))
+        };
+        assert!(shown("commits LOST", " 10000") && shown("commit ", &commit_hash()), "{text}");
     }
 }

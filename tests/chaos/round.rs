@@ -4,14 +4,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
+
 use super::check::{self, Verdict};
+use super::complaints;
 use super::faults;
 use super::plan::{End, Kind, Plan};
 use super::stage::Stage;
 
 /// Longest that everything may take to work again once the last fault is over.
 const RECOVERY_MAX: Duration = Duration::from_secs(180);
-/// How long is written, undisturbed, after that.
+/// How long is written, undisturbed, after that and after the last answer to a request of before.
 const QUIET: Duration = Duration::from_millis(2500);
 /// Longest that the first backup may take.
 const FIRST_BACKUP_MAX: Duration = Duration::from_secs(180);
@@ -27,6 +30,9 @@ pub struct Times {
     pub over: Instant,
     /// What was written until `over` is durable.
     pub recovered: Instant,
+    /// `over` and `recovered` as the logs tell the time.
+    pub over_time: Timestamp,
+    pub recovered_time: Timestamp,
     /// The writers were stopped.
     pub stopped: Instant,
 }
@@ -38,10 +44,19 @@ pub struct Round {
     pub plan: Plan,
     /// How it took.
     pub elapsed: Duration,
-    /// The verdict, or why there is none.
-    pub verdict: Result<Verdict, String>,
+    /// What was counted in it, whether it failed or not.
+    pub verdict: Verdict,
+    /// Why it failed; none when it passed.
+    pub flaws: Vec<String>,
     /// Where the evidence of a failure is.
     pub evidence: Option<PathBuf>,
+}
+
+impl Round {
+    /// Why it failed, when it did.
+    pub fn failure(&self) -> Option<String> {
+        (!self.flaws.is_empty()).then(|| self.flaws.join("\n"))
+    }
 }
 
 /// Plays a round. Whatever goes wrong in it is in the result.
@@ -56,24 +71,28 @@ pub fn play_and(plan: &Plan, evidence: &Path, then: impl Fn(&Stage)) -> Round {
     let _ = std::fs::remove_dir_all(&folder);
     let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let stage = Stage::set(plan.clone());
-        let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let times = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let times = perform(&stage);
             then(&stage);
-            check::judge(&stage, &times)
+            times
         }));
-        let verdict = verdict.unwrap_or_else(|panic| Err(words(&*panic)));
-        let failed = verdict.as_ref().err().cloned();
-        if let Some(failure) = &failed {
-            keep_evidence(&stage, failure, &folder);
+        let (verdict, flaws) = match times {
+            Ok(times) => check::judge(&stage, &times),
+            Err(panic) => check::broken_off(&stage, words(&*panic)),
+        };
+        if !flaws.is_empty() {
+            keep_evidence(&stage, &flaws.join("\n"), &folder);
         }
-        verdict
+        (verdict, flaws)
     }));
-    let verdict = played.unwrap_or_else(|panic| Err(words(&*panic)));
-    let evidence = verdict.is_err().then_some(folder);
-    Round { plan: plan.clone(), elapsed: began.elapsed(), verdict, evidence }
+    let (verdict, flaws) =
+        played.unwrap_or_else(|panic| (Verdict::default(), vec![words(&*panic)]));
+    let evidence = (!flaws.is_empty()).then_some(folder);
+    Round { plan: plan.clone(), elapsed: began.elapsed(), verdict, flaws, evidence }
 }
 
-fn words(panic: &(dyn std::any::Any + Send)) -> String {
+/// What a panic said.
+pub fn words(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
 }
@@ -100,19 +119,20 @@ fn perform(stage: &Stage) -> Times {
     };
     let chaos = Instant::now();
     faults::make(stage);
-    let over = Instant::now();
+    let (over, over_time) = (Instant::now(), Timestamp::now());
     stage.diary.note("all faults are over");
     wait_until_recovered(stage);
     assert!(stage.wait(FIRST_BACKUP_MAX, first), "no backup within {FIRST_BACKUP_MAX:?}");
-    let recovered = Instant::now();
+    let (recovered, recovered_time) = (Instant::now(), Timestamp::now());
     stage.diary.note("recovered");
-    std::thread::sleep(QUIET);
+    let answered = over + complaints::answers_max(&stage.plan);
+    std::thread::sleep(answered.saturating_duration_since(recovered) + QUIET);
     if stage.plan.setup.end == End::Term {
         stage.stop.store(true, Ordering::Relaxed);
     }
     let stopped = Instant::now();
     finish(stage);
-    Times { calm, chaos, over, recovered, stopped }
+    Times { calm, chaos, over, recovered, over_time, recovered_time, stopped }
 }
 
 /// Waits until what was written up to now is durable, commits are acknowledged, and a gap is followed

@@ -16,6 +16,8 @@ const GOOD_RUN: Duration = Duration::from_secs(5);
 /// The end of a sidecar.
 #[derive(Clone, Debug)]
 pub struct Exit {
+    /// When it was seen.
+    pub at: Instant,
     /// Exit status; `None` when a signal ended it.
     pub code: Option<i32>,
     /// Whether we told it to end (SIGTERM).
@@ -29,7 +31,7 @@ pub struct Exit {
 impl Exit {
     fn of(code: Option<i32>, asked: bool, said: &str) -> Self {
         let had_streamed = said.contains("streaming timeline");
-        Self { code, asked, had_streamed, last_words: last_words(said) }
+        Self { at: Instant::now(), code, asked, had_streamed, last_words: last_words(said) }
     }
 }
 

@@ -28,6 +28,8 @@ const BALLAST: &str = "create table ballast (filler bytea); \
      insert into ballast select (select string_agg(sha512(random()::text::bytea), '') \
      from generate_series(1, 125) where outer_row = outer_row) \
      from generate_series(1, 5200) outer_row; checkpoint";
+/// `repository.attempt_timeout` of the sidecars.
+pub const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Room for `pg_wal` in the rounds in which it runs out.
 const WAL_DISK_MIB: u64 = 320;
 
@@ -40,33 +42,68 @@ pub struct GapExpected {
     pub kept_from: Lsn,
 }
 
-/// A file system in memory, unmounted when dropped.
+/// A file system of its own, unmounted when dropped.
 #[derive(Debug)]
 pub struct Mount(PathBuf);
 
 impl Mount {
-    /// Mounts one; the reason when this machine does not let us.
-    pub fn tmpfs(at: &Path, mib: u64, read_only: bool) -> Result<Self, String> {
+    /// Mounts one in memory; the reason when this machine does not let us.
+    pub fn tmpfs(at: &Path, mib: u64) -> Result<Self, String> {
         std::fs::create_dir_all(at).map_err(|error| error.to_string())?;
-        let owner = Account::current()
-            .ids()
-            .map_or(String::new(), |(uid, gid)| format!(",uid={uid},gid={gid}"));
-        let mode = if read_only { ",ro" } else { "" };
-        let options = format!("size={mib}m,mode=0700{owner}{mode}");
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &options, "tidemark-chaos"]).arg(at);
-        match mount.output() {
-            Ok(done) if done.status.success() => Ok(Self(at.to_path_buf())),
-            Ok(done) => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
+        let owner = owner().map_or(String::new(), |(uid, gid)| format!(",uid={uid},gid={gid}"));
+        let options = format!("size={mib}m,mode=0700{owner}");
+        root_does(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "chaos"]).arg(at))?;
+        Ok(Self(at.to_path_buf()))
     }
 
-    /// Gives it more room and lets it be written.
+    /// Gives one in memory more room.
     pub fn enlarge(&self, mib: u64) {
-        let options = format!("remount,rw,size={mib}m");
-        let done = Command::new("mount").args(["-o", &options]).arg(&self.0).status();
-        assert!(done.unwrap().success(), "remounting {}", self.0.display());
+        let options = format!("remount,size={mib}m");
+        root_does(Command::new("mount").args(["-o", &options]).arg(&self.0)).unwrap();
+    }
+
+    /// Mounts one in a file beside it, which an error turns read-only: the kernel does no such thing to
+    /// one in memory while a file is open for writing.
+    pub fn ext4(at: &Path, mib: u64) -> Result<Self, String> {
+        let mount = Self(at.to_path_buf());
+        let file = std::fs::File::create(mount.image()).map_err(|error| error.to_string())?;
+        file.set_len(mib << 20).map_err(|error| error.to_string())?;
+        let (uid, gid) = owner().unwrap_or_default();
+        let owner = format!("root_owner={uid}:{gid}");
+        root_does(Command::new("mkfs.ext4").args(["-q", "-F", "-E", &owner]).arg(mount.image()))?;
+        mount.attach()?;
+        Ok(mount)
+    }
+
+    fn image(&self) -> PathBuf {
+        self.0.with_extension("ext4")
+    }
+
+    fn attach(&self) -> Result<(), String> {
+        let mut mount = Command::new("mount");
+        root_does(mount.args(["-o", "loop,errors=remount-ro"]).arg(self.image()).arg(&self.0))
+    }
+
+    /// How much is on it.
+    pub fn used_mib(&self) -> u64 {
+        let now = rustix::fs::statvfs(&self.0).unwrap();
+        ((now.f_blocks - now.f_bfree) * now.f_frsize) >> 20
+    }
+
+    /// Lets it meet an error, after which nobody can write to it. What was written before stays.
+    pub fn fail(&self) {
+        root_does(Command::new("sync").arg("-f").arg(&self.0)).unwrap();
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let at = self.0.display().to_string();
+        let ours = mounts.lines().find(|line| line.split(' ').nth(1) == Some(&at)).unwrap();
+        let device = ours.split(' ').next().unwrap().trim_start_matches("/dev/");
+        std::fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+    }
+
+    /// Mounts it anew, after which it can be written again.
+    pub fn mend(&self) {
+        root_does(Command::new("umount").arg(&self.0)).unwrap();
+        self.attach().unwrap();
     }
 }
 
@@ -74,6 +111,20 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
+}
+
+/// Whom files of the tests belong to, when that is not who runs them.
+fn owner() -> Option<(u32, u32)> {
+    Account::current().ids()
+}
+
+/// Runs what only root may run; what it said when that failed.
+fn root_does(command: &mut Command) -> Result<(), String> {
+    let done = command.output().map_err(|error| error.to_string())?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&done.stderr).trim().to_owned())
 }
 
 /// The stage of one round.
@@ -350,7 +401,7 @@ fn configured(s3: &S3, to_store: &Proxy, setup: &Setup) -> Tidemark {
         s3.environment().into_iter().map(|(name, value)| (name, value.to_owned())).collect();
     env.extend([
         ("TIDEMARK_REPOSITORY_ENDPOINT", endpoint),
-        ("TIDEMARK_REPOSITORY_ATTEMPT_TIMEOUT", "3s".to_owned()),
+        ("TIDEMARK_REPOSITORY_ATTEMPT_TIMEOUT", ms(ATTEMPT_TIMEOUT)),
         ("TIDEMARK_REPOSITORY_OVERALL_TIMEOUT", "20s".to_owned()),
         ("TIDEMARK_ENCRYPTION", if setup.encrypted { "age" } else { "none" }.to_owned()),
         ("TIDEMARK_LEASE_TTL", ms(setup.lease_ttl)),
@@ -370,7 +421,7 @@ fn configured(s3: &S3, to_store: &Proxy, setup: &Setup) -> Tidemark {
 /// Moves `pg_wal` of a stopped server to a small file system.
 fn put_wal_on_its_own_disk(server: &Postgres) -> Result<Mount, String> {
     let disk = server.home().join("wal-disk");
-    let mount = Mount::tmpfs(&disk, WAL_DISK_MIB, false)?;
+    let mount = Mount::tmpfs(&disk, WAL_DISK_MIB)?;
     let (old, new) = (server.data().join("pg_wal"), disk.join("pg_wal"));
     let moved = Account::current().command("/bin/mv").arg(&old).arg(&new).status().unwrap();
     assert!(moved.success());

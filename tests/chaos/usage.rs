@@ -18,20 +18,28 @@ const OPEN_FILES_MORE_MAX: usize = 16;
 /// Greatest age of a commit that is not durable while nothing is wrong.
 const RPO_CALM_MAX: Duration = Duration::from_secs(20);
 
-/// Fills in the figures, and says what is wrong with them.
+/// Fills in the figures that every round has, also one that was broken off.
+pub fn count(stage: &Stage, verdict: &mut Verdict) {
+    if stage.plan.setup.acknowledgement == Acknowledgement::ByFlushPosition {
+        verdict.rpo_worst = rpo(stage, |_| true);
+    }
+    let usage = stage.sidecar.usage();
+    verdict.peak_kib = usage.iter().map(|usage| usage.peak_kib).max().unwrap_or(0);
+    verdict.open_file_count = usage.iter().map(|usage| usage.open_file_count).max().unwrap_or(0);
+}
+
+/// Fills in the others, and says what is wrong with any.
 pub fn measure(stage: &Stage, times: &Times, verdict: &mut Verdict, flaws: &mut Vec<String>) {
     if stage.plan.setup.acknowledgement == Acknowledgement::ByFlushPosition {
         let settled = times.recovered + Duration::from_secs(1);
-        verdict.rpo_worst = rpo(stage, times.calm, times.stopped);
-        verdict.rpo_calm =
-            rpo(stage, times.calm, times.chaos).max(rpo(stage, settled, times.stopped));
+        let within = |from: Instant, until: Instant| rpo(stage, |at| (from..until).contains(&at));
+        verdict.rpo_worst = within(times.calm, times.stopped);
+        verdict.rpo_calm = within(times.calm, times.chaos).max(within(settled, times.stopped));
         if verdict.rpo_calm > RPO_CALM_MAX {
             flaws.push(format!("undisturbed, a commit waited for {:?}", verdict.rpo_calm));
         }
     }
     let usage = stage.sidecar.usage();
-    verdict.peak_kib = usage.iter().map(|usage| usage.peak_kib).max().unwrap_or(0);
-    verdict.open_file_count = usage.iter().map(|usage| usage.open_file_count).max().unwrap_or(0);
     if verdict.peak_kib > PEAK_KIB_MAX {
         flaws.push(format!("a sidecar had {} KiB of memory", verdict.peak_kib));
     }
@@ -55,8 +63,8 @@ pub fn measure(stage: &Stage, times: &Times, verdict: &mut Verdict, flaws: &mut 
     }
 }
 
-/// Greatest age of a commit that was acknowledged and not durable, as seen between two moments.
-fn rpo(stage: &Stage, from: Instant, until: Instant) -> Duration {
+/// Greatest age of a commit that was acknowledged and not durable, as seen at the moments that count.
+fn rpo(stage: &Stage, counts: impl Fn(Instant) -> bool) -> Duration {
     let samples = stage.samples.lock().unwrap().clone();
     let mut worst = Duration::ZERO;
     for server in 0..2 {
@@ -72,7 +80,7 @@ fn rpo(stage: &Stage, from: Instant, until: Instant) -> Duration {
             // What was at risk until this answer came.
             let at_risk = commits.partition_point(|(lsn, _)| *lsn <= flushed);
             if let Some((_, acknowledged_at)) = commits.get(at_risk)
-                && (from..until).contains(&sample.at)
+                && counts(sample.at)
             {
                 worst = worst.max(sample.at.saturating_duration_since(*acknowledged_at));
             }

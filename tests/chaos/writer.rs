@@ -65,9 +65,14 @@ impl Record {
         self.commits.lock().unwrap().clone()
     }
 
-    /// The last number that each writer tried.
+    /// The last number that each writer tried; it begins with 1 and leaves none out.
     pub fn attempts(&self) -> BTreeMap<i32, i64> {
         self.attempts.lock().unwrap().clone()
+    }
+
+    /// How many commits were tried.
+    pub fn attempt_count(&self) -> usize {
+        self.attempts.lock().unwrap().values().map(|last| *last as usize).sum()
     }
 
     /// How many commits were acknowledged.

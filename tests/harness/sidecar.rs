@@ -132,6 +132,12 @@ impl Tidemark {
         Output::of(&mut self.command(args))
     }
 
+    /// Runs `tidemark ARGS` on a thread of its own.
+    pub fn start(&self, args: &[&str]) -> std::thread::JoinHandle<Output> {
+        let mut command = self.command(args);
+        std::thread::spawn(move || Output::of(&mut command))
+    }
+
     /// Starts `tidemark ARGS` and leaves it running; its words go to a file.
     pub fn spawn(&self, args: &[&str]) -> Process {
         self.spawn_as(args.first().unwrap_or(&"tidemark"), args)

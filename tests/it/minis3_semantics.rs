@@ -1,6 +1,7 @@
 //! That the test server is what it says: seen by the SDK itself, not by our driver.
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{
@@ -269,6 +270,40 @@ async fn keys_that_are_no_names_of_ours_are_passed_over() {
     let listed = s3_server::open(&server, "p").list_all("").await.unwrap();
     let listed: Vec<String> = listed.into_iter().map(|object| object.name.to_string()).collect();
     assert_eq!(listed, ["name"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_request_may_be_fifteen_minutes_from_the_servers_clock() {
+    const MINUTE_MS: i64 = 60_000;
+    let server = plain();
+    let put = async |client: &Client| {
+        client.put_object().bucket("bucket").key("k").body(body("x")).send().await.map(drop)
+    };
+    for ahead in [-14, 14] {
+        server.set_clock_ahead_ms(ahead * MINUTE_MS);
+        put(&client(&server)).await.unwrap();
+    }
+    assert_eq!(server.skewed_count(), 0);
+    for (ahead, count) in [(-16, 1), (16, 2)] {
+        server.set_clock_ahead_ms(ahead * MINUTE_MS);
+        let patient = client(&server);
+        let hasty = patient.config().to_builder().retry_config(RetryConfig::disabled()).build();
+        let put_once = Client::from_conf(hasty).put_object().bucket("bucket").key("k");
+        assert_eq!(refused!(put_once.body(body("x"))), "RequestTimeTooSkewed");
+        assert_eq!(server.skewed_count(), count);
+    }
+    // The answer's date tells a client that tries again by how much it is wrong.
+    let patient = client(&server);
+    put(&patient).await.unwrap();
+    put(&patient).await.unwrap();
+    assert_eq!(server.skewed_count(), 3);
+    // Once the clocks agree again it is the correction that is wrong, until the next answer.
+    server.set_clock_ahead_ms(0);
+    assert_eq!(
+        refused!(patient.put_object().bucket("bucket").key("k").body(body("x"))),
+        "RequestTimeTooSkewed"
+    );
+    put(&patient).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,17 +5,19 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue};
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, DATE, ETAG, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use s3s::config::{S3Config, StaticConfigProvider};
+use s3s::dto::{Timestamp, TimestampFormat};
 use s3s::host::SingleDomain;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, StdError};
@@ -25,11 +27,13 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::control;
 use crate::faults::{Effect, Op};
-use crate::service::{Keys, MiniS3, Shared};
+use crate::service::{Keys, MiniS3, Shared, ms_of, timestamp};
 use crate::{Config, Tls};
 
 /// Bytes of a refused upload that are read so that the client gets to see the answer.
 const DRAIN_BYTES_MAX: u64 = 64 << 20;
+/// How far the date of a signed request may be from the server's clock: AWS's fifteen minutes.
+const SKEW_MS_MAX: u64 = 15 * 60 * 1000;
 
 /// Binds both ports and serves them until the runtime ends.
 pub(crate) async fn listen(
@@ -58,6 +62,8 @@ fn service(config: &Config, shared: &Arc<Shared>) -> io::Result<S3Service> {
     builder.set_auth(Keys(Arc::clone(shared)));
     let mut settings = S3Config::default();
     settings.xml_max_body_size = 4 << 20;
+    // It judges dates by the machine's clock; we do by ours, which can be set.
+    settings.presigned_url_max_skew_time_secs = u32::MAX;
     builder.set_config(Arc::new(StaticConfigProvider::new(Arc::new(settings))));
     if let Some(domain) = &config.domain {
         builder.set_host(SingleDomain::new(domain).map_err(io::Error::other)?);
@@ -140,6 +146,9 @@ impl Front {
             Some(effect) => self.suffer(effect, request).await?,
         };
         self.shared.counters.sent(announced(response.headers()));
+        if let Some(date) = http_date(self.shared.time_ms()) {
+            response.headers_mut().insert(DATE, date);
+        }
         if op != Op::Other && !response.headers().contains_key("x-amz-request-id") {
             response.headers_mut().insert("x-amz-request-id", HeaderValue::from_static("MINIS3"));
         }
@@ -147,7 +156,7 @@ impl Front {
     }
 
     async fn serve(&self, request: Request<Incoming>) -> io::Result<Response<Body>> {
-        if let Some(refusal) = self.wrong_region(&request) {
+        if let Some(refusal) = self.wrong_date(&request).or_else(|| self.wrong_region(&request)) {
             drain(request.into_body()).await;
             return Ok(refusal);
         }
@@ -230,6 +239,18 @@ impl Front {
         }
     }
 
+    /// AWS's answer to a request that was signed at another time than this server's.
+    fn wrong_date(&self, request: &Request<Incoming>) -> Option<Response<Body>> {
+        request.headers().get("authorization")?;
+        let signed_ms = amz_date_ms(request.headers().get("x-amz-date")?.to_str().ok()?)?;
+        (self.shared.time_ms().abs_diff(signed_ms) > SKEW_MS_MAX).then(|| {
+            self.shared.skewed_count.fetch_add(1, Ordering::Relaxed);
+            let message =
+                "The difference between the request time and the current time is too large.";
+            refusal(403, "RequestTimeTooSkewed", message)
+        })
+    }
+
     /// AWS's answer to a request that was signed for another region.
     fn wrong_region(&self, request: &Request<Incoming>) -> Option<Response<Body>> {
         let expected = self.shared.region.as_deref()?;
@@ -244,6 +265,22 @@ impl Front {
             refusal(400, "AuthorizationHeaderMalformed", &message)
         })
     }
+}
+
+/// Milliseconds of a time as requests are signed with, `20261129T101500Z`.
+fn amz_date_ms(text: &str) -> Option<u64> {
+    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+    let part = |text: &str, from: usize, until: usize| text.get(from..until).map(str::to_owned);
+    let date = [part(date, 0, 4)?, part(date, 4, 6)?, part(date, 6, 8)?].join("-");
+    let time = [part(time, 0, 2)?, part(time, 2, 4)?, part(time, 4, 6)?].join(":");
+    let text = format!("{date}T{time}Z");
+    Some(ms_of(&Timestamp::parse(TimestampFormat::DateTime, &text).ok()?))
+}
+
+fn http_date(time_ms: u64) -> Option<HeaderValue> {
+    let mut text = Vec::new();
+    timestamp(time_ms).format(TimestampFormat::HttpDate, &mut text).ok()?;
+    HeaderValue::from_bytes(&text).ok()
 }
 
 fn announced(headers: &hyper::HeaderMap) -> u64 {

@@ -19,6 +19,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
@@ -183,6 +184,26 @@ impl Server {
     /// From now on requests must be signed with these keys.
     pub fn set_keys(&self, access_key: &str, secret_key: &str) {
         self.shared.set_keys(access_key, secret_key);
+    }
+
+    /// Sets the server's clock so far ahead of the machine's, or behind it. It judges the dates of signed
+    /// requests, and stamps answers, objects and uploads.
+    pub fn set_clock_ahead_ms(&self, ahead_ms: i64) {
+        self.shared.clock_ahead_ms.store(ahead_ms, Ordering::Relaxed);
+    }
+
+    /// Count of requests refused because their date was too far from the server's clock.
+    #[must_use]
+    pub fn skewed_count(&self) -> u64 {
+        self.shared.skewed_count.load(Ordering::Relaxed)
+    }
+
+    /// The bytes of an object as they are stored; `None` when there is no such object.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn object(&self, bucket: &str, key: &str) -> io::Result<Option<Vec<u8>>> {
+        self.shared.object(bucket, key)
     }
 
     /// Changes the bytes of an object behind everybody's back; false when there is no such object.

@@ -9,7 +9,7 @@ use s3s::{S3Result, s3_error};
 
 use crate::multipart::page_size;
 use crate::quirks::{EmptyListToken, Quirks};
-use crate::service::{Shared, bucket, now_ms, signed, timestamp};
+use crate::service::{Shared, bucket, signed, timestamp};
 
 impl Shared {
     pub(crate) fn list_objects(&self, input: ListObjectsV2Input) -> S3Result<ListObjectsV2Output> {
@@ -19,7 +19,11 @@ impl Shared {
         if let Some(empty) = empty_page(&input, &quirks) {
             return Ok(empty);
         }
-        let newest_ms = now_ms().saturating_sub(quirks.stale_list_ms);
+        // All of them, also those of a time when the clock was ahead.
+        let newest_ms = match quirks.stale_list_ms {
+            0 => u64::MAX,
+            stale_ms => self.time_ms().saturating_sub(stale_ms),
+        };
         let prefix = input.prefix.clone().unwrap_or_default();
         let delimiter = input.delimiter.clone().unwrap_or_default();
         let token = input.continuation_token.as_ref();

@@ -49,7 +49,7 @@ impl Shared {
         let id = format!("upload-{:016x}-{:016x}", state.last_number + 1, now_ms());
         let upload = Upload {
             key: input.key.clone(),
-            begun_ms: now_ms(),
+            begun_ms: self.time_ms(),
             attributes,
             checksum: algorithm.clone().map(|algorithm| (algorithm, kind.clone())),
             parts: BTreeMap::new(),
@@ -102,7 +102,8 @@ impl Shared {
         let stored = {
             let mut state = self.state();
             let etag = etag(state.last_number + 1, now_ms());
-            let part = state::Part { etag, modified_ms: now_ms(), piece: piece.clone(), checksum };
+            let part =
+                state::Part { etag, modified_ms: self.time_ms(), piece: piece.clone(), checksum };
             let (bucket, id) = (input.bucket.clone(), input.upload_id.clone());
             upload(&state, &input.bucket, &input.key, &input.upload_id)
                 .map(|_| ())
@@ -159,7 +160,7 @@ impl Shared {
             id: bucket.version_id(number),
             etag: format!("{}-{}", etag(number, now_ms()), parts.len()),
             size,
-            modified_ms: now_ms(),
+            modified_ms: self.time_ms(),
             pieces: parts.into_iter().map(|part| part.piece).collect(),
             checksum,
             attributes: upload.attributes,

@@ -1,6 +1,7 @@
 //! The S3 operations by name; each is carried out in the module of its subject.
 
 use std::io;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +30,10 @@ pub(crate) struct Shared {
     quirks: Mutex<Quirks>,
     /// Access key id and its secret.
     keys: Mutex<(String, String)>,
+    /// How far the server's clock is ahead of the machine's.
+    pub(crate) clock_ahead_ms: AtomicI64,
+    /// Requests refused because of their date.
+    pub(crate) skewed_count: AtomicU64,
 }
 
 impl Shared {
@@ -48,6 +53,8 @@ impl Shared {
             journal,
             quirks: Mutex::default(),
             keys: Mutex::new((config.access_key.clone(), config.secret_key.clone())),
+            clock_ahead_ms: AtomicI64::new(0),
+            skewed_count: AtomicU64::new(0),
         };
         for bucket in &config.buckets {
             shared.make_bucket(bucket).map_err(|error| io::Error::other(error.to_string()))?;
@@ -71,6 +78,11 @@ impl Shared {
             default_retention: None,
         };
         self.commit(&mut state, Event::Bucket { bucket: config.name.clone(), settings })
+    }
+
+    /// The time by the server's clock, in milliseconds since 1970.
+    pub(crate) fn time_ms(&self) -> u64 {
+        now_ms().saturating_add_signed(self.clock_ahead_ms.load(Ordering::Relaxed))
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -133,6 +145,12 @@ impl Shared {
     pub(crate) fn lose_part(&self, bucket: &str, id: &str, number: u32) {
         let (bucket, id) = (bucket.to_owned(), id.to_owned());
         let _ = self.commit(&mut self.state(), Event::PartGone { bucket, id, number });
+    }
+
+    pub(crate) fn object(&self, bucket: &str, key: &str) -> io::Result<Option<Vec<u8>>> {
+        let state = self.state();
+        let version = state.buckets.get(bucket).and_then(|bucket| bucket.current(key));
+        version.map(|version| self.backend.read_all(&version.pieces)).transpose()
     }
 
     pub(crate) fn keys(&self, bucket: &str) -> Vec<String> {
