@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tidemark::capture::stream::{Snapshot, WalGap as ReportedGap};
 use tidemark::pg::{Lsn, TimelineId};
-use tidemark::repo::Catalog;
+use tidemark::repo::{Catalog, Interval};
 
 use crate::model::{Backup, Barrier, Ending, Line};
 use crate::net::Change;
@@ -16,6 +16,9 @@ use crate::work::{Settings, days_before};
 
 /// Packs without a manifest are left alone for so long; twice the time in which a backup commits.
 const SWEPT_AFTER: Duration = Duration::from_secs(2 * 24 * 3600);
+
+/// Beginnings of the names of what nobody ever deletes: it speaks of WAL, or of all of the cluster.
+const LASTING: [&str; 3] = ["main/identity", "main/marks/minimal-", "main/marks/damaged-"];
 
 pub type Names = BTreeMap<String, u64>;
 /// Positions, first and first after.
@@ -102,6 +105,52 @@ fn reaches(line: &Line, spans: &[Span], from: u64, window: i64) -> bool {
     let end = contiguous_end(spans, from);
     let later = |e: &Ending| from <= e.start && e.last <= end && e.time >= window;
     line.endings.iter().any(later) || spans.last().is_some_and(|last| last.1 <= end)
+}
+
+/// End of the WAL that a backup which began at `start` leads to.
+fn reach(line: &Line, spans: &[Span], start: u64) -> u64 {
+    let end = contiguous_end(spans, start);
+    line.barrier_after(start).map_or(end, |barrier| end.min(barrier))
+}
+
+/// Whether the listing can know of a timeline: by its WAL or by its history.
+fn is_known(catalog: &Catalog, line: &Line) -> bool {
+    let timeline = TimelineId::new(line.number).unwrap();
+    catalog.wal.timelines().any(|other| other == timeline)
+        || catalog.histories.contains_key(&timeline)
+}
+
+/// Whether an extent inside `span` on the way to `line` has `time` for its greatest.
+fn is_named(names: &Names, line: &Line, (start, end): Span, time: i64) -> bool {
+    let stored = names.keys().filter_map(|name| parse_extent(name));
+    let mut inside = stored.filter(|extent| {
+        let on_the_way = line.parts().iter().any(|(number, begin, part_end)| {
+            *number == extent.timeline && *begin <= extent.span.0 && extent.span.1 <= *part_end
+        });
+        on_the_way && start <= extent.span.0 && extent.span.1 <= end
+    });
+    inside.any(|extent| extent.time == time as u64)
+}
+
+/// Whether a backup lies on the way to `line`.
+fn leads_to(state: &State, backup: &Backup, line: &Line) -> bool {
+    let last = backup.end.saturating_sub(1);
+    let own = state.lines[backup.line].number;
+    line.number_at(backup.start) == own && line.number_at(last) == own
+}
+
+/// The newest of the backups before `window`, a moment, from which the WAL leads to it.
+fn window_base<'a>(
+    line: &Line,
+    spans: &[Span],
+    listed: &[&'a Backup],
+    window: Timestamp,
+) -> Option<&'a Backup> {
+    let window = window.as_microsecond();
+    let before = listed
+        .iter()
+        .filter(|backup| backup.end_time <= window && reaches(line, spans, backup.start, window));
+    before.max_by_key(|backup| backup.end_time).copied()
 }
 
 /// A backup without a manifest.
@@ -287,6 +336,9 @@ impl Judge {
         now: Timestamp,
     ) {
         for name in gone {
+            if LASTING.iter().any(|kind| name.starts_with(kind)) || name.ends_with(".history") {
+                self.accuse(format!("{name} is deleted"));
+            }
             let Some((id, what)) = parse_base(name) else { continue };
             if what == "manifest" {
                 self.deleted_backup(id, before, state, now);
@@ -329,29 +381,25 @@ impl Judge {
         state: &State,
         now: Timestamp,
     ) -> Vec<Span> {
-        let (names, spans) = (after, coverage(before, line));
-        let listed = self.listed(names, state);
-        let on_line = |backup: &&&Backup| {
-            let last = backup.end.saturating_sub(1);
-            let own = state.lines[backup.line].number;
-            line.number_at(backup.start) == own && line.number_at(last) == own
-        };
-        let listed: Vec<&Backup> = listed.iter().filter(on_line).copied().collect();
+        let listed = self.listed_towards(line, after, state);
         let mut needed: Vec<Span> = listed.iter().map(|b| (b.start, b.end)).collect();
-        let window = self.settings.retention.pitr_days.map(|days| days_before(now, days));
-        let base = match window {
+        let base = match self.settings.retention.pitr_days {
             None => listed.first().copied(),
-            Some(window) => {
-                let window = window.as_microsecond();
-                let reaches = |backup: &&&Backup| {
-                    backup.end_time <= window && reaches(line, &spans, backup.start, window)
-                };
-                let before = listed.iter().filter(reaches);
-                before.max_by_key(|backup| backup.end_time).or(listed.first()).copied()
+            Some(days) => {
+                let base =
+                    window_base(line, &coverage(before, line), &listed, days_before(now, days));
+                base.or(listed.first().copied())
             }
         };
         needed.extend(base.map(|backup| (backup.start, u64::MAX)));
         needed
+    }
+
+    /// The backups whose manifests are there and which `line` goes on from, oldest first.
+    fn listed_towards<'a>(&self, line: &Line, names: &Names, state: &'a State) -> Vec<&'a Backup> {
+        let mut listed = self.listed(names, state);
+        listed.retain(|backup| leads_to(state, backup, line));
+        listed
     }
 
     /// A backup goes only when no rule keeps it.
@@ -375,6 +423,17 @@ impl Judge {
         }
         if rules.pitr_days.is_some_and(|days| !ended_before(days)) {
             kept_by.push("the window");
+        }
+        if let Some(days) = rules.pitr_days {
+            let window = days_before(now, days);
+            let is_base = |line: &Line| {
+                let towards = self.listed_towards(line, before, state);
+                let base = window_base(line, &coverage(before, line), &towards, window);
+                base.is_some_and(|base| base.id == id)
+            };
+            if state.lines.iter().any(is_base) {
+                kept_by.push("the window, which begins behind it");
+            }
         }
         if rules.keep_days.is_none() && rules.keep_count.is_none() {
             kept_by.push("nothing says that backups go");
@@ -406,25 +465,73 @@ impl Judge {
     }
 
     fn intervals(&mut self, catalog: &Catalog, names: &Names, state: &State) {
-        for interval in catalog.intervals() {
+        let intervals = catalog.intervals();
+        self.each_backup_leads_on(&intervals, catalog, names, state);
+        for interval in &intervals {
             let number = interval.timeline.get();
             let Some(line) = state.lines.iter().find(|line| line.number == number) else {
                 self.accuse(format!("an interval towards unknown timeline {number}"));
                 continue;
             };
             let start = interval.backup.start_lsn().0;
-            let end = contiguous_end(&coverage(names, line), start);
-            let end = line.barrier_after(start).map_or(end, |barrier| end.min(barrier));
+            let end = reach(line, &coverage(names, line), start);
             let until = interval.until_lsn.0;
             if until != end && !(until < end && line.is_padding(until, end)) {
                 self.accuse(format!("{interval:?}: the WAL reaches to {}", Lsn(end)));
             }
-            // Every commit up to the time that is promised is there.
-            let until = interval.until_time.as_microsecond();
-            let missing = line.endings.iter().find(|e| e.commit && e.last > end && e.time <= until);
-            if let Some(missing) = missing {
-                self.accuse(format!("{interval:?} promises {missing:?}, stored up to {end:x}"));
+            let id = interval.backup.to_string();
+            let backup = state.backups.iter().find(|backup| backup.id == id);
+            if backup.is_none_or(|backup| backup.end != interval.from_lsn.0) {
+                self.accuse(format!("{interval:?} does not begin at the end of {backup:?}"));
             }
+            self.times(interval, line, (start, end), names);
+        }
+    }
+
+    /// From each backup there is an interval towards each timeline that its WAL reaches, and no other.
+    fn each_backup_leads_on(
+        &mut self,
+        intervals: &[Interval],
+        catalog: &Catalog,
+        names: &Names,
+        state: &State,
+    ) {
+        let said: BTreeSet<(String, u32)> =
+            intervals.iter().map(|it| (it.backup.to_string(), it.timeline.get())).collect();
+        let mut expected: BTreeSet<(String, u32)> = BTreeSet::new();
+        for line in state.lines.iter().filter(|line| is_known(catalog, line)) {
+            let spans = coverage(names, line);
+            for backup in self.listed_towards(line, names, state) {
+                let end = reach(line, &spans, backup.start);
+                if end >= backup.end && line.number_at(end - 1) == line.number {
+                    expected.insert((backup.id.clone(), line.number));
+                }
+            }
+        }
+        if said != expected {
+            self.accuse(format!("intervals are there {expected:?}, listed {said:?}"));
+        }
+    }
+
+    /// Every commit up to the time that is promised is there, and what an extent's name says is promised.
+    fn times(&mut self, interval: &Interval, line: &Line, (start, end): Span, names: &Names) {
+        let until = interval.until_time.as_microsecond();
+        let missing = line.endings.iter().find(|e| e.commit && e.last > end && e.time <= until);
+        if let Some(missing) = missing {
+            self.accuse(format!("{interval:?} promises {missing:?}, stored up to {end:x}"));
+        }
+        let backup_end = interval.from_lsn.0;
+        let from = interval.from_time.as_microsecond();
+        let own = line.endings.iter().filter(|e| start <= e.start && e.last <= backup_end);
+        if own.clone().any(|e| e.time > from && is_named(names, line, (start, backup_end), e.time))
+        {
+            self.accuse(format!("{interval:?} begins before the commits of its backup's own WAL"));
+        }
+        let mut known = line.endings.iter().filter(|e| start <= e.start && e.last <= end);
+        if let Some(later) =
+            known.find(|e| e.time > until && is_named(names, line, (start, end), e.time))
+        {
+            self.accuse(format!("{interval:?} does not promise {later:?}, which a name tells"));
         }
     }
 
@@ -440,12 +547,7 @@ impl Judge {
             })
             .collect();
         let mut holes_found: BTreeSet<(u32, Span)> = BTreeSet::new();
-        for line in &state.lines {
-            let timeline = TimelineId::new(line.number).unwrap();
-            let has_wal = catalog.wal.timelines().any(|other| other == timeline);
-            if !has_wal && !catalog.histories.contains_key(&timeline) {
-                continue;
-            }
+        for line in state.lines.iter().filter(|line| is_known(catalog, line)) {
             let spans = coverage(names, line);
             let (Some(first), Some(last)) = (spans.first(), spans.last()) else { continue };
             let whole = (first.0, last.1);

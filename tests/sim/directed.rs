@@ -8,8 +8,9 @@ use tidemark::repo::retention::RetentionOptions;
 
 use crate::model::{Damage, SEGMENT};
 use crate::net::Weather;
+use crate::reading;
 use crate::server::Elsewhere;
-use crate::work::Settings;
+use crate::work::{Command, Settings};
 use crate::world::World;
 
 const STEP: Duration = Duration::from_millis(50);
@@ -416,4 +417,77 @@ fn what_is_on_its_way_to_the_store_is_not_given_up_for_the_ceiling() {
     assert_eq!(world.judge.violations, Vec::<String>::new());
     assert!(world.processes[0].status.snapshot().gaps.is_empty());
     assert!(world.server.state().slot > left_at);
+}
+
+/// Keys go when no object names them, and not before.
+#[test]
+fn a_sweep_of_keys_leaves_those_that_open_something() {
+    let mut world = world();
+    world.settings.identity = Some(World::identity());
+    world.judge.settings.identity = world.settings.identity.clone();
+    world.load_bytes = 2000;
+    world.start_sidecar();
+    world.run(seconds(3), STEP);
+    world.order_backup(0);
+    while world.judge.committed.is_empty() && world.judge.violations.is_empty() {
+        world.run(STEP, STEP);
+    }
+    world.run(seconds(5), STEP);
+    world.kill(0);
+    // The lease names the key of the next one.
+    world.start_sidecar();
+    world.run(seconds(40), STEP);
+    world.kill(0);
+    let keys = |world: &World| {
+        let names = world.net.names();
+        names.keys().filter(|name| name.starts_with("main/keys/")).count()
+    };
+    let before = keys(&world);
+    assert_eq!(before, 2);
+    world.skip(SignedDuration::from_hours(24 * 40));
+    world.start_command(Command::SweepKeys);
+    world.run(seconds(60), STEP);
+    assert!(world.processes.is_empty(), "{:?}", world.log);
+    assert_eq!(keys(&world), before);
+    let names = world.net.names();
+    let read = world.look(async |judge, repository, server| {
+        reading::read_all(judge, repository, server, &names).await
+    });
+    read.unwrap();
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+}
+
+/// The newest backup before the recovery window is where its first moments are restored from, however old
+/// it is.
+#[test]
+fn the_base_of_the_recovery_window_outlives_every_other_rule() {
+    let mut world = world();
+    let retention = RetentionOptions { keep_days: Some(1), pitr_days: Some(3), keep_count: None };
+    world.settings.retention = retention.clone();
+    world.judge.settings.retention = retention;
+    for count in 1..=3 {
+        world.load_bytes = 2000;
+        world.start_sidecar();
+        world.run(seconds(3), STEP);
+        world.order_backup(0);
+        while world.judge.committed.len() < count && world.judge.violations.is_empty() {
+            world.run(STEP, STEP);
+        }
+        world.run(seconds(10), STEP);
+        world.kill(0);
+        if count < 3 {
+            world.skip(SignedDuration::from_hours(48));
+        }
+    }
+    // The window begins a day after the first backup and a day before the second.
+    world.start_command(Command::Expire);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(world.judge.committed.len(), 3);
+    // A day and a half later it begins behind the second.
+    world.skip(SignedDuration::from_hours(36));
+    world.start_command(Command::Expire);
+    world.run(seconds(60), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert_eq!(world.judge.committed.len(), 2);
 }
