@@ -24,6 +24,8 @@ const APPLICATION_NAME: &str = "tidemark";
 
 /// Least memory a command can work with: the process itself and two parts being uploaded.
 const MEMORY_BYTES_MIN: u64 = 48 << 20;
+/// Most: more than any machine has, and little enough that no sum of shares overflows.
+const MEMORY_BYTES_MAX: u64 = 1 << 50;
 
 /// Longest passphrase file that is read.
 const PASSPHRASE_FILE_BYTES_MAX: u64 = 1 << 20;
@@ -232,19 +234,19 @@ impl Config {
     /// Most memory the process may take: what the setting says, else the command's own `limit`.
     ///
     /// # Errors
-    /// `config` when it is too little to work with.
+    /// `config` when it is too little to work with, or more than there is.
     pub fn memory_bytes(&self, limit: u64) -> Result<u64> {
         match self.settings.size_bytes("pipeline.memory")? {
             None => Ok(limit),
-            Some(bytes) if bytes >= MEMORY_BYTES_MIN => Ok(bytes),
+            Some(bytes) if (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes) => Ok(bytes),
             Some(_) => {
                 let origin = self.settings.origin("pipeline.memory");
                 let text = self.text("pipeline.memory").unwrap_or_default();
                 Err(Error::new(
                     Kind::Config,
                     format!(
-                        "unable to read 'pipeline.memory' from {origin}: '{text}', expected at \
-                         least 48 MiB"
+                        "unable to read 'pipeline.memory' from {origin}: '{text}', expected \
+                         from 48 MiB to 1024 TiB"
                     ),
                 ))
             }
