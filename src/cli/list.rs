@@ -332,4 +332,35 @@ mod tests {
         );
         assert!(shown(None).contains("the store does not tell"), "{}", shown(None));
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_strangers_put_into_the_repository_gives_no_command_to_the_terminal() {
+        use crate::clock::Clock;
+        use crate::repo::{Lease, LeaseOptions, Object};
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let mut options = LeaseOptions::new("str\u{1b}]0;x\u{7}eam");
+        options.process.host = "\u{1b}[2Jdb\u{9b}1m".into();
+        let lease = Lease::acquire(&repository, options).await.unwrap();
+        let shown = async || {
+            let catalog = Catalog::load(&repository).await.unwrap();
+            as_text(&repository, &catalog, &Holds::new(), clock.now())
+        };
+        let is_plain = |text: &str| !text.contains(|c: char| c.is_control() && c != '\n');
+        let text = shown().await;
+        assert!(text.contains("Writer: str ]0;x eam (process"), "{text:?}");
+        assert!(is_plain(&text), "{text:?}");
+        let refused = Lease::acquire(&repository, LeaseOptions::new("run")).await.unwrap_err();
+        assert!(is_plain(refused.message()), "{refused:?}");
+        drop(lease);
+        let name = repository.name(&Object::Lease).unwrap();
+        let variant = |body: &mut Vec<u8>| {
+            let text = String::from_utf8(body.clone()).unwrap();
+            *body = text.replace("\"held\"", "\"\\u001b[2J\"").into_bytes();
+        };
+        memory.damage(&name, variant).unwrap();
+        let text = shown().await;
+        assert!(text.contains("DAMAGED 'main/lease'") && text.contains("[2J"), "{text:?}");
+        assert!(is_plain(&text), "{text:?}");
+    }
 }

@@ -43,9 +43,9 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::store::{ObjectName, Replace, Store, VersionTag};
 
-use super::Repository;
 use super::names::Object;
 use super::process::{Life, ProcessIdentity};
+use super::{Repository, printable};
 
 /// Version of the lease's JSON.
 const LEASE_FORMAT: u16 = 1;
@@ -242,8 +242,8 @@ impl Contents {
         if body.len() > LEASE_BYTES_MAX {
             return Err(damaged(format!("{} bytes, at most {LEASE_BYTES_MAX}", body.len())));
         }
-        let contents: Self =
-            serde_json::from_slice(body).map_err(|error| damaged(error.to_string()))?;
+        let mut contents: Self =
+            serde_json::from_slice(body).map_err(|error| damaged(printable(&error.to_string())))?;
         if contents.format != LEASE_FORMAT {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -254,6 +254,9 @@ impl Contents {
             )
             .hint("Use the newer tidemark that wrote it."));
         }
+        // Anybody who can write to the store may have put it: it is shown, and said in refusals.
+        contents.description = printable(&contents.description);
+        contents.process.host = printable(&contents.process.host);
         Ok(contents)
     }
 

@@ -16,7 +16,6 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
 use crate::store::{ListPage, ObjectInfo, ObjectName};
 
-use super::Repository;
 use super::catalog::{
     BAD_PACKS_MAX, BackupObjects, BackupSummary, Catalog, DamagedObject, IncompleteBackup,
     StoredKey,
@@ -26,6 +25,7 @@ use super::lease;
 use super::manifest::PublicManifest;
 use super::marks;
 use super::names::{BackupId, Object};
+use super::{Repository, printable};
 
 /// Listing requests in flight.
 const LIST_JOBS_MAX: usize = 8;
@@ -112,7 +112,7 @@ impl Catalog {
             Object::History(timeline) => (None, Some(timeline)),
             _ => (None, None),
         };
-        let (object, problem) = (name.to_string(), error.to_string());
+        let (object, problem) = (name.to_string(), printable(&error.to_string()));
         self.damaged.push(DamagedObject { object, backup, timeline, problem });
         Ok(())
     }

@@ -52,7 +52,7 @@ use super::catalog::Catalog;
 use super::coverage::{StoredExtent, WalCatalog};
 use super::interval::{Interval, WalGap};
 use super::names::{BackupId, ExtentName, Object};
-use super::{Level, Reader, Repository};
+use super::{Level, Reader, Repository, printable};
 
 /// After so many bad objects the run ends.
 pub const DEFECTS_MAX: usize = 1000;
@@ -450,7 +450,7 @@ impl Run {
             Kind::Denied => self.opened.load(Ordering::Relaxed),
             _ => false,
         };
-        if is_damage { Ok(error.to_string()) } else { Err(error) }
+        if is_damage { Ok(printable(&error.to_string())) } else { Err(error) }
     }
 
     /// Whether an object that was listed is gone by now, deleted in due course.
