@@ -7,7 +7,8 @@
 //! # Invariants
 //! - Every number comes from a listing made now; nothing is cached and no index object exists.
 //! - Backups are listed before WAL: a backup that commits in between is not seen, one that is seen
-//!   has its WAL in the listing that follows.
+//!   has its WAL in the listing that follows, unless it expires in between: of one that misses packs or WAL
+//!   the manifest is looked for again.
 //! - A hole is believed only after the names around it were listed a second time: WAL is uploaded out
 //!   of order and compaction replaces small extents by a joint one, so that one listing in several
 //!   pages may miss what was there at every moment.
