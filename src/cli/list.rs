@@ -116,7 +116,7 @@ fn as_json(
         "incomplete": catalog.incomplete,
         "windows": windows(&intervals),
         "intervals": intervals,
-        "gaps": catalog.gaps(),
+        "gaps": catalog.gaps_at(now),
         "damaged": catalog.damaged,
         "newest_durable_commit": newest.map(|time| json!({
             "time": time,
@@ -154,7 +154,9 @@ fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Times
         let _ = writeln!(text, "Held: {id}{colon}{reason}");
     }
     text.push_str(&reachable(catalog));
-    for WalGap { gap, last_commit_before, commit_after, expired, barrier } in catalog.gaps() {
+    for WalGap { gap, last_commit_before, commit_after, expired, barrier, in_flight } in
+        catalog.gaps_at(now)
+    {
         let around = |time: Option<Timestamp>| time.map_or("unknown".to_owned(), words::time);
         let (what, place) = match (expired, barrier) {
             (true, _) => ("Expired WAL".to_owned(), gap.missing.to_string()),
@@ -162,6 +164,9 @@ fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Times
                 let from = gap.missing.start();
                 let place = format!("from {from} on, only a backup taken later leads past it");
                 (format!("GAP, {kind}"), place)
+            }
+            (false, None) if in_flight => {
+                ("WAL not stored yet".to_owned(), gap.missing.to_string())
             }
             (false, None) => ("GAP, WAL lost".to_owned(), gap.missing.to_string()),
         };
