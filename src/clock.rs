@@ -17,7 +17,7 @@ pub struct Clock(Arc<Source>);
 
 enum Source {
     System(SystemRandom),
-    Simulated { start: Timestamp, origin: tokio::time::Instant, state: Mutex<u64> },
+    Simulated { start: Mutex<Timestamp>, origin: tokio::time::Instant, state: Mutex<u64> },
 }
 
 /// A point in monotonic time, for deadlines and durations.
@@ -36,7 +36,17 @@ impl Clock {
     #[allow(clippy::disallowed_methods, reason = "the one place that reads the monotonic clock")]
     pub fn simulated(start: Timestamp, seed: u64) -> Self {
         let origin = tokio::time::Instant::now();
+        let start = Mutex::new(start);
         Self(Arc::new(Source::Simulated { start, origin, state: Mutex::new(seed) }))
+    }
+
+    /// Lets wall-clock time alone pass, as while a machine is suspended. Of a simulated clock.
+    #[cfg(test)]
+    pub(crate) fn suspend(&self, passed: jiff::SignedDuration) {
+        if let Source::Simulated { start, .. } = &*self.0 {
+            let mut start = start.lock().unwrap_or_else(PoisonError::into_inner);
+            *start = start.checked_add(passed).unwrap_or(Timestamp::MAX);
+        }
     }
 
     /// Wall-clock time.
@@ -47,6 +57,7 @@ impl Clock {
             Source::System(_) => Timestamp::now(),
             Source::Simulated { start, origin, .. } => {
                 let elapsed = jiff::SignedDuration::try_from(origin.elapsed()).unwrap_or_default();
+                let start = *start.lock().unwrap_or_else(PoisonError::into_inner);
                 start.checked_add(elapsed).unwrap_or(Timestamp::MAX)
             }
         }

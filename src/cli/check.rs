@@ -1,5 +1,6 @@
 //! `tidemark check`: whether everything that backup and restore will need is there.
 
+use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 
@@ -111,9 +112,10 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
         Some(repository) => findings.take("catalog", Catalog::load(repository).await),
         None => None,
     };
-    let streaming = Streaming::of(server.as_ref(), catalog.as_ref(), invocation.clock.now());
+    let now = invocation.clock.now();
+    let streaming = Streaming::of(server.as_ref(), catalog.as_ref(), now);
     if let (Some(repository), Some(catalog)) = (&repository, &catalog) {
-        contents(&mut findings, catalog, &streaming);
+        contents(&mut findings, catalog, &streaming, now);
         readable(&invocation, &mut findings, repository, catalog).await;
     }
     let slot_name = invocation.config.slot_name();
@@ -245,9 +247,9 @@ async fn store(findings: &mut Findings, repository: &Repository) -> Option<()> {
 const SEE_VERIFY: &str =
     "'tidemark verify' says what is lost. Take a base backup now, and find out why.";
 
-fn contents(findings: &mut Findings, catalog: &Catalog, streaming: &Streaming<'_>) {
+fn contents(findings: &mut Findings, catalog: &Catalog, streaming: &Streaming<'_>, now: Timestamp) {
     let what = "catalog";
-    let lost = catalog.gaps().iter().filter(|gap| !gap.expired).count();
+    let lost = catalog.gaps_at(now).iter().filter(|gap| gap.is_lost()).count();
     let backups = words::count(catalog.backups.len(), "backup");
     let is_broken = |backup: &&BackupSummary| !catalog.is_restorable(backup);
     let broken = catalog.backups.iter().filter(is_broken).count();

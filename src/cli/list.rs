@@ -116,7 +116,7 @@ fn as_json(
         "incomplete": catalog.incomplete,
         "windows": windows(&intervals),
         "intervals": intervals,
-        "gaps": catalog.gaps(),
+        "gaps": catalog.gaps_at(now),
         "damaged": catalog.damaged,
         "newest_durable_commit": newest.map(|time| json!({
             "time": time,
@@ -154,7 +154,9 @@ fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Times
         let _ = writeln!(text, "Held: {id}{colon}{reason}");
     }
     text.push_str(&reachable(catalog));
-    for WalGap { gap, last_commit_before, commit_after, expired, barrier } in catalog.gaps() {
+    for WalGap { gap, last_commit_before, commit_after, expired, barrier, in_flight } in
+        catalog.gaps_at(now)
+    {
         let around = |time: Option<Timestamp>| time.map_or("unknown".to_owned(), words::time);
         let (what, place) = match (expired, barrier) {
             (true, _) => ("Expired WAL".to_owned(), gap.missing.to_string()),
@@ -162,6 +164,9 @@ fn as_text(repository: &Repository, catalog: &Catalog, holds: &Holds, now: Times
                 let from = gap.missing.start();
                 let place = format!("from {from} on, only a backup taken later leads past it");
                 (format!("GAP, {kind}"), place)
+            }
+            (false, None) if in_flight => {
+                ("WAL not stored yet".to_owned(), gap.missing.to_string())
             }
             (false, None) => ("GAP, WAL lost".to_owned(), gap.missing.to_string()),
         };
@@ -331,5 +336,36 @@ mod tests {
             "\nDurable WAL ends at 0/90 on timeline 1, stored 5 min ago; 7 B in 1 object\n"
         );
         assert!(shown(None).contains("the store does not tell"), "{}", shown(None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_strangers_put_into_the_repository_gives_no_command_to_the_terminal() {
+        use crate::clock::Clock;
+        use crate::repo::{Lease, LeaseOptions, Object};
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let mut options = LeaseOptions::new("str\u{1b}]0;x\u{7}eam");
+        options.process.host = "\u{1b}[2Jdb\u{9b}1m".into();
+        let lease = Lease::acquire(&repository, options).await.unwrap();
+        let shown = async || {
+            let catalog = Catalog::load(&repository).await.unwrap();
+            as_text(&repository, &catalog, &Holds::new(), clock.now())
+        };
+        let is_plain = |text: &str| !text.contains(|c: char| c.is_control() && c != '\n');
+        let text = shown().await;
+        assert!(text.contains("Writer: str ]0;x eam (process"), "{text:?}");
+        assert!(is_plain(&text), "{text:?}");
+        let refused = Lease::acquire(&repository, LeaseOptions::new("run")).await.unwrap_err();
+        assert!(is_plain(refused.message()), "{refused:?}");
+        drop(lease);
+        let name = repository.name(&Object::Lease).unwrap();
+        let variant = |body: &mut Vec<u8>| {
+            let text = String::from_utf8(body.clone()).unwrap();
+            *body = text.replace("\"held\"", "\"\\u001b[2J\"").into_bytes();
+        };
+        memory.damage(&name, variant).unwrap();
+        let text = shown().await;
+        assert!(text.contains("DAMAGED 'main/lease'") && text.contains("[2J"), "{text:?}");
+        assert!(is_plain(&text), "{text:?}");
     }
 }

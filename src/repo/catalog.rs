@@ -7,7 +7,8 @@
 //! # Invariants
 //! - Every number comes from a listing made now; nothing is cached and no index object exists.
 //! - Backups are listed before WAL: a backup that commits in between is not seen, one that is seen
-//!   has its WAL in the listing that follows.
+//!   has its WAL in the listing that follows, unless it expires in between: of one that misses packs or WAL
+//!   the manifest is looked for again.
 //! - A hole is believed only after the names around it were listed a second time: WAL is uploaded out
 //!   of order and compaction replaces small extents by a joint one, so that one listing in several
 //!   pages may miss what was there at every moment.
@@ -16,7 +17,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -24,7 +25,7 @@ use crate::pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 use super::coverage::{Gap, StoredExtent, WalCatalog};
 use super::interval::{BackupSpan, Interval, Lineage, WalGap};
-use super::lease::LeaseInfo;
+use super::lease::{LeaseInfo, Progress};
 use super::manifest::PublicManifest;
 use super::marks::{BarrierKind, Marks};
 use super::names::{BackupId, KeyId};
@@ -232,9 +233,21 @@ impl Catalog {
             let (last_commit_before, commit_after) = lineage.times_around(&gap);
             let horizon = self.marks.expired.get(&gap.timeline);
             let expired = horizon.is_some_and(|horizon| gap.missing.end() <= *horizon);
-            WalGap { gap, last_commit_before, commit_after, expired, barrier }
+            let in_flight = false;
+            WalGap { gap, last_commit_before, commit_after, expired, barrier, in_flight }
         });
         gaps.collect()
+    }
+
+    /// The same at the time `now`, when a writer at work may not have filled all of them yet.
+    #[must_use]
+    pub fn gaps_at(&self, now: Timestamp) -> Vec<WalGap> {
+        let mut gaps = self.gaps();
+        for gap in gaps.iter_mut().filter(|gap| !gap.expired && gap.barrier.is_none()) {
+            let unsettled_from = self.unsettled_from(gap.gap.timeline, now);
+            gap.in_flight = unsettled_from.is_some_and(|from| from <= gap.gap.missing.start());
+        }
+        gaps
     }
 
     /// The extent with the greatest commit time.
@@ -258,19 +271,34 @@ impl Catalog {
         self.wal.last_extent(timeline)?.modified
     }
 
-    /// As [`Catalog::durable_end`], or where a writer at work at the time `now` has got to there, if that is before. It
-    /// uploads side by side what it received, so what lies behind may wait for what comes before it, which
-    /// the server still keeps: a hole there is no loss.
+    /// As [`Catalog::durable_end`], or where a writer at work at the time `now` has got to there, if that is
+    /// before: a hole behind is no loss. `None` also when such a writer has not said yet where it is.
     #[must_use]
     pub fn settled_end(&self, now: Timestamp) -> Option<(TimelineId, Lsn)> {
         let (timeline, end) = self.durable_end()?;
-        let at_work = self.lease.as_ref().filter(|lease| {
-            let ttl = SignedDuration::from_millis(i64::try_from(lease.ttl_ms).unwrap_or(i64::MAX));
-            !lease.released && now.duration_since(lease.renewed_time) <= ttl
-        });
-        let progress = at_work.and_then(|lease| lease.progress);
-        let settled = progress.filter(|progress| progress.timeline == timeline);
-        Some((timeline, settled.map_or(end, |progress| progress.durable_end_lsn.min(end))))
+        match self.unsettled_from(timeline, now) {
+            None => Some((timeline, end)),
+            Some(Lsn::INVALID) => None,
+            Some(from) => Some((timeline, from.min(end))),
+        }
+    }
+
+    /// From where on holes in `timeline` may still be filled: a writer at work at the time `now` uploads side
+    /// by side what it received, so what lies behind its progress may wait for what comes before it, which
+    /// the server still keeps. [`Lsn::INVALID`] when it has not told its progress there yet.
+    fn unsettled_from(&self, timeline: TimelineId, now: Timestamp) -> Option<Lsn> {
+        let lease = self.lease.as_ref().filter(|lease| lease.is_at_work(now))?;
+        let leads_through = |progress: &Progress| {
+            let path = self.lineage().path(progress.timeline);
+            path.iter().any(|part| part.timeline == timeline)
+        };
+        if let Some(progress) = lease.progress.filter(leads_through) {
+            return Some(progress.durable_end_lsn);
+        }
+        // It tells with its next renewal, unless it writes another branch. Its predecessor may have
+        // stored something up to when it died, a time to live before it was replaced.
+        let stored = self.wal.last_extent(timeline)?.modified?;
+        (lease.renewed_time.duration_since(stored) <= lease.ttl() * 2).then_some(Lsn::INVALID)
     }
 
     /// Timelines whose ancestors are not known because their history file is missing or damaged.
@@ -300,6 +328,8 @@ pub(super) mod tests {
     use super::super::coverage::tests::timeline;
     use super::super::manifest::BackupKind;
     use super::super::marks::Barrier;
+    use jiff::SignedDuration;
+
     use super::*;
     use crate::pg::SystemId;
 
@@ -447,10 +477,80 @@ pub(super) mod tests {
             progress: Some(progress),
             key_id: None,
         });
-        assert_eq!(end(&catalog, 91), 100);
-        assert_eq!(end(&catalog, 92), 140, "nobody is at work any more");
+        let lost = |catalog: &Catalog, minute| {
+            let gaps = catalog.gaps_at(at_minute(minute));
+            gaps.iter().filter(|gap| gap.is_lost()).count()
+        };
+        assert_eq!((end(&catalog, 91), lost(&catalog, 91)), (100, 0));
+        assert_eq!((end(&catalog, 92), lost(&catalog, 92)), (140, 1), "nobody is at work any more");
+        let clock_ahead = end(&catalog, 80);
+        assert_eq!(clock_ahead, 140, "nobody knows for how long it has been dead");
         catalog.lease.as_mut().unwrap().released = true;
-        assert_eq!(end(&catalog, 91), 140);
+        assert_eq!((end(&catalog, 91), lost(&catalog, 91)), (140, 1));
+    }
+
+    #[test]
+    fn what_a_writer_at_work_stored_before_it_told_its_progress_is_not_taken_for_all() {
+        use super::super::coverage::tests::extent;
+        let stored = |number, start, end, minute| StoredExtent {
+            modified: Some(at_minute(minute)),
+            ..extent(number, start, end, 0)
+        };
+        let lease = |progress| LeaseInfo {
+            epoch: 1,
+            released: false,
+            description: "stream".into(),
+            tenure: super::super::lease::Tenure::Standing,
+            process: super::super::process::ProcessIdentity::default(),
+            acquired_time: at_minute(90),
+            renewed_time: at_minute(90),
+            ttl_ms: 60_000,
+            progress,
+            key_id: None,
+        };
+        let progress = |number, end| Progress {
+            timeline: timeline(number),
+            durable_end_lsn: Lsn(end),
+            caught_up_time: None,
+            all_stored_time: None,
+        };
+        let history = |number, text: &str| {
+            let number = timeline(number);
+            (number, TimelineHistory::decode(number, text.as_bytes()).unwrap())
+        };
+        let mut catalog = Catalog {
+            backups: vec![backup(1, (10, 20), (0, 1))],
+            wal: WalCatalog::new([stored(1, 0, 100, 0), stored(1, 120, 140, 90)]),
+            ..Catalog::default()
+        };
+        let lost = |catalog: &Catalog| {
+            let gaps = catalog.gaps_at(at_minute(91)).into_iter().filter(WalGap::is_lost);
+            gaps.map(|gap| gap.gap.missing.start().0).collect::<Vec<_>>()
+        };
+        let settled = |catalog: &Catalog| catalog.settled_end(at_minute(91)).map(|end| end.1.0);
+        catalog.lease = Some(lease(None));
+        assert_eq!((settled(&catalog), lost(&catalog)), (None, vec![]));
+        // A hole that has been there for long is one, whoever has the lease.
+        catalog.wal = WalCatalog::new([stored(1, 0, 100, 0), stored(1, 120, 140, 80)]);
+        assert_eq!((settled(&catalog), lost(&catalog)), (Some(140), vec![100]));
+        // The server went on with timeline 2, and the lease is still to tell.
+        let first = [stored(1, 0, 40, 0), stored(1, 60, 100, 0), stored(1, 110, 140, 90)];
+        let second = [stored(2, 130, 150, 90), stored(2, 160, 170, 90)];
+        catalog.wal = WalCatalog::new(first.into_iter().chain(second));
+        catalog.histories = [history(2, "1\t0/8C\tpromoted\n")].into();
+        catalog.lease = Some(lease(Some(progress(1, 100))));
+        assert_eq!((settled(&catalog), lost(&catalog)), (None, vec![40]));
+        // It tells where it is on timeline 2 while the end of timeline 1 is on its way.
+        catalog.lease = Some(lease(Some(progress(2, 100))));
+        assert_eq!((settled(&catalog), lost(&catalog)), (Some(100), vec![40]));
+        catalog.lease = Some(lease(Some(progress(2, 150))));
+        assert_eq!((settled(&catalog), lost(&catalog)), (Some(150), vec![40, 100]));
+        // A branch that nobody writes any more, above the one that is written.
+        let dead = [stored(3, 140, 145, 20), stored(3, 150, 155, 20)];
+        catalog.wal = WalCatalog::new(first.into_iter().chain(dead));
+        catalog.histories = [history(3, "1\t0/8C\tpromoted\n")].into();
+        catalog.lease = Some(lease(Some(progress(1, 140))));
+        assert_eq!((settled(&catalog), lost(&catalog)), (Some(155), vec![40, 100, 145]));
     }
 
     #[test]

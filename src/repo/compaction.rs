@@ -285,12 +285,16 @@ pub struct CompactionReport {
     /// Objects that are not what their names say, each with the reason; nothing that depends on them
     /// was touched.
     pub damaged: Vec<String>,
+    /// Why the store would not let us delete; the run ended there.
+    pub refused: Option<String>,
 }
 
-/// Carries `plan` out; see the module for why dying anywhere loses nothing.
+/// Carries `plan` out; see the module for why dying anywhere loses nothing. What a joint object holds is
+/// deleted first: where that is refused nothing is joined, for each joint object would come on top of what
+/// it holds.
 ///
 /// # Errors
-/// What the store reports. Damaged objects are reported, not returned; those that vanished since the
+/// What the store reports, but that it refuses to delete. Damaged objects are reported, not returned; those that vanished since the
 /// plan was made (by retention) are passed over.
 pub async fn apply(
     repository: &Repository,
@@ -298,6 +302,13 @@ pub async fn apply(
     options: &CompactionOptions,
 ) -> Result<CompactionReport> {
     let mut report = CompactionReport::default();
+    for prune in &plan.prunes {
+        let outcome = delete_held(repository, prune, &mut report).await;
+        report.saw(outcome)?;
+        if report.refused.is_some() {
+            return Ok(report);
+        }
+    }
     let jobs = options.jobs.max(1);
     // Owned, so that the future can run in a task of its own.
     let mut merges = stream::iter(plan.merges.clone())
@@ -314,11 +325,6 @@ pub async fn apply(
             report.joint_count += 1;
             report.joined_count += merge.parts.len() as u64;
         }
-    }
-    drop(merges);
-    for prune in &plan.prunes {
-        let outcome = delete_held(repository, prune, &mut report).await;
-        report.saw(outcome)?;
     }
     Ok(report)
 }
@@ -432,8 +438,14 @@ async fn delete_held(
         }
     }
     for batch in names.chunks(BATCH_OBJECTS) {
-        repository.store().delete(batch).await?;
-        report.deleted_count += batch.len() as u64;
+        match repository.store().delete(batch).await {
+            Ok(()) => report.deleted_count += batch.len() as u64,
+            Err(error) if error.kind() == Kind::Denied => {
+                report.refused = Some(error.to_string());
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }

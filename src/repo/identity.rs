@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::header::FORMAT_VERSION;
 use super::names::{ClusterName, Object};
+use super::printable;
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::SystemId;
@@ -60,7 +61,10 @@ impl ClusterIdentity {
             return Err(Error::new(Kind::Corrupt, message));
         }
         let identity: Self = serde_json::from_slice(bytes).map_err(|error| {
-            Error::new(Kind::Corrupt, format!("it is not an identity: {error}"))
+            Error::new(
+                Kind::Corrupt,
+                format!("it is not an identity: {}", printable(&error.to_string())),
+            )
         })?;
         if identity.format != FORMAT {
             let format = &identity.format;

@@ -104,6 +104,16 @@ pub struct WalGap {
     /// Nothing is missing, but only a backup taken later leads on; with [`BarrierKind::Minimal`] the range
     /// is empty, with [`BarrierKind::Damaged`] it is what cannot be read of the server's WAL.
     pub barrier: Option<BarrierKind>,
+    /// Whether it may still be filled: a writer at work has not come so far yet.
+    pub in_flight: bool,
+}
+
+impl WalGap {
+    /// Whether what is missing is gone though nobody meant it to be.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        !self.expired && !self.in_flight
+    }
 }
 
 /// The WAL and how timelines descend from one another.

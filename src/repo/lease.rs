@@ -35,7 +35,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, Instant};
@@ -43,9 +43,9 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::store::{ObjectName, Replace, Store, VersionTag};
 
-use super::Repository;
 use super::names::Object;
 use super::process::{Life, ProcessIdentity};
+use super::{Repository, printable};
 
 /// Version of the lease's JSON.
 const LEASE_FORMAT: u16 = 1;
@@ -148,7 +148,7 @@ impl LeaseOptions {
     }
 }
 
-/// How far the holder has come: published with each renewal, so that the time up to which a silent
+/// How far the holder has come: published with each renewal and taken over by the next holder, so that the time up to which a silent
 /// cluster can be restored is known although no extent was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
@@ -188,6 +188,19 @@ pub struct LeaseInfo {
     pub progress: Option<Progress>,
     /// The data key that the holder seals with.
     pub key_id: Option<String>,
+}
+
+impl LeaseInfo {
+    /// Time to live without a renewal.
+    pub(super) fn ttl(&self) -> SignedDuration {
+        SignedDuration::from_millis(i64::try_from(self.ttl_ms).unwrap_or(i64::MAX))
+    }
+
+    /// Whether the holder is taken to be at work at the time `now`. One whose clock is far ahead of ours
+    /// is not: nobody could tell when it died.
+    pub(super) fn is_at_work(&self, now: Timestamp) -> bool {
+        !self.released && now.duration_since(self.renewed_time).abs() <= self.ttl()
+    }
 }
 
 /// Whether the lease is still ours.
@@ -242,8 +255,8 @@ impl Contents {
         if body.len() > LEASE_BYTES_MAX {
             return Err(damaged(format!("{} bytes, at most {LEASE_BYTES_MAX}", body.len())));
         }
-        let contents: Self =
-            serde_json::from_slice(body).map_err(|error| damaged(error.to_string()))?;
+        let mut contents: Self =
+            serde_json::from_slice(body).map_err(|error| damaged(printable(&error.to_string())))?;
         if contents.format != LEASE_FORMAT {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -254,6 +267,9 @@ impl Contents {
             )
             .hint("Use the newer tidemark that wrote it."));
         }
+        // Anybody who can write to the store may have put it: it is shown, and said in refusals.
+        contents.description = printable(&contents.description);
+        contents.process.host = printable(&contents.process.host);
         Ok(contents)
     }
 
@@ -307,6 +323,8 @@ struct Shared {
     held: Mutex<Term>,
     state: watch::Sender<LeaseState>,
     progress: Mutex<Option<Progress>>,
+    /// Something of the progress is worth a renewal now.
+    news: Notify,
     key_id: Mutex<Option<String>>,
 }
 
@@ -445,6 +463,7 @@ impl Holding {
             held: Mutex::new(term),
             state: watch::Sender::new(LeaseState::Held),
             progress: Mutex::new(None),
+            news: Notify::new(),
             key_id: Mutex::new(contents.key_id.clone()),
         });
         let stop = tokio_util::sync::CancellationToken::new();
@@ -597,10 +616,14 @@ impl Lease {
         Guard { watch: shared.state.subscribe(), shared }
     }
 
-    /// What the next renewal publishes.
+    /// What the next renewal publishes. The first one, and one of another timeline, is published at once:
+    /// until then nobody can tell what is missing from what is on its way.
     pub fn report(&self, progress: Progress) {
         let shared = self.shared();
-        *shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+        let mut told = shared.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.replace(progress).is_none_or(|before| before.timeline != progress.timeline) {
+            shared.news.notify_one();
+        }
     }
 
     /// Names the data key that the holder seals with from now on, so that a sweep keeps it; published
@@ -738,7 +761,7 @@ impl Candidate {
         let Some((body, tag)) = self.store.read_versioned(&self.name).await? else {
             return match self.follows {
                 Some(_) => Err(lost("its object was deleted")),
-                None => self.try_take(0, None, &mut look.tried).await,
+                None => self.try_take(None, None, &mut look.tried).await,
             };
         };
         let contents = Contents::decode(&self.name, &body)?;
@@ -749,7 +772,7 @@ impl Candidate {
         }
         if let Some(before) = &self.follows {
             return match contents.token == *before && !contents.is_free() {
-                true => self.try_take(contents.epoch, Some(tag), &mut look.tried).await,
+                true => self.try_take(Some(&contents), Some(tag), &mut look.tried).await,
                 false => Err(lost(&format!("another writer took it: {}", contents.who()))),
             };
         }
@@ -766,7 +789,7 @@ impl Candidate {
             }
         };
         if self.may_take(&contents, unchanged_since) {
-            return self.try_take(contents.epoch, Some(tag), &mut look.tried).await;
+            return self.try_take(Some(&contents), Some(tag), &mut look.tried).await;
         }
         self.pause(&contents, look).await?;
         Ok(None)
@@ -851,14 +874,15 @@ impl Candidate {
         }
     }
 
-    /// One conditional write; `None` when the object changed meanwhile.
+    /// One conditional write after what the lease said `before`; `None` when the object changed meanwhile.
     async fn try_take(
         &self,
-        epoch: u64,
+        before: Option<&Contents>,
         expected: Option<VersionTag>,
         tried: &mut Tried,
     ) -> Result<Option<Taken>> {
         let term = Term { sent: self.clock.instant(), sent_time: self.clock.now() };
+        let epoch = before.map_or(0, |before| before.epoch);
         let contents = Contents {
             format: LEASE_FORMAT,
             epoch: epoch.checked_add(1).ok_or_else(|| {
@@ -873,7 +897,8 @@ impl Candidate {
             acquired_time: term.sent_time,
             renewed_time: term.sent_time,
             tenure: self.options.tenure,
-            progress: None,
+            // What the holder before us had reached stays true until we know more.
+            progress: before.and_then(|before| before.progress),
             key_id: self.options.key_id.clone(),
         };
         tried.add(&expected, term);
@@ -939,6 +964,7 @@ impl Holder {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return self,
+                () = self.shared.news.notified() => {}
                 () = tokio::time::sleep_until(next.min(deadline)) => {}
             }
             if self.shared.ensure_held().is_err() || self.shared.clock.instant() >= deadline {
@@ -1129,6 +1155,31 @@ mod tests {
         assert_eq!(info.key_id.as_deref(), Some("abc"));
         let lease = take(&memory, &clock, on_host("beta", Wait::Refuse)).await.unwrap();
         assert_eq!(lease.epoch(), 2);
+        let info = read(&memory, &name()).await.unwrap().unwrap();
+        assert_eq!((info.progress, info.key_id), (Some(progress), None), "and the key is its own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_first_report_and_one_of_another_timeline_are_published_at_once() {
+        let clock = clock(19);
+        let memory = Memory::new(&clock);
+        let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
+        let published = async |number, end| {
+            lease.report(Progress {
+                timeline: TimelineId::new(number).unwrap(),
+                durable_end_lsn: Lsn(end),
+                caught_up_time: None,
+                all_stored_time: None,
+            });
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let told = read(&memory, &name()).await.unwrap().unwrap().progress;
+            told.map(|told| (told.timeline.get(), told.durable_end_lsn.0))
+        };
+        assert_eq!(published(1, 10).await, Some((1, 10)));
+        assert_eq!(published(1, 20).await, Some((1, 10)), "with the next renewal");
+        assert_eq!(published(2, 30).await, Some((2, 30)));
+        tokio::time::sleep(TTL * 3).await;
+        lease.guard().ensure_held().unwrap();
     }
 
     /// Process 1 of a container of this name, in the process namespace that it has between restarts.

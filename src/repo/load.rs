@@ -16,7 +16,6 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineId};
 use crate::store::{ListPage, ObjectInfo, ObjectName};
 
-use super::Repository;
 use super::catalog::{
     BAD_PACKS_MAX, BackupObjects, BackupSummary, Catalog, DamagedObject, IncompleteBackup,
     StoredKey,
@@ -26,6 +25,7 @@ use super::lease;
 use super::manifest::PublicManifest;
 use super::marks;
 use super::names::{BackupId, Object};
+use super::{Repository, printable};
 
 /// Listing requests in flight.
 const LIST_JOBS_MAX: usize = 8;
@@ -56,7 +56,27 @@ impl Catalog {
         let (marks, foreign_count) = marks::load(repository).await?;
         catalog.marks = marks;
         catalog.foreign_count += foreign_count;
+        catalog.forget_deleted(repository).await?;
         Ok(catalog)
+    }
+
+    /// Takes backups off the list that were deleted after it: their manifests went before their packs and
+    /// their WAL, which may be missed here already.
+    async fn forget_deleted(&mut self, repository: &Repository) -> Result<()> {
+        let is_broken = |backup: &&BackupSummary| !self.is_restorable(backup);
+        let broken: Vec<_> = self.backups.iter().filter(is_broken).map(BackupSummary::id).collect();
+        let mut looks = stream::iter(broken)
+            .map(async |id| {
+                let manifest = repository.name(&Object::Manifest(id))?;
+                Ok::<_, Error>((id, repository.store().head(&manifest).await?))
+            })
+            .buffered(READ_JOBS_MAX);
+        while let Some(look) = looks.next().await {
+            if let (id, None) = look? {
+                self.backups.retain(|backup| backup.id() != id);
+            }
+        }
+        Ok(())
     }
 
     async fn load_backups(&mut self, repository: &Repository) -> Result<()> {
@@ -112,7 +132,7 @@ impl Catalog {
             Object::History(timeline) => (None, Some(timeline)),
             _ => (None, None),
         };
-        let (object, problem) = (name.to_string(), error.to_string());
+        let (object, problem) = (name.to_string(), printable(&error.to_string()));
         self.damaged.push(DamagedObject { object, backup, timeline, problem });
         Ok(())
     }
@@ -594,6 +614,54 @@ mod tests {
         let catalog = unread().await;
         assert_eq!(catalog.damaged, [], "deleted since they were listed first");
         assert!(catalog.unknown_ancestries().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backup_that_expires_between_the_listings_is_not_listed_without_its_wal() {
+        use crate::repo::Encryption;
+        use crate::repo::catalog::tests::backup;
+        use crate::repo::manifest::Manifest;
+        use crate::repo::retention::{self, RetentionOptions};
+        let (memory, repository) = scene().await;
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        let days = 10 * 24 * 60;
+        for (lsns, minute) in
+            [((1 << 20, (1 << 20) + 0x1000), 0), ((5 << 20, (5 << 20) + 0x1000), days)]
+        {
+            let public = backup(1, lsns, (minute, minute + 1)).manifest;
+            let pack = Object::Pack(PackName { backup: public.id, number: 1 });
+            let name = repository.name(&pack).unwrap();
+            memory.put_if_absent(&name, Bytes::from(vec![0; 10])).await.unwrap();
+            let manifest = Object::Manifest(public.id);
+            let sealed = Manifest {
+                public,
+                tablespaces: Vec::new(),
+                settings: [].into(),
+                packs: Vec::new(),
+                checksum_failures: Vec::new(),
+            };
+            let name = repository.name(&manifest).unwrap();
+            memory.put_if_absent(&name, sealed.seal(&writer).unwrap()).await.unwrap();
+            for start in [lsns.0, lsns.0 + 0x1000] {
+                let extent = extent(1, start, start + 0x1000);
+                put(&memory, &repository, Object::Extent(extent)).await;
+            }
+            tokio::time::sleep(std::time::Duration::from_secs(days.unsigned_abs() * 60)).await;
+        }
+        let catalog = Catalog::load(&repository).await.unwrap();
+        assert_eq!(catalog.backups.len(), 2);
+        let options = RetentionOptions { keep_count: Some(1), ..RetentionOptions::default() };
+        let plan = retention::plan(&catalog, &options, repository.clock().now()).unwrap();
+        assert_eq!((plan.backups.len(), plan.wal.len()), (1, 1));
+        let elsewhere = repository.clone();
+        memory.before_list(&repository.cluster().wal_prefix(), async move {
+            let report = retention::apply(&elsewhere, &plan).await.unwrap();
+            assert_eq!((report.backups.len(), report.refused.len()), (1, 0));
+        });
+        let catalog = Catalog::load(&repository).await.unwrap();
+        let broken = catalog.backups.iter().filter(|backup| !catalog.is_restorable(backup));
+        assert_eq!(broken.map(BackupSummary::id).collect::<Vec<_>>(), []);
+        assert_eq!((catalog.backups.len(), catalog.damaged.len()), (1, 0));
     }
 
     #[tokio::test]

@@ -22,11 +22,11 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Repository;
 use super::header::{HEADER_BYTES, ObjectHeader, ObjectKind, array};
 use super::names::{BackupId, KeyId, Object};
 use super::pack::FooterPlace;
 use super::writer::{Writer, seal_blocks};
+use super::{Repository, printable};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, SegmentSize, SystemId, TimelineId, crc32c};
 use crate::pipeline::codec::{Compressor, Level};
@@ -267,8 +267,14 @@ impl Front {
                 "its public section has CRC {found:08x}, expected {expected:08x}"
             )));
         }
-        let public: PublicManifest = serde_json::from_slice(section)
-            .map_err(|error| corrupt(format!("its public section is not a manifest: {error}")))?;
+        let mut public: PublicManifest = serde_json::from_slice(section).map_err(|error| {
+            let found = printable(&error.to_string());
+            corrupt(format!("its public section is not a manifest: {found}"))
+        })?;
+        // Shown before anything of it is authenticated.
+        for recipient in &mut public.recipients {
+            *recipient = printable(recipient);
+        }
         if public.id != id || public.system_id != system_id {
             let (found, system) = (public.id, public.system_id);
             return Err(corrupt(format!("it is the manifest of '{found}' of cluster {system}")));
@@ -325,4 +331,34 @@ pub(super) async fn read_public(repository: &Repository, id: BackupId) -> Result
     };
     let (_, public) = front.public(&bytes, id, repository.system_id()).context(attempted)?;
     Ok(public)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::repo::Encryption;
+    use crate::repo::catalog::tests::backup;
+    use crate::store::Store as _;
+
+    #[tokio::test]
+    async fn who_may_open_a_manifest_is_told_without_commands_to_a_terminal() {
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let writer = repository.writer(&Encryption::None).await.unwrap();
+        let mut public = backup(1, (0x1000, 0x2000), (0, 1)).manifest;
+        public.recipients = vec!["age1\u{1b}[2Jx".to_owned()];
+        let id = public.id;
+        let manifest = Manifest {
+            public,
+            tablespaces: Vec::new(),
+            settings: BTreeMap::new(),
+            packs: Vec::new(),
+            checksum_failures: Vec::new(),
+        };
+        let name = repository.name(&Object::Manifest(id)).unwrap();
+        memory.put_if_absent(&name, manifest.seal(&writer).unwrap()).await.unwrap();
+        let read = repository.public_manifest(id).await.unwrap();
+        assert_eq!(read.recipients, ["age1 [2Jx"]);
+    }
 }

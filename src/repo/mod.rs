@@ -65,6 +65,11 @@ use crate::error::Result;
 use crate::pg::{SystemId, TimelineHistory, TimelineId};
 use crate::store::{ObjectName, Store};
 
+/// Text that nobody has authenticated, without the characters that a terminal would take for commands.
+fn printable(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
 /// The byte-exact repository format, version 1.
 #[doc = include_str!("FORMAT.md")]
 pub mod format {}

@@ -49,10 +49,10 @@ use crate::pg::{Lsn, TimelineId};
 use crate::pipeline::{Pool, PoolOptions, budget};
 
 use super::catalog::Catalog;
-use super::coverage::{StoredExtent, WalCatalog};
+use super::coverage::{StoredExtent, WalCatalog, intersection};
 use super::interval::{Interval, WalGap};
 use super::names::{BackupId, ExtentName, Object};
-use super::{Level, Reader, Repository};
+use super::{Level, Reader, Repository, printable};
 
 /// After so many bad objects the run ends.
 pub const DEFECTS_MAX: usize = 1000;
@@ -216,7 +216,7 @@ impl VerifyReport {
     /// Holes that are a loss: times in them cannot be restored.
     #[must_use]
     pub fn lost_count(&self) -> usize {
-        self.gaps.iter().filter(|gap| !gap.expired).count()
+        self.gaps.iter().filter(|gap| gap.is_lost()).count()
     }
 
     /// The error that a command ends with when the report is not sound.
@@ -280,24 +280,7 @@ impl fmt::Display for VerifyReport {
             )?;
         }
         for gap in &self.gaps {
-            let WalGap { gap, last_commit_before, commit_after, expired, barrier } = gap;
-            if let Some(kind) = barrier {
-                let (start, timeline) = (gap.missing.start(), gap.timeline);
-                writeln!(
-                    f,
-                    "WAL of timeline {timeline} from {start} on: {kind}, only a backup taken later \
-                     leads past it"
-                )?;
-                continue;
-            }
-            write!(f, "WAL {} of timeline {}: ", gap.missing, gap.timeline)?;
-            match (expired, last_commit_before, commit_after) {
-                (true, _, _) => writeln!(f, "removed by retention")?,
-                (false, Some(before), Some(after)) => {
-                    writeln!(f, "LOST, with the commits between {before} and {after}")?;
-                }
-                (false, _, _) => writeln!(f, "LOST")?,
-            }
+            write_gap(f, gap)?;
         }
         if let Some(WalEnd { timeline, lsn }) = self.unreached_end {
             writeln!(f, "NOT REACHED by any backup: the WAL up to {lsn} of timeline {timeline}")?;
@@ -321,6 +304,29 @@ impl fmt::Display for VerifyReport {
             writeln!(f, "ended early: {DEFECTS_MAX} bad objects were enough")?;
         }
         Ok(())
+    }
+}
+
+/// The line of a hole.
+fn write_gap(f: &mut fmt::Formatter<'_>, found: &WalGap) -> fmt::Result {
+    let WalGap { gap, last_commit_before, commit_after, expired, barrier, in_flight } = found;
+    let (missing, timeline) = (gap.missing, gap.timeline);
+    if let Some(kind) = barrier {
+        let start = missing.start();
+        return writeln!(
+            f,
+            "WAL of timeline {timeline} from {start} on: {kind}, only a backup taken later leads past \
+             it"
+        );
+    }
+    write!(f, "WAL {missing} of timeline {timeline}: ")?;
+    match (last_commit_before, commit_after) {
+        _ if *expired => writeln!(f, "removed by retention"),
+        _ if *in_flight => writeln!(f, "not stored yet, a writer is at work"),
+        (Some(before), Some(after)) => {
+            writeln!(f, "LOST, with the commits between {before} and {after}")
+        }
+        _ => writeln!(f, "LOST"),
     }
 }
 
@@ -450,7 +456,7 @@ impl Run {
             Kind::Denied => self.opened.load(Ordering::Relaxed),
             _ => false,
         };
-        if is_damage { Ok(error.to_string()) } else { Err(error) }
+        if is_damage { Ok(printable(&error.to_string())) } else { Err(error) }
     }
 
     /// Whether an object that was listed is gone by now, deleted in due course.
@@ -534,6 +540,18 @@ impl Found {
         self.defects.len() >= DEFECTS_MAX
     }
 
+    /// The holes there are without what is bad, which no writer brings any more.
+    fn gaps_of(&self, left: &Catalog, start_time: Timestamp) -> Vec<WalGap> {
+        let mut gaps = left.gaps_at(start_time);
+        for WalGap { gap, in_flight, .. } in &mut gaps {
+            let is_in = |bad: &ExtentName| {
+                bad.timeline == gap.timeline && !intersection(bad.range, gap.missing).is_empty()
+            };
+            *in_flight &= !self.bad_extents.iter().any(is_in);
+        }
+        gaps
+    }
+
     fn report(mut self, catalog: &Catalog, start_time: Timestamp, run: &Run) -> VerifyReport {
         let bad_backups: BTreeSet<BackupId> =
             self.defects.iter().filter_map(|defect| defect.backup).collect();
@@ -554,6 +572,7 @@ impl Found {
             .map(|(timeline, lsn)| WalEnd { timeline, lsn });
         self.defects.sort_by(|a, b| a.object.cmp(&b.object));
         self.backups.sort_by_key(|backup| backup.id);
+        let gaps = self.gaps_of(&left, start_time);
         VerifyReport {
             start_time,
             end_time: run.repository.clock().now(),
@@ -562,7 +581,7 @@ impl Found {
             incomplete: catalog.incomplete.iter().map(|backup| backup.id).collect(),
             wal: self.wal,
             intervals: left.intervals(),
-            gaps: left.gaps(),
+            gaps,
             unreached_end,
             defects: self.defects,
             ended_early: self.ended_early,

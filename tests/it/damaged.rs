@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use minis3::{Effect, Fault, Op};
 
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
@@ -20,6 +21,8 @@ use tidemark::repo::{
 };
 use tidemark::store::memory::Memory;
 use tidemark::store::{ObjectName, Store};
+
+use crate::s3_server;
 
 const KIB: u64 = 1024;
 const SYSTEM: SystemId = SystemId(7_300_000_000_000_000_001);
@@ -558,4 +561,42 @@ async fn a_sample_reads_less_and_all_footers() {
     let extents: u64 = report.wal.iter().map(|wal| wal.whole_count).sum();
     assert_eq!((frames, extents), (0, 0));
     assert!(report.backups.iter().all(|backup| backup.pack_count >= 2 && backup.file_count == 5));
+}
+
+/// One object that a lifecycle rule has moved to an archive class is not there for as long as nobody brings
+/// it back. Everything else is.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_moved_to_an_archive_class_hides_nothing_else() {
+    let server = s3_server::memory();
+    let store = s3_server::open(&server, "p");
+    let cluster = ClusterName::new("main").unwrap();
+    let clock = Clock::system();
+    let repository = Repository::create(store, cluster, SYSTEM, &clock).await.unwrap();
+    let writer = repository.writer(&Encryption::None).await.unwrap();
+    for index in 0..7 {
+        put_wal(&writer, index).await;
+    }
+    let history = Bytes::from("1\t0/40000\tno recovery target specified\n");
+    writer.put_history(timeline(2), history).await.unwrap();
+    put_backup(&writer, 1, 512 << 20).await;
+    put_backup(&writer, 2, 512 << 20).await;
+    let archive = |object: &Object| {
+        let archived = Effect::error(403, "InvalidObjectState");
+        let key = repository.name(object).unwrap();
+        server.faults().add(Fault::new(archived).on(Op::GetObject).key(key.as_str()));
+    };
+    archive(&Object::Manifest(backup(1)));
+    let catalog = Catalog::load(&repository).await.unwrap();
+    let listed: Vec<_> = catalog.backups.iter().map(|backup| backup.id()).collect();
+    let damaged: Vec<_> = catalog.damaged.iter().map(|object| object.backup).collect();
+    assert_eq!((listed, damaged), (vec![backup(2)], vec![Some(backup(1))]));
+    server.faults().clear();
+    archive(&Object::Pack(PackName { backup: backup(2), number: 1 }));
+    archive(&Object::Extent(extent(0)));
+    let reader = repository.reader(Vec::new());
+    let options = VerifyOptions::new(2);
+    let report = verify(&repository, &reader, &options, &Arc::default()).await.unwrap();
+    assert_eq!(report.defects.len(), 2, "{report}");
+    let whole: Vec<_> = report.backups.iter().map(|backup| backup.whole).collect();
+    assert_eq!(whole, [true, false], "{report}");
 }

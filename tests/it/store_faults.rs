@@ -681,6 +681,18 @@ async fn a_store_without_bulk_delete_is_served_one_by_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_delete_without_the_right_to_it_is_not_tried_again() {
+    let server = memory();
+    let store = open(&server, "p");
+    put(&store, "a").await.unwrap();
+    server.set_quirks(Quirks { deny_deletes: true, ..Quirks::default() });
+    let error = store.delete(&[name("a")]).await.unwrap_err();
+    assert_says(&error, Kind::Denied, &["unable to delete object 'a'"], "s3:DeleteObject");
+    let requests = store.requests();
+    assert_eq!((requests.deletes, requests.retries), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_probe_finds_out_stores_that_say_yes_and_do_nothing() {
     let server = memory();
     let store = open(&server, "p");

@@ -1,10 +1,12 @@
 //! Runs written by hand: what a seed once found, so small that nothing else is in the way.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
 use tidemark::repo::Catalog;
 use tidemark::repo::retention::RetentionOptions;
+use tidemark::repo::verify::{VerifyOptions, verify};
 
 use crate::model::{Damage, SEGMENT};
 use crate::net::Weather;
@@ -490,4 +492,52 @@ fn the_base_of_the_recovery_window_outlives_every_other_rule() {
     world.run(seconds(60), STEP);
     assert_eq!(world.judge.violations, Vec::<String>::new());
     assert_eq!(world.judge.committed.len(), 2);
+/// A sidecar that is killed leaves WAL behind a hole, and the one that takes over fills it from what the slot
+/// has kept. Until it is done, nothing is lost and the backup leads to all that counts.
+#[test]
+fn what_a_killed_sidecar_left_behind_a_hole_is_no_loss_once_another_is_at_work() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    world.order_backup(0);
+    world.run(seconds(30), STEP);
+    world.net.set_weather(Weather { lost: 400, way_ms: 1500, ..Weather::FAIR });
+    let unseen = |world: &mut World| {
+        let found = world.look(async |_, repository, _| {
+            let catalog = Catalog::load(repository).await?;
+            let reader = repository.reader(Vec::new());
+            let options = VerifyOptions { thread_count: 0, ..VerifyOptions::new(1) };
+            let report = verify(repository, &reader, &options, &Arc::default()).await?;
+            let epoch = catalog.lease.as_ref().map_or(0, |lease| lease.epoch);
+            assert_eq!(catalog.backups.len(), 1);
+            Ok((epoch, catalog.gaps().len(), report.lost_count(), report.unreached_end))
+        });
+        found.unwrap()
+    };
+    for _ in 0..400 {
+        let now = world.now;
+        world.server.work(3000, now);
+        world.run(STEP * 4, STEP);
+        if unseen(&mut world).1 > 0 {
+            break;
+        }
+    }
+    world.kill(0);
+    // What was under way arrives, or is lost.
+    world.run(seconds(4), STEP);
+    assert!(unseen(&mut world).1 > 0, "{:?}", world.log);
+    world.net.set_weather(Weather::FAIR);
+    world.start_sidecar();
+    let mut looks = 0;
+    for _ in 0..400 {
+        world.run(STEP, STEP);
+        let (epoch, holes, lost, unreached) = unseen(&mut world);
+        if epoch > 1 {
+            assert_eq!((lost, unreached), (0, None), "{:?}", world.log);
+            looks += usize::from(holes > 0);
+        }
+    }
+    assert!(looks > 0, "it was too quick");
+    assert_eq!(unseen(&mut world).1, 0, "the hole is filled");
+    assert_eq!(world.judge.violations, Vec::<String>::new());
 }

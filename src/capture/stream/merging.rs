@@ -3,7 +3,8 @@
 //! Every ten minutes, on one request at a time, and only while nothing waits for the repository: the
 //! memory budget is the stream's. The first runs of a process look at all WAL of the timeline that is
 //! streamed, later ones at what came since. While nobody streams nothing is merged, and what was small at
-//! the end of a timeline that was left stays so.
+//! the end of a timeline that was left stays so. A host that may not delete cannot merge: it would store
+//! all WAL once more with each run. It says so once, and merges nothing until it is started again.
 //!
 //! # Durability
 //! See [`compaction`]: nothing is deleted that another object was not read back to hold. Dying on any
@@ -58,26 +59,35 @@ impl Merging {
                     true => horizons.pop_front().unwrap_or_default(),
                     false => Lsn::INVALID,
                 };
-                if let Err(error) = merge(&repository, timeline, from, segment_size).await {
-                    tracing::warn!("small WAL extents could not be merged: {error}");
+                match merge(&repository, timeline, from, segment_size).await {
+                    Ok(None) => {}
+                    Ok(Some(refused)) => {
+                        tracing::warn!(
+                            "small WAL extents are not merged by this process any more, which may not \
+                             delete what a merged one holds: {refused}"
+                        );
+                        return;
+                    }
+                    Err(error) => tracing::warn!("small WAL extents could not be merged: {error}"),
                 }
             }
         }))
     }
 }
 
+/// One run; why, when the store would not let it delete.
 async fn merge(
     repository: &Repository,
     timeline: TimelineId,
     from: Lsn,
     segment_size: SegmentSize,
-) -> Result<()> {
+) -> Result<Option<String>> {
     let wal = WalCatalog::load_tail(repository, timeline, from, segment_size).await?;
     let mut options = CompactionOptions::new(segment_size);
     options.stored_bytes_max = MERGED_BYTES_MAX;
     let plan = compaction::plan(&wal, &options, repository.clock().now());
     if plan.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let report = compaction::apply(repository, &plan, &options).await?;
     tracing::debug!(
@@ -90,7 +100,7 @@ async fn merge(
     for damaged in &report.damaged {
         tracing::error!("a WAL extent in the repository is damaged: {damaged}");
     }
-    Ok(())
+    Ok(report.refused)
 }
 
 #[cfg(test)]
@@ -98,33 +108,91 @@ mod tests {
     use super::*;
     use crate::clock::Clock;
 
-    use crate::repo::{Encryption, ExtentBuilder, Level};
+    use crate::repo::{Encryption, ExtentBuilder, Level, Writer};
     use crate::store::Store;
+    use crate::store::memory::{Call, Memory, Outcome};
 
     use bytes::Bytes;
 
+    const SIZE_BYTES: u64 = 1 << 20;
+
+    struct Scene {
+        memory: Memory,
+        repository: Repository,
+        writer: Writer,
+        status: Arc<Status>,
+    }
+
+    impl Scene {
+        async fn new() -> Self {
+            let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+            let (memory, repository) = Repository::in_memory(&clock).await;
+            let writer = repository.writer(&Encryption::None).await.unwrap();
+            let status = Arc::new(Status::new());
+            status.update(|now| {
+                now.phase = Phase::Streaming;
+                now.timeline = Some(TimelineId::FIRST);
+                now.durable_end_lsn = Lsn(2 * SIZE_BYTES);
+            });
+            Self { memory, repository, writer, status }
+        }
+
+        /// Puts eight extents that make up segment `number`.
+        async fn put_segment(&self, number: u64) {
+            for index in 0..8_u64 {
+                let start = Lsn(number * SIZE_BYTES + index * SIZE_BYTES / 8);
+                let (timeline, level) = (TimelineId::FIRST, Level::default());
+                let mut builder = ExtentBuilder::new(&self.writer, timeline, start, level).unwrap();
+                builder.push(Bytes::from(vec![7; 1 << 17])).unwrap();
+                self.writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
+            }
+        }
+
+        fn start(&self) -> Merging {
+            let size = SegmentSize::new(1 << 20).unwrap();
+            Merging::start(&self.repository, size, &self.status)
+        }
+
+        async fn object_count(&self) -> usize {
+            self.memory.list_all("main/wal/").await.unwrap().len()
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_complete_segment_of_small_extents_becomes_one_object() {
-        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
-        let (memory, repository) = Repository::in_memory(&clock).await;
-        let writer = repository.writer(&Encryption::None).await.unwrap();
-        let size = SegmentSize::new(1 << 20).unwrap();
-        for index in 0..8_u64 {
-            let start = Lsn((1 << 20) + index * (1 << 17));
-            let level = Level::default();
-            let mut builder = ExtentBuilder::new(&writer, TimelineId::FIRST, start, level).unwrap();
-            builder.push(Bytes::from(vec![7; 1 << 17])).unwrap();
-            writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
-        }
-        let status = Arc::new(Status::new());
-        status.update(|now| {
-            now.phase = Phase::Streaming;
-            now.timeline = Some(TimelineId::FIRST);
-            now.durable_end_lsn = Lsn(2 << 20);
-        });
-        let merging = Merging::start(&repository, size, &status);
+        let scene = Scene::new().await;
+        scene.put_segment(1).await;
+        let merging = scene.start();
         tokio::time::sleep(PAUSE * 4).await;
         drop(merging);
-        assert_eq!(memory.list_all("main/wal/").await.unwrap().len(), 1);
+        assert_eq!(scene.object_count().await, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_nothing_may_be_deleted_nothing_more_is_made_and_that_is_said_once() {
+        use std::io::{Read as _, Seek as _};
+        let log = Arc::new(tempfile::tempfile().unwrap());
+        let writer = Arc::clone(&log);
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let scene = Scene::new().await;
+        for _ in 0..100 {
+            scene.memory.fail_next(Call::Delete, Outcome::Denied);
+        }
+        scene.put_segment(1).await;
+        let merging = scene.start();
+        // Of an age to be joined in the run that would delete what the first has joined.
+        tokio::time::sleep(PAUSE / 2).await;
+        scene.put_segment(2).await;
+        tokio::time::sleep(PAUSE).await;
+        assert_eq!(scene.object_count().await, 8 + 1 + 8);
+        tokio::time::sleep(PAUSE * 4).await;
+        drop(merging);
+        assert_eq!(scene.object_count().await, 8 + 1 + 8);
+        let mut said = String::new();
+        (&*log).rewind().unwrap();
+        (&*log).read_to_string(&mut said).unwrap();
+        assert_eq!(said.matches(" WARN ").count(), 1, "{said}");
+        assert!(said.contains("access denied"), "{said}");
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 
@@ -42,7 +43,14 @@ pub(super) struct Collected {
     /// Number of all bad pages.
     pub(super) failure_count: u64,
     /// When the last pack was durable.
-    pub(super) last_put: Option<Instant>,
+    pub(super) last_put: Option<LastPut>,
+}
+
+/// A moment by both clocks: the monotonic one may stand still while the machine is suspended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LastPut {
+    pub(super) instant: Instant,
+    pub(super) time: Timestamp,
 }
 
 pub(super) struct Collector {
@@ -60,7 +68,7 @@ pub(super) struct Collector {
     /// Objects this backup has made, to be taken back when it is aborted.
     made: Vec<ObjectName>,
     failures: Vec<ChecksumFailure>,
-    last_put: Option<Instant>,
+    last_put: Option<LastPut>,
 }
 
 /// A pack that takes in blocks or waits for its last.
@@ -415,7 +423,8 @@ impl Collector {
         }
         self.made.push(object);
         self.packs.insert(pack, upload.summary.ok_or_else(missing)?);
-        self.last_put = Some(self.shared.writer.repository().clock().instant());
+        let clock = self.shared.writer.repository().clock();
+        self.last_put = Some(LastPut { instant: clock.instant(), time: clock.now() });
         Ok(())
     }
 

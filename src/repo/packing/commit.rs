@@ -114,8 +114,11 @@ impl PackedBackup {
     }
 
     fn check_age(&self) -> Result<()> {
-        let now = self.shared.writer.repository().clock().instant();
-        let age = self.collected.last_put.map_or(Duration::ZERO, |put| now.duration_since(put));
+        let clock = self.shared.writer.repository().clock();
+        let age = self.collected.last_put.map_or(Duration::ZERO, |put| {
+            let by_wall_clock = Duration::try_from(clock.now().duration_since(put.time));
+            clock.instant().duration_since(put.instant).max(by_wall_clock.unwrap_or_default())
+        });
         if age <= COMMIT_TIME_MAX {
             return Ok(());
         }

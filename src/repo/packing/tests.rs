@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use jiff::SignedDuration;
 use proptest::prelude::*;
 
 use super::*;
@@ -491,6 +492,18 @@ async fn a_pack_that_went_missing_or_a_day_that_passed_forbids_the_manifest() {
     tokio::time::advance(std::time::Duration::from_secs(25 * 3600)).await;
     let error = third.commit(facts()).await.unwrap_err();
     assert!(error.to_string().contains("25 hours ago"), "{error}");
+}
+
+#[tokio::test]
+async fn a_day_that_passed_while_the_machine_was_suspended_forbids_the_manifest() {
+    let place = Place::new().await;
+    let mut backup = place.begin(u64::MAX, Arc::new(NoInspection)).await;
+    put_file(&mut backup, "a", b"b", 1).await.unwrap();
+    let packed = backup.finish_packs().await.unwrap();
+    place.repository.clock().suspend(SignedDuration::from_hours(48));
+    let error = packed.commit(facts()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.to_string().contains("48 hours ago"), "{error}");
 }
 
 #[tokio::test]

@@ -185,7 +185,10 @@ impl Failure {
             | "ServiceUnavailable"
             | "Busy"
             | "IncompleteBody" => Verdict::Retry,
-            "NotImplemented" => Verdict::Final,
+            // Of each name that DeleteObjects was refused, in an answer of status 200.
+            "AccessDenied" | "AllAccessDisabled" | "InvalidObjectState" | "NotImplemented" => {
+                Verdict::Final
+            }
             _ if self.is_checksum_mismatch() => Verdict::Retry,
             _ => match self.status {
                 429 | 503 | 509 => Verdict::SlowDown,
@@ -290,8 +293,9 @@ impl Failure {
             | "AuthorizationHeaderMalformed"
             | "IllegalLocationConstraintException"
             | "TemporaryRedirect" => (Kind::Config, None),
+            // What is wrong is this one object: those beside it may be there.
             "InvalidObjectState" => (
-                Kind::Config,
+                Kind::Unsupported,
                 Some(
                     "The object was moved to an archive class: restore it there first, and exclude the repository from that lifecycle rule.",
                 ),
@@ -451,4 +455,26 @@ fn debug_cause(text: String) -> String {
         return "no credentials were found".to_owned();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_in_a_list_of_results_is_refused_for_good() {
+        for code in ["AccessDenied", "AllAccessDisabled", "InvalidObjectState"] {
+            assert_eq!(Failure::listed(code, "").verdict(), Verdict::Final, "{code}");
+        }
+        for code in ["InternalError", "SomethingNew"] {
+            assert_eq!(Failure::listed(code, "").verdict(), Verdict::Retry, "{code}");
+        }
+    }
+
+    #[test]
+    fn an_archived_object_is_a_trouble_of_its_own_and_not_of_the_configuration() {
+        let error = Failure::listed("InvalidObjectState", "").into_error("unable to read it");
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.hint_text().unwrap().contains("archive class"));
+    }
 }

@@ -298,6 +298,9 @@ impl Shared {
     /// Removes a version, or hides the key behind a delete marker when versions are kept. Returns
     /// whether a marker was made or removed, and the id of what was touched.
     fn delete(&self, state: &mut State, target: &Target<'_>) -> S3Result<(bool, Option<String>)> {
+        if self.quirks().deny_deletes {
+            return Err(s3_error!(AccessDenied));
+        }
         let &Target { bucket: bucket_name, key, id, bypass } = target;
         let bucket = bucket(state, bucket_name)?;
         let (owned_bucket, owned_key) = (bucket_name.to_owned(), key.to_owned());

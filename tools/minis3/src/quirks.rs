@@ -20,6 +20,9 @@ pub struct Quirks {
     pub refuse_checksums: bool,
     /// Answers 501 to DeleteObjects (Google Cloud Storage).
     pub refuse_bulk_delete: bool,
+    /// Refuses to delete anything, as to keys without the right; DeleteObjects says so of each name in
+    /// an answer of status 200.
+    pub deny_deletes: bool,
     /// Answers 200 to Object Lock headers and ignores them (Garage).
     pub ignore_object_lock: bool,
     /// Objects younger than this are missing from listings.
