@@ -300,3 +300,22 @@ fn what_is_on_its_way_to_the_store_is_not_given_up_for_the_ceiling() {
     assert!(world.processes[0].status.snapshot().gaps.is_empty());
     assert!(world.server.state().slot > left_at);
 }
+
+/// A stream for one backup, whose slot ends with its connection, begins again where damage in a record is
+/// seen: not in the middle of that record, where the segment it begins in is stored already.
+#[test]
+fn a_backup_by_itself_is_refused_for_damage_in_a_record_that_crosses_a_segment() {
+    let mut world = world();
+    world.start_backup_alone();
+    let deadline = world.now + SignedDuration::from_secs(60);
+    while world.server.state().backups.is_empty() {
+        assert!(world.now < deadline, "no backup: {:?}", world.log);
+        world.run(STEP, STEP);
+    }
+    world.server.damage(Damage::Across);
+    world.run(seconds(180), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes.is_empty() && world.judge.committed.is_empty());
+    let ended = world.log.last().unwrap();
+    assert!(ended.contains("(conflict)") && ended.contains("cannot be replayed"), "{ended}");
+}
