@@ -346,6 +346,13 @@ impl Line {
         self.barriers.push(Barrier { kind: "damaged", at, until, told });
     }
 
+    /// What the disk made last of one bit is as it was.
+    pub fn heal(&mut self) {
+        let barrier = self.barriers.pop().unwrap();
+        self.paddings.pop();
+        self.bytes[(barrier.told - 16 - ORIGIN) as usize] ^= 0x20;
+    }
+
     /// Whether there is nothing but padding between two positions. Who begins to read in there cannot tell
     /// it from zeros that a disk has made.
     pub fn is_padding(&self, from: u64, until: u64) -> bool {
