@@ -22,7 +22,7 @@ use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize};
 use crate::repo::marks::Barrier;
-use crate::wal::{CheckpointKind, Landmark, Scanner};
+use crate::wal::{CheckpointKind, Landmark, Scanner, holds_known_page};
 
 /// Most commit times kept of one extent for the latency histogram. The first ones are kept: they
 /// wait longest, so sampling never flatters.
@@ -82,6 +82,8 @@ pub struct Unreadable {
     last: Option<(Lsn, Instant)>,
     /// Where it failed for so long that the server has no other WAL.
     again: BTreeSet<Lsn>,
+    /// The server's pages are of a version that is known: others are damaged.
+    pages_are_known: bool,
 }
 
 impl Unreadable {
@@ -104,8 +106,19 @@ impl Unreadable {
 
     /// The connection on which `intake` received has ended.
     pub fn learn(&mut self, intake: &Intake) {
+        self.pages_are_known |= intake.unreadable.pages_are_known;
         let reached = intake.last_record_end().unwrap_or(intake.received_end());
         self.last = self.last.filter(|(at, _)| reached <= *at);
+    }
+
+    /// In the WAL of a server whose pages are known, a page of another one is damaged.
+    fn as_damage(&self, error: Error) -> Error {
+        match error.kind() {
+            Kind::Unsupported if self.pages_are_known => {
+                Error::new(Kind::Corrupt, error.message().to_owned())
+            }
+            _ => error,
+        }
     }
 
     /// Where the decoder failed and has to come past still.
@@ -183,9 +196,9 @@ impl Intake {
     /// Takes the bytes at `start` and appends what is to be done with them to `steps`.
     ///
     /// # Errors
-    /// `unavailable` when the bytes do not follow on; `corrupt` or `unsupported` when the decoder cannot
-    /// read them and has not failed there for long enough; `conflict` when they are other WAL than is stored.
-    /// The bytes before are in `steps` or pending.
+    /// `unavailable` when the bytes do not follow on; `corrupt` when the decoder cannot read them and has not
+    /// failed there for long enough; `unsupported` when no page was seen yet that any supported server
+    /// writes; `conflict` when they are other WAL than is stored. The bytes before are in `steps` or pending.
     pub fn take(
         &mut self,
         start: Lsn,
@@ -199,6 +212,10 @@ impl Intake {
                 Kind::Unavailable,
                 format!("the server sent WAL at {start} where {expected} was expected"),
             ));
+        }
+        if !self.unreadable.pages_are_known {
+            let known = holds_known_page(start, &data, self.policy.segment_size);
+            self.unreadable.pages_are_known = known;
         }
         while !data.is_empty() {
             let known = self.known_end();
@@ -326,7 +343,8 @@ impl Intake {
         // Noted only when the whole piece was read: a piece that is refused is not stored, and its
         // commits must not count for the extent before it.
         let mut landmarks = Vec::new();
-        match scanner.feed(piece, &mut |landmark| landmarks.push(landmark)) {
+        let outcome = scanner.feed(piece, &mut |landmark| landmarks.push(landmark));
+        match outcome.map_err(|error| self.unreadable.as_damage(error)) {
             Ok(()) => {}
             Err(error) if self.unreadable.again.contains(&scanner.last_record_end()) => {
                 tracing::error!(
@@ -495,6 +513,32 @@ mod tests {
         assert_eq!(known.after(), None);
         known.note(at, now + HEALS_WITHIN);
         assert!(known.again.is_empty());
+    }
+
+    #[test]
+    fn pages_of_an_unknown_server_are_refused_and_never_stored_as_damaged() {
+        let unknown = 0xD199_u16.to_le_bytes();
+        let (mut wal, _) = crafted(&[60_000]);
+        wal.truncate(4 * 8192);
+        let now = Clock::system().instant();
+        let mut known = Unreadable::default();
+        let mut received = |wal: &[u8]| {
+            let mut intake = from_segment(known.clone());
+            let piece = Bytes::copy_from_slice(wal);
+            let outcome = intake.take(Lsn(SEGMENT), piece, now, &mut Vec::new());
+            known.learn(&intake);
+            outcome.unwrap_err()
+        };
+        wal[..2].copy_from_slice(&unknown);
+        let one_bad = wal.clone();
+        wal.chunks_mut(8192).for_each(|page| page[..2].copy_from_slice(&unknown));
+        for _ in 0..3 {
+            let refused = received(&wal);
+            assert_eq!(refused.kind(), Kind::Unsupported);
+            assert!(refused.hint_text().is_some());
+        }
+        assert_eq!(received(&one_bad).kind(), Kind::Corrupt);
+        assert_eq!(received(&wal).kind(), Kind::Corrupt, "it is the same server");
     }
 
     #[test]

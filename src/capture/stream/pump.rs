@@ -433,8 +433,7 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     /// Remembers where the decoder failed, so that it is not the same for ever.
     fn note_damage(&mut self, error: Error) -> Error {
-        // The server is of a version, and has pages, that we know: other ones are not its own.
-        if !matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) {
+        if error.kind() != Kind::Corrupt {
             return error;
         }
         let Some(at) = self.intake.last_record_end() else { return error };
