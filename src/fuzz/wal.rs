@@ -12,7 +12,7 @@ use crate::capture::stream::cutter::{Cut, CutPolicy, CutReason};
 use crate::capture::stream::intake::{Intake, Step, Unreadable};
 use crate::capture::stream::overlap::{self, Overlap};
 use crate::capture::stream::resume::Attempt;
-use crate::clock::Clock;
+use crate::clock::{Clock, Instant};
 use crate::error::{Kind, Result};
 use crate::pg::bytes::{i64_at, u16_at, u32_at, u64_at};
 use crate::pg::control::StandbyLimits;
@@ -471,12 +471,15 @@ pub(super) fn intake(bytes: &[u8]) {
     };
     let position = Lsn(start.0 + wal.len() as u64);
     let mut unreadable = Unreadable::default();
-    // The WAL is of two segments at most, and damage in each is reported twice.
-    let tries = (0..5).find_map(|_| match receive(&attempt, &wal, &sizes, &mut unreadable) {
-        Err(error) if error.kind() == Kind::Corrupt => None,
-        outcome => Some(outcome),
+    // The WAL is of two segments at most, and damage in each is reported twice, a minute apart.
+    let began = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
+    let tries = (0..5).map(|minute| began + Duration::from_mins(minute)).find_map(|now| {
+        match receive((&attempt, now), &wal, &sizes, &mut unreadable) {
+            Err(error) if error.kind() == Kind::Corrupt => None,
+            outcome => Some(outcome),
+        }
     });
-    let Ok(steps) = tries.expect("what was refused twice at one place is taken there") else {
+    let Ok(steps) = tries.expect("what was refused for long at one place is taken there") else {
         return;
     };
 
@@ -526,12 +529,11 @@ pub(super) fn intake(bytes: &[u8]) {
 /// # Errors
 /// `unsupported` when it begins with a page of no server that is known, and `corrupt`, which is noted.
 fn receive(
-    attempt: &Attempt,
+    (attempt, now): (&Attempt, Instant),
     wal: &Bytes,
     sizes: &[usize],
     unreadable: &mut Unreadable,
 ) -> Result<Vec<Step>> {
-    let now = Clock::simulated(Timestamp::UNIX_EPOCH, 1).instant();
     let mut intake = Intake::new(policy(), attempt, Overlap::default(), unreadable.clone());
     let mut steps = Vec::new();
     for piece in pieces(wal, sizes) {
@@ -539,7 +541,8 @@ fn receive(
         let end = Lsn(intake.received_end().0 + piece.len() as u64);
         if let Err(error) = intake.take(intake.received_end(), piece, now, &mut steps) {
             assert!(matches!(error.kind(), Kind::Corrupt | Kind::Unsupported), "{error}");
-            unreadable.note(intake.last_record_end().expect("it was decoded"));
+            unreadable.note(intake.last_record_end().expect("it was decoded"), now);
+            unreadable.learn(&intake);
             return Err(error);
         }
         assert_eq!(intake.received_end(), end);

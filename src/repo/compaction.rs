@@ -1,6 +1,6 @@
 //! Joins small WAL extents into larger objects, without a key.
 //!
-//! In: the WAL's names. Out: a [`CompactionPlan`], pure; [`apply`] carries it out. A joint object is
+//! In: the WAL's names and the barriers in it. Out: a [`CompactionPlan`], pure; [`apply`] carries it out. A joint object is
 //! the concatenation of whole sealed extents that follow one another, so a host that can only write
 //! can make it and nothing is decrypted.
 //!
@@ -23,13 +23,16 @@
 //!   in the listing for [`CompactionOptions::settle`]: a reader that listed before still finds the
 //!   small ones for as long, and a listing in several pages sees one or the other. An object of which
 //!   the store does not say when it was made never counts as settled.
+//! - *No moment is lost.* Of the greatest times only those of extents that end before a barrier count for
+//!   what can be restored from a backup before it, so none of those is joined with the extent in which the
+//!   barrier begins.
 //!
 //! # Durability
 //! Dying before a joint object is put changes nothing. Dying after leaves it beside the small ones:
 //! both are valid, readers prefer the larger, and the next run prunes. Dying while pruning leaves some
 //! of the small ones, which the next run finds. No state is kept anywhere else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -45,6 +48,7 @@ use crate::store::{ObjectName, PutOutcome};
 use super::Repository;
 use super::coverage::{StoredExtent, WalCatalog, range};
 use super::extent::ExtentMember;
+use super::marks::Barrier;
 use super::names::{EXTENT_PLAIN_BYTES_MAX, ExtentName, Object};
 
 /// Piece of an object that is read back at a time.
@@ -119,16 +123,22 @@ impl CompactionPlan {
     }
 }
 
-/// Decides what to do at the time `now`.
+/// Decides what to do at the time `now`. The `barriers` were listed after the WAL: a mark is put before the
+/// extent that it speaks of, so none is missing that this WAL needs.
 #[must_use]
-pub fn plan(wal: &WalCatalog, options: &CompactionOptions, now: Timestamp) -> CompactionPlan {
+pub fn plan(
+    wal: &WalCatalog,
+    barriers: &BTreeSet<(TimelineId, Barrier)>,
+    options: &CompactionOptions,
+    now: Timestamp,
+) -> CompactionPlan {
     let settle = SignedDuration::try_from(options.settle).unwrap_or(SignedDuration::MAX);
     let settled_before = now.checked_sub(settle).unwrap_or(Timestamp::MIN);
     let newest = wal.timelines().last();
     let mut plan = CompactionPlan::default();
     for timeline in wal.timelines() {
-        let joiner =
-            Joiner { wal, options, settled_before, timeline, grows: newest == Some(timeline) };
+        let grows = newest == Some(timeline);
+        let joiner = Joiner { wal, barriers, options, settled_before, timeline, grows };
         plan.prunes.extend(joiner.prunes());
         let room = options.merges_max.saturating_sub(plan.merges.len());
         plan.merges.extend(joiner.merges().into_iter().take(room));
@@ -139,6 +149,7 @@ pub fn plan(wal: &WalCatalog, options: &CompactionOptions, now: Timestamp) -> Co
 /// The decision for one timeline.
 struct Joiner<'a> {
     wal: &'a WalCatalog,
+    barriers: &'a BTreeSet<(TimelineId, Barrier)>,
     options: &'a CompactionOptions,
     settled_before: Timestamp,
     timeline: TimelineId,
@@ -201,7 +212,7 @@ impl Joiner<'_> {
         for chain in chains {
             let mut run: Vec<StoredExtent> = Vec::new();
             for extent in chain {
-                if !self.fits(&run, extent, run_min) {
+                if self.holds_barrier(extent) || !self.fits(&run, extent, run_min) {
                     merges.extend(merge(&run, run_min));
                     run.clear();
                 }
@@ -213,6 +224,14 @@ impl Joiner<'_> {
             merges.extend(merge(&run, run_min));
         }
         merges
+    }
+
+    /// Whether a barrier begins in the extent; of whatever timeline, for the first segment of one begins with
+    /// a copy of its parent's, and one object more costs little.
+    fn holds_barrier(&self, extent: &StoredExtent) -> bool {
+        let StoredExtent { name: ExtentName { range, .. }, .. } = extent;
+        let mut starts = self.barriers.iter().map(|(_, barrier)| barrier.range.start());
+        starts.any(|start| range.start() <= start && start < range.end())
     }
 
     fn fits(&self, run: &[StoredExtent], next: &StoredExtent, run_min: usize) -> bool {

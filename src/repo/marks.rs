@@ -17,8 +17,8 @@
 //!   replay that record, 13 replays it and is silently incomplete. The mark names the start of the record,
 //!   the last position that a backup from before reaches. One that begins after it does not need what was
 //!   left out: while the level is minimal none can be taken.
-//! - `damaged`: the server sends WAL that cannot be decoded, and sends the same when it is asked again. A
-//!   recovery stops at the end of the last record before. There the mark's range begins, or where decoding
+//! - `damaged`: the server sends WAL that cannot be decoded, and still does when it was asked again for half a
+//!   minute, within which a standby heals what it can (see `capture::stream::intake`). A recovery stops at the end of the last record before. There the mark's range begins, or where decoding
 //!   or storing began, if that is later or no record ended since. Up to the end of the segment, where it
 //!   ends, nothing is known of what is stored.
 //!

@@ -66,7 +66,8 @@ enum State {
     InBody { rest_bytes: u32 },
     /// In a record that began before the first byte we were given.
     InUnknown { rest_bytes: u32 },
-    /// Behind an `XLOG_SWITCH`, up to the end of the segment.
+    /// Behind an `XLOG_SWITCH`, up to the end of the segment. It may be the record that began before the
+    /// first byte.
     InSwitchPadding,
     /// Behind the last record; nothing but zeros may follow in this segment.
     BehindEnd,
@@ -89,6 +90,8 @@ pub(super) struct Assembler {
     last_end_lsn: Lsn,
     /// Start of the last complete record, what the next one's `xl_prev` must be.
     last_start_lsn: Option<Lsn>,
+    /// How much was left of the record that began before the first byte.
+    unknown_bytes: u32,
     /// The page header being collected, while `in_page_header`.
     page_bytes: [u8; LONG_HEADER_BYTES],
     page_bytes_filled: usize,
@@ -117,6 +120,7 @@ impl Assembler {
             state: State::Between,
             last_end_lsn: start,
             last_start_lsn: None,
+            unknown_bytes: 0,
             page_bytes: [0; LONG_HEADER_BYTES],
             page_bytes_filled: 0,
             in_page_header: true,
@@ -180,7 +184,10 @@ impl Assembler {
         while !rest.is_empty() {
             if self.state == State::InSwitchPadding {
                 let end = self.segment_size.end_of(self.position);
-                let (_, later) = split(rest, end.saturating_since(self.position));
+                let (now, later) = split(rest, end.saturating_since(self.position));
+                if self.last_start_lsn.is_none() {
+                    self.check_zeros(self.position, now)?;
+                }
                 self.advance(rest.len() - later.len());
                 if self.position == end {
                     self.state = State::Between;
@@ -269,6 +276,7 @@ impl Assembler {
         self.page = Some(page);
         match (page.start, self.state) {
             (PageStart::Continued { rest_bytes }, State::Between) if first => {
+                self.unknown_bytes = rest_bytes;
                 self.state = State::InUnknown { rest_bytes };
                 Ok(())
             }
@@ -423,6 +431,10 @@ impl Assembler {
         if length_bytes == 0 {
             let collected = self.header_bytes.get(..filled).unwrap_or_default();
             self.check_zeros(self.record_start_lsn, collected)?;
+            if self.sent && self.follows_unseen_switch() {
+                self.state = State::InSwitchPadding;
+                return Ok(later);
+            }
             if self.sent {
                 let what = "there are zeros where it should begin";
                 return Err(damaged_record(self.record_start_lsn, what));
@@ -445,6 +457,16 @@ impl Assembler {
             self.finish_record(sink)?;
         }
         Ok(later)
+    }
+
+    /// Whether zeros here may be the padding behind a switch that began before the first byte: a page or a
+    /// segment may end in the middle of its header, which is all there is of it, and what is padded is the
+    /// segment with its last byte (`ReserveXLogSwitch`). Zeros that a disk has made are told by the next
+    /// record, which follows one that nobody has seen.
+    fn follows_unseen_switch(&self) -> bool {
+        let left_max = u64::from(RECORD_BYTES_MIN) - MAXALIGN;
+        let left = u64::from(self.unknown_bytes);
+        self.last_start_lsn.is_none() && (1..=left_max).contains(&left)
     }
 
     /// Nothing may follow the end of the WAL. Names the first byte that does, however it came.

@@ -20,6 +20,7 @@ mod xact;
 pub use assembler::CrcCheck;
 pub use landmark::{CheckpointKind, Landmark};
 pub use page::XLOG_BLCKSZ;
+pub(crate) use page::holds_known_page;
 pub use reader::RecordReader;
 pub use record::{BlockReference, ImageCompression, PageImage, Record};
 pub use rmgr::RmgrId;

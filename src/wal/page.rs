@@ -105,6 +105,17 @@ impl PageHeader {
     }
 }
 
+/// Whether any page of `bytes`, which begin at `start`, has the header of a server that is known.
+pub(crate) fn holds_known_page(start: Lsn, bytes: &[u8], segment_size: SegmentSize) -> bool {
+    let first = usize::try_from(start.0.wrapping_neg() % XLOG_BLCKSZ).unwrap_or(usize::MAX);
+    let page_bytes = usize::try_from(XLOG_BLCKSZ).unwrap_or(usize::MAX);
+    (first..bytes.len()).step_by(page_bytes).any(|offset| {
+        let position = Lsn(start.0.saturating_add(offset as u64));
+        let page = bytes.get(offset..).unwrap_or_default();
+        PageHeader::decode(page, position, segment_size).is_ok()
+    })
+}
+
 /// The system identifier of a long header whose sizes are as expected.
 fn decode_long(bytes: &[u8], position: Lsn, segment_size: SegmentSize) -> Result<SystemId> {
     let fields = || Some((u64_at(bytes, 24)?, u32_at(bytes, 32)?, u32_at(bytes, 36)?));

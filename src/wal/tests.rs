@@ -200,6 +200,59 @@ fn what_a_server_sends_has_zeros_behind_a_switch_and_nowhere_else() {
     }
 }
 
+/// `ReserveXLogSwitch`: where the header of a switch ends in the next segment, that one is padded.
+#[test]
+fn a_switch_whose_header_crosses_a_segment_is_followed_by_padding_wherever_a_scan_begins() {
+    let size = mib();
+    // Up to so many bytes before the end of the first segment.
+    let up_to = |before_end: u64| {
+        let mut wal = Craft::new(15, size, START);
+        while wal.position().0 < (6 << 20) - 8192 - 2000 {
+            wal.filler(1000);
+        }
+        // Behind the header of the last page.
+        let room = (6 << 20) - wal.position().0 - 24 - before_end;
+        let last = wal.filler(room as usize - 24 - 5);
+        assert_eq!(last.end(), Lsn((6 << 20) - before_end));
+        wal
+    };
+    for before_end in [8, 16] {
+        let mut wal = up_to(before_end);
+        let switch = wal.switch();
+        assert_eq!(switch.end(), Lsn(7 << 20));
+        let range = wal.commit(7, PgTime(3));
+        let sent = |from: usize, bytes: &[u8], sizes: &[usize]| {
+            let mut scanner = Scanner::new(size, Lsn(START.0 + from as u64)).of_sent_wal();
+            let mut found = Vec::new();
+            feed_cut(&mut scanner, &bytes[from..], sizes, &mut |landmark| found.push(landmark))?;
+            Ok::<_, crate::error::Error>(found)
+        };
+        for from in (0..=2 << 20).step_by(8192) {
+            let found = sent(from, &wal.bytes, &[usize::MAX]).unwrap();
+            assert_eq!(found.last(), Some(&commit(7, 3, range)), "from {from}");
+        }
+        let from = 1 << 20;
+        for sizes in [&[usize::MAX][..], &[1000], &[8192], &[1]] {
+            sent(from, &wal.bytes, sizes).unwrap();
+            for place in [from + 60, from + 70, from + 8192 + 5, from + 20 * 8192] {
+                let mut damaged = wal.bytes.clone();
+                damaged[place] = 1;
+                let error = sent(from, &damaged, sizes).unwrap_err();
+                assert_eq!(error.kind(), Kind::Corrupt, "{place}");
+            }
+        }
+        // What only looks like it, behind a record that left as little: another one was there.
+        let mut unswitched = up_to(before_end);
+        let small = unswitched.body((10, 0), 5, &[]);
+        for _ in 0..60 {
+            unswitched.filler(20_000);
+        }
+        let mut damaged = unswitched.bytes;
+        damaged[(small.end().0 - START.0) as usize..2 * from].fill(0);
+        assert_eq!(sent(from, &damaged, &[8192]).unwrap_err().kind(), Kind::Corrupt);
+    }
+}
+
 #[test]
 fn a_record_that_was_never_finished_is_passed_over() {
     let mut wal = Craft::new(17, mib(), START);

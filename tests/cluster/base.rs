@@ -12,8 +12,9 @@ use tidemark::capture::base::{
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
 use tidemark::pg::backup_label::BackupFrom;
-use tidemark::pg::{Lsn, SystemId, TimelineId};
+use tidemark::pg::{Lsn, LsnRange, SegmentSize, SystemId, TimelineId};
 use tidemark::pipeline::{Budget, Level, Worker};
+use tidemark::repo::marks::{Barrier, put_barrier};
 use tidemark::repo::{
     BackupId, Check, ChecksumFailure, EntryKind, FrameBatch, LeaseOptions, Manifest, PackName,
     PackOptions,
@@ -202,6 +203,40 @@ async fn it_is_taken_from_a_standby_that_is_asked_to_flush() {
     let report = take(&alone(&place, &standby)).await.unwrap();
     assert_eq!(report.from, BackupFrom::Standby);
     place.check_wal(&[&standby]).await;
+}
+
+/// The hint leads to a backup behind the damage, and damage that lies behind the end of one is none of its.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_whose_restartpoint_is_in_damaged_wal_is_backed_up_as_the_hint_says() {
+    let primary = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&primary, 1000);
+    let standby = primary.standby();
+    let replay = || {
+        let end = wal_end(&primary);
+        standby.wait_for(&format!("select pg_last_wal_replay_lsn() >= '{end}'"), "t");
+        end
+    };
+    primary.psql("checkpoint");
+    let segment = SegmentSize::new(1 << 20).unwrap();
+    let damaged_end = segment.end_of(replay());
+    let place = Place::of(&primary).await;
+    let far = Lsn(damaged_end.0 + (1 << 30));
+    for (start, end) in [(Lsn(1 << 20), damaged_end), (far, segment.end_of(far))] {
+        let barrier = Barrier::damaged(LsnRange::new(start, end).unwrap());
+        let repository = place.writer.repository();
+        put_barrier(repository, TimelineId::FIRST, &barrier).await.unwrap();
+    }
+    let refused = take(&alone(&place, &standby)).await.unwrap_err();
+    assert_eq!(refused.kind(), Kind::Conflict);
+    let hint = refused.hint_text().unwrap();
+    assert!(hint.contains(&format!("it must begin behind {damaged_end}")), "{hint}");
+    primary.psql("select pg_switch_wal()");
+    primary.psql("checkpoint");
+    replay();
+    standby.psql("checkpoint");
+    let report = take(&alone(&place, &standby)).await.unwrap();
+    assert!(report.manifest.public.start_lsn > damaged_end);
+    assert_eq!(report.from, BackupFrom::Standby);
 }
 
 #[tokio::test(flavor = "multi_thread")]

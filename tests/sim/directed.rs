@@ -279,7 +279,7 @@ fn is_not_forgotten(spoil: fn(&World)) {
     assert!(before[0] <= at && stored_end < barrier.told);
     assert_eq!(gap_count, usize::from(stored_end > at), "only what lies behind something is a gap");
     world.start_sidecar();
-    world.run(seconds(60), STEP);
+    world.run(seconds(120), STEP);
     let (after, gap_count, catalog) = ends(&mut world);
     assert_eq!((after, gap_count), (vec![at], 1));
     let (timeline, end) = catalog.durable_end().unwrap();
@@ -492,6 +492,8 @@ fn the_base_of_the_recovery_window_outlives_every_other_rule() {
     world.run(seconds(60), STEP);
     assert_eq!(world.judge.violations, Vec::<String>::new());
     assert_eq!(world.judge.committed.len(), 2);
+}
+
 /// A sidecar that is killed leaves WAL behind a hole, and the one that takes over fills it from what the slot
 /// has kept. Until it is done, nothing is lost and the backup leads to all that counts.
 #[test]
@@ -539,5 +541,44 @@ fn what_a_killed_sidecar_left_behind_a_hole_is_no_loss_once_another_is_at_work()
     }
     assert!(looks > 0, "it was too quick");
     assert_eq!(unseen(&mut world).1, 0, "the hole is filled");
+}
+
+/// A stream for one backup, whose slot ends with its connection, begins again where damage in a record is
+/// seen: not in the middle of that record, where the segment it begins in is stored already.
+#[test]
+fn a_backup_by_itself_is_refused_for_damage_in_a_record_that_crosses_a_segment() {
+    let mut world = world();
+    world.start_backup_alone();
+    let deadline = world.now + SignedDuration::from_secs(60);
+    while world.server.state().backups.is_empty() {
+        assert!(world.now < deadline, "no backup: {:?}", world.log);
+        world.run(STEP, STEP);
+    }
+    world.server.damage(Damage::Across);
+    world.run(seconds(180), STEP);
+    assert_eq!(world.judge.violations, Vec::<String>::new());
+    assert!(world.processes.is_empty() && world.judge.committed.is_empty());
+    let ended = world.log.last().unwrap();
+    assert!(ended.contains("(conflict)") && ended.contains("cannot be replayed"), "{ended}");
+}
+
+/// A standby sends what it cannot replay, and fetches it anew from its primary after a few seconds.
+#[test]
+fn damage_that_the_server_heals_leaves_no_mark() {
+    let mut world = world();
+    world.start_sidecar();
+    world.run(seconds(5), STEP);
+    world.server.damage(Damage::Byte);
+    world.run(seconds(5), STEP);
+    let told = world.processes[0].status.snapshot();
+    assert!(told.connection_count > 3 && told.server_error.is_some(), "{told:#?}");
+    world.server.heal();
+    let now = world.now;
+    world.server.work(5000, now);
+    world.run(seconds(30), STEP);
+    let told = world.processes[0].status.snapshot();
+    assert_eq!((told.gaps.len(), told.server_error), (0, None));
+    assert_eq!(told.durable_end_lsn.0, world.server.state().line().end());
+    assert!(!world.net.names().keys().any(|name| name.contains("/marks/")));
     assert_eq!(world.judge.violations, Vec::<String>::new());
 }

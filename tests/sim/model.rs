@@ -51,6 +51,8 @@ pub enum Damage {
     Rest,
     /// A segment is zero.
     Segment,
+    /// One bit of a record is another, in the segment after the one it begins in.
+    Across,
 }
 
 /// A place that no backup which began before its end leads past.
@@ -313,9 +315,14 @@ impl Line {
         if how == Damage::Segment && !self.end().is_multiple_of(SEGMENT) {
             self.switch();
         }
+        let across = how == Damage::Across;
+        while across && self.end() % SEGMENT < SEGMENT - 2 * PAGE {
+            self.filler(3000, 1);
+        }
         let at = self.records.last().map_or(ORIGIN, |(_, end)| *end);
         // 24 bytes of header, 5 of the data's: the record needs no padding.
-        let (_, end) = self.filler(3000 + 3, 1);
+        let bytes = if across { 3 * PAGE as usize } else { 3000 };
+        let (start, end) = self.filler(bytes + 3, 1);
         self.switch();
         let until = self.end();
         let place = |position: u64| (position - ORIGIN) as usize;
@@ -323,6 +330,10 @@ impl Line {
             // In the last page of the record, behind its header.
             Damage::Byte => {
                 self.bytes[place(end - 16)] ^= 0x20;
+                end
+            }
+            Damage::Across => {
+                self.bytes[place(start.next_multiple_of(SEGMENT) + 100)] ^= 0x20;
                 end
             }
             Damage::Rest | Damage::Segment => {
@@ -333,6 +344,13 @@ impl Line {
         };
         self.paddings.push((at, until));
         self.barriers.push(Barrier { kind: "damaged", at, until, told });
+    }
+
+    /// What the disk made last of one bit is as it was.
+    pub fn heal(&mut self) {
+        let barrier = self.barriers.pop().unwrap();
+        self.paddings.pop();
+        self.bytes[(barrier.told - 16 - ORIGIN) as usize] ^= 0x20;
     }
 
     /// Whether there is nothing but padding between two positions. Who begins to read in there cannot tell

@@ -251,7 +251,9 @@ fn mend(world: &mut World, dice: &mut Dice, step: Duration) {
     world.start_sidecar();
     let now = world.now;
     world.server.work(500, now);
-    let patience = world.settings.lease_ttl * 3 + Duration::from_secs(120);
+    // Damaged WAL is asked for again for a while before it is stored.
+    let damaged = world.server.state().line().barriers.len() as u32;
+    let patience = world.settings.lease_ttl * 3 + Duration::from_secs(120) * (1 + damaged);
     wait_for(world, patience, step, "the stream catches up", |world| {
         let end = world.server.state().line().end();
         world.server.state().slot == Some(end)

@@ -283,6 +283,11 @@ impl Server {
         self.change(|state| state.line_mut().damaged(how));
     }
 
+    /// The server has fetched anew what was damaged by one bit.
+    pub fn heal(&self) {
+        self.change(|state| state.line_mut().heal());
+    }
+
     /// A standby that has received `all` or all but the last of the WAL is promoted and takes the
     /// place of this server. One that has all of it may be the one we stream from: its connections
     /// last.

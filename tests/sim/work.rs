@@ -329,7 +329,8 @@ pub async fn command(inside: Surroundings, settings: Settings, command: Command)
         Command::Compact => {
             let catalog = Catalog::load(&repository).await?;
             let options = CompactionOptions::new(segment_size());
-            let plan = compaction::plan(&catalog.wal, &options, clock.now());
+            let barriers = &catalog.marks.barriers;
+            let plan = compaction::plan(&catalog.wal, barriers, &options, clock.now());
             let report = compaction::apply(&repository, &plan, &options).await?;
             match report.damaged.first() {
                 Some(damage) => Err(Error::new(Kind::Corrupt, damage.clone())),

@@ -28,7 +28,7 @@ use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, re
 use crate::clock::{Clock, Instant};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
-use crate::repo::interval::barrier_after;
+use crate::repo::interval::{barrier_after, damage_before};
 use crate::repo::{Lease, LeaseOptions, Object, Repository, WalCatalog, lease, marks};
 
 /// Between two looks at the repository while another process streams.
@@ -406,15 +406,20 @@ pub(super) async fn ensure_leads_on(
     end_lsn: Lsn,
 ) -> Result<()> {
     let (marks, _) = marks::load(repository).await?;
-    let barrier = barrier_after(&history.path(), &marks.barriers, start_lsn);
+    let (path, barriers) = (history.path(), &marks.barriers);
+    let barrier = barrier_after(&path, barriers, start_lsn);
     let Some((lsn, kind)) = barrier.filter(|(lsn, _)| *lsn < end_lsn) else { return Ok(()) };
     let message = format!(
         "the WAL of the backup, which begins at {start_lsn}, cannot be replayed: from {lsn} on {kind}"
     );
-    Err(Error::new(Kind::Conflict, message).hint(
-        "Take the backup again: it must begin behind that place. On a standby it begins where the last \
-         restartpoint does: run CHECKPOINT on the primary, and there when that is replayed.",
-    ))
+    // Up to there, the end of a segment, no backup may begin; a checkpoint does not leave its segment.
+    let end = damage_before(&path, barriers, Lsn(lsn.0.saturating_add(1)));
+    let end = end.map_or(lsn, |end| end.max(lsn));
+    Err(Error::new(Kind::Conflict, message).hint(format!(
+        "Take the backup again: it must begin behind {end}. On a standby it begins where the last \
+         restartpoint does: run SELECT pg_switch_wal() and then CHECKPOINT on the primary, and CHECKPOINT on \
+         the standby when that has replayed them."
+    )))
 }
 
 /// How far the needed WAL is stored without a hole, by the repository's listing; its start when its
@@ -583,6 +588,11 @@ mod tests {
                     assert!(!complete, "{barrier:?}");
                     assert!(error.message().contains("the server's own WAL is damaged"), "{error}");
                     assert_eq!(error.kind(), Kind::Conflict, "the next one succeeds");
+                    let hint = error.hint_text().unwrap();
+                    assert!(hint.contains(&format!("begin behind {}.", Lsn(end))), "{hint}");
+                    let switch = hint.find("SELECT pg_switch_wal()").unwrap();
+                    assert!(switch < hint.find("CHECKPOINT on the primary").unwrap(), "{hint}");
+                    assert!(hint.contains("CHECKPOINT on the standby"), "{hint}");
                 }
             }
         }

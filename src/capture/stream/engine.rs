@@ -424,6 +424,7 @@ impl<'a> Engine<'a> {
             slot_restart_lsn: slot.kept_lsn,
             segment_size: server.segment_size,
             older,
+            unreadable_after: self.unreadable.after(),
         })
     }
 

@@ -11,6 +11,7 @@
 //! 4. What is stored already is compared as far as it can be (see [`super::overlap`]).
 
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -21,7 +22,7 @@ use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize};
 use crate::repo::marks::Barrier;
-use crate::wal::{CheckpointKind, Landmark, Scanner};
+use crate::wal::{CheckpointKind, Landmark, Scanner, holds_known_page};
 
 /// Most commit times kept of one extent for the latency histogram. The first ones are kept: they
 /// wait longest, so sampling never flatters.
@@ -68,24 +69,62 @@ pub struct CutExtent {
 /// Most places remembered where the server sends damaged WAL again: a stream that begins anew comes across
 /// those of the last two segments, which is at most one each.
 const UNREADABLE_MAX: usize = 16;
+/// For so long a server that sends damaged WAL is asked again before that is stored as it is, with a mark that
+/// stays. A standby sends WAL that it has not replayed; when it cannot read that, it fetches the segment anew
+/// after `wal_retrieve_retry_interval` (5 s, `WaitForWALToBecomeAvailable`), and a page that only its memory
+/// holds wrongly is read from the disk again. The slot keeps the WAL meanwhile.
+const HEALS_WITHIN: Duration = Duration::from_secs(30);
 
-/// Where the decoder cannot read the WAL: ends of the last records before.
+/// What earlier connections tell of WAL that cannot be read: ends of the last records before.
 #[derive(Clone, Debug, Default)]
 pub struct Unreadable {
-    last: Option<Lsn>,
-    /// Seen twice: what the server sends is not damaged on the way.
+    /// Where the decoder failed last, and when it first failed there, until it is past that.
+    last: Option<(Lsn, Instant)>,
+    /// Where it failed for so long that the server has no other WAL.
     again: BTreeSet<Lsn>,
+    /// The server's pages are of a version that is known: others are damaged.
+    pages_are_known: bool,
 }
 
 impl Unreadable {
     /// The decoder failed after `last_record_end`.
-    pub fn note(&mut self, last_record_end: Lsn) {
-        if self.last.replace(last_record_end) == Some(last_record_end) {
-            self.again.insert(last_record_end);
-            if self.again.len() > UNREADABLE_MAX {
-                self.again.pop_first();
+    pub fn note(&mut self, last_record_end: Lsn, now: Instant) {
+        let first = self.last.filter(|(at, _)| *at == last_record_end).map(|(_, first)| first);
+        self.last = Some((last_record_end, first.unwrap_or(now)));
+        if first.is_none_or(|first| now.saturating_duration_since(first) < HEALS_WITHIN) {
+            return;
+        }
+        self.again.insert(last_record_end);
+        if self.again.len() > UNREADABLE_MAX {
+            // Not the one that is met now, or it would be for ever.
+            let others = self.again.iter().copied();
+            if let Some(at) = others.filter(|at| *at != last_record_end).min() {
+                self.again.remove(&at);
             }
         }
+    }
+
+    /// The connection on which `intake` received has ended.
+    pub fn learn(&mut self, intake: &Intake) {
+        self.pages_are_known |= intake.unreadable.pages_are_known;
+        let reached = intake.last_record_end().unwrap_or(intake.received_end());
+        self.last = self.last.filter(|(at, _)| reached <= *at);
+    }
+
+    /// In the WAL of a server whose pages are known, a page of another one is damaged.
+    fn as_damage(&self, error: Error) -> Error {
+        match error.kind() {
+            Kind::Unsupported if self.pages_are_known => {
+                Error::new(Kind::Corrupt, error.message().to_owned())
+            }
+            _ => error,
+        }
+    }
+
+    /// Where the decoder failed and has to come past still.
+    #[must_use]
+    pub fn after(&self) -> Option<Lsn> {
+        self.last.map(|(at, _)| at)
     }
 }
 
@@ -149,7 +188,7 @@ impl Intake {
     }
 
     /// Sets after how long a commit is due; zero while somebody waits for each.
-    pub fn set_flush_interval(&mut self, interval: std::time::Duration) {
+    pub fn set_flush_interval(&mut self, interval: Duration) {
         self.policy.flush_interval = interval;
         self.cutter.set_policy(self.policy);
     }
@@ -157,9 +196,9 @@ impl Intake {
     /// Takes the bytes at `start` and appends what is to be done with them to `steps`.
     ///
     /// # Errors
-    /// `unavailable` when the bytes do not follow on; `corrupt` or `unsupported` when the decoder cannot
-    /// read them and has not failed there twice before; `conflict` when they are other WAL than is stored.
-    /// The bytes before are in `steps` or pending.
+    /// `unavailable` when the bytes do not follow on; `corrupt` when the decoder cannot read them and has not
+    /// failed there for long enough; `unsupported` when no page was seen yet that any supported server
+    /// writes; `conflict` when they are other WAL than is stored. The bytes before are in `steps` or pending.
     pub fn take(
         &mut self,
         start: Lsn,
@@ -173,6 +212,10 @@ impl Intake {
                 Kind::Unavailable,
                 format!("the server sent WAL at {start} where {expected} was expected"),
             ));
+        }
+        if !self.unreadable.pages_are_known {
+            let known = holds_known_page(start, &data, self.policy.segment_size);
+            self.unreadable.pages_are_known = known;
         }
         while !data.is_empty() {
             let known = self.known_end();
@@ -277,11 +320,13 @@ impl Intake {
     }
 
     /// A timeline begins at `received_end`. What its server sends of a segment that is stored unread is not
-    /// read either, and no backup that begins in there is one to rely on.
+    /// read either, and no backup that begins in there is one to rely on. What is stored of it already was
+    /// marked by whoever stored it, or was sound then.
     pub fn timeline_begins(&mut self) {
         if self.scanner.is_none() {
             let at = self.received_end;
-            self.unread = rest_of_segment(self.policy.segment_size, at, at);
+            let from = self.known_end().unwrap_or(at);
+            self.unread = rest_of_segment(self.policy.segment_size, at, from);
         }
     }
 
@@ -304,7 +349,8 @@ impl Intake {
         // Noted only when the whole piece was read: a piece that is refused is not stored, and its
         // commits must not count for the extent before it.
         let mut landmarks = Vec::new();
-        match scanner.feed(piece, &mut |landmark| landmarks.push(landmark)) {
+        let outcome = scanner.feed(piece, &mut |landmark| landmarks.push(landmark));
+        match outcome.map_err(|error| self.unreadable.as_damage(error)) {
             Ok(()) => {}
             Err(error) if self.unreadable.again.contains(&scanner.last_record_end()) => {
                 tracing::error!(
@@ -387,9 +433,10 @@ mod tests {
 
     use super::super::cutter::tests::{SEGMENT, policy};
     use super::super::overlap::Expected;
+    use super::super::resume::{OlderWal, Situation, attempts};
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::TimelineId;
+    use crate::pg::{TimelineHistory, TimelineId};
     use crate::wal::craft::Craft;
     use proptest::prelude::*;
 
@@ -408,23 +455,165 @@ mod tests {
         Intake::new(policy(), &attempt(SEGMENT, SEGMENT, &[]), Overlap::default(), unreadable)
     }
 
-    /// Of a server that sent WAL twice that cannot be read after each of these.
+    /// Of a server that sent WAL for long that cannot be read after each of these.
     fn unreadable(ends: &[Lsn]) -> Unreadable {
         let mut unreadable = Unreadable::default();
-        ends.iter().flat_map(|end| [end, end]).for_each(|end| unreadable.note(*end));
+        ends.iter().for_each(|end| unreadable.note_for_long(*end));
         unreadable
     }
 
-    #[test]
-    fn damage_is_known_from_the_second_time_on_and_what_was_known_stays_so() {
-        let mut known = Unreadable::default();
-        for (at, again) in [(5, 0), (5, 1), (9, 1), (9, 2), (5, 2), (7, 2), (9, 2), (7, 2), (7, 3)]
-        {
-            known.note(Lsn(at));
-            assert_eq!(known.again.len(), again, "{at}");
+    impl Unreadable {
+        fn note_for_long(&mut self, at: Lsn) {
+            let now = Clock::system().instant();
+            self.note(at, now);
+            self.note(at, now + HEALS_WITHIN);
         }
-        (200..400).for_each(|at| known.note(Lsn(at / 2)));
+    }
+
+    #[test]
+    fn damage_is_known_when_it_lasts_and_what_was_known_stays_so() {
+        let mut known = Unreadable::default();
+        let began = Clock::system().instant();
+        for (at, second, again) in [
+            (5, 0, 0),
+            (5, 1, 0),
+            (5, 29, 0),
+            (5, 31, 1),
+            (9, 31, 1),
+            (7, 50, 1),
+            (9, 62, 1),
+            (9, 91, 1),
+            (9, 92, 2),
+            (5, 93, 2),
+            (7, 94, 2),
+            (7, 200, 3),
+        ] {
+            known.note(Lsn(at), began + Duration::from_secs(second));
+            assert_eq!(known.again.len(), again, "{at} at {second} s");
+        }
+        (100..200).for_each(|at| known.note_for_long(Lsn(at)));
         assert_eq!(known.again.first(), Some(&Lsn(200 - UNREADABLE_MAX as u64)));
+        // One that lies before all that are known is known as well.
+        known.note_for_long(Lsn(5));
+        assert_eq!(known.again.len(), UNREADABLE_MAX);
+        assert!(known.again.contains(&Lsn(5)));
+    }
+
+    #[test]
+    fn a_server_that_heals_its_wal_and_damages_it_again_is_asked_again() {
+        let (wal, commits) = crafted(&[5000, 5000]);
+        let (mut known, now) = (Unreadable::default(), Clock::system().instant());
+        let at = commits[0].1.end();
+        known.note(at, now);
+        let mut intake = from_segment(known.clone());
+        let take = |intake: &mut Intake, bytes: &[u8]| {
+            let piece = Bytes::copy_from_slice(bytes);
+            intake.take(intake.received_end(), piece, now, &mut Vec::new()).unwrap();
+        };
+        let place = (at.0 - SEGMENT) as usize;
+        take(&mut intake, &wal[..place]);
+        known.learn(&intake);
+        assert_eq!(known.after(), Some(at), "it came as far as that");
+        take(&mut intake, &wal[place..]);
+        known.learn(&intake);
+        assert_eq!(known.after(), None);
+        known.note(at, now + HEALS_WITHIN);
+        assert!(known.again.is_empty());
+    }
+
+    #[test]
+    fn pages_of_an_unknown_server_are_refused_and_never_stored_as_damaged() {
+        let unknown = 0xD199_u16.to_le_bytes();
+        let (mut wal, _) = crafted(&[60_000]);
+        wal.truncate(4 * 8192);
+        let now = Clock::system().instant();
+        let mut known = Unreadable::default();
+        let mut received = |wal: &[u8]| {
+            let mut intake = from_segment(known.clone());
+            let piece = Bytes::copy_from_slice(wal);
+            let outcome = intake.take(Lsn(SEGMENT), piece, now, &mut Vec::new());
+            known.learn(&intake);
+            outcome.unwrap_err()
+        };
+        wal[..2].copy_from_slice(&unknown);
+        let one_bad = wal.clone();
+        wal.chunks_mut(8192).for_each(|page| page[..2].copy_from_slice(&unknown));
+        for _ in 0..3 {
+            let refused = received(&wal);
+            assert_eq!(refused.kind(), Kind::Unsupported);
+            assert!(refused.hint_text().is_some());
+        }
+        assert_eq!(received(&one_bad).kind(), Kind::Corrupt);
+        assert_eq!(received(&wal).kind(), Kind::Corrupt, "it is the same server");
+    }
+
+    #[test]
+    fn a_damaged_record_that_is_longer_than_a_segment_is_marked_from_its_start() {
+        let mut craft = Craft::new(15, policy().segment_size, Lsn(SEGMENT));
+        let before = craft.commit(3, PgTime(1000));
+        let record = craft.filler(5 << 19);
+        craft.commit(4, PgTime(2000));
+        let mut wal = craft.bytes;
+        wal[(record.start().0 - SEGMENT) as usize + 100_000] ^= 1;
+        let history = TimelineHistory::first_timeline_only(TimelineId::FIRST);
+        let (mut known, mut stored_end) = (Unreadable::default(), Lsn(SEGMENT));
+        let mut marks = Vec::new();
+        let began = Clock::system().instant();
+        for minute in 0..3 {
+            let now = began + Duration::from_mins(minute);
+            let stored = LsnRange::new(Lsn(SEGMENT), stored_end).filter(|held| !held.is_empty());
+            let attempts = attempts(&Situation {
+                history: &history,
+                stored: &stored
+                    .map(|held| (TimelineId::FIRST, held))
+                    .into_iter()
+                    .collect::<Vec<_>>(),
+                slot_restart_lsn: if minute == 0 { Lsn(SEGMENT) } else { before.end() },
+                segment_size: policy().segment_size,
+                older: OlderWal::Ask,
+                unreadable_after: known.after(),
+            });
+            let attempt = &attempts[0];
+            let mut intake = Intake::new(policy(), attempt, Overlap::default(), known.clone());
+            let mut steps = Vec::new();
+            for piece in wal[(attempt.stream_from.0 - SEGMENT) as usize..].chunks(100_000) {
+                let piece = Bytes::copy_from_slice(piece);
+                if intake.take(intake.received_end(), piece, now, &mut steps).is_err() {
+                    known.note(intake.last_record_end().unwrap(), now);
+                    break;
+                }
+            }
+            known.learn(&intake);
+            intake.cut(CutReason::StreamEnd, &mut steps);
+            marks.extend(told(&steps));
+            stored_end = extents(steps).last().map_or(stored_end, |(last, _)| last.cut.range.end());
+        }
+        let damaged = LsnRange::new(before.end(), Lsn(4 * SEGMENT)).map(Barrier::damaged);
+        assert_eq!(marks, Vec::from_iter(damaged));
+        assert_eq!(stored_end, Lsn(SEGMENT + wal.len() as u64));
+    }
+
+    #[test]
+    fn what_is_stored_of_a_new_timeline_is_not_marked_for_damage_on_the_one_before() {
+        let (mut wal, commits) = crafted(&[100_000; 12]);
+        wal[250_000] ^= 1;
+        let last_whole = commits.iter().rfind(|(_, range)| range.end() < Lsn(SEGMENT + 250_000));
+        let unreadable = unreadable(&[last_whole.unwrap().1.end()]);
+        let (switch, known_end) = (SEGMENT + 400_000, SEGMENT + 500_000);
+        for (known, from) in [(&[][..], switch), (&[(switch, known_end)], known_end)] {
+            let attempt = attempt(SEGMENT, SEGMENT, known);
+            let mut intake =
+                Intake::new(policy(), &attempt, Overlap::default(), unreadable.clone());
+            let (now, mut steps) = (Clock::system().instant(), Vec::new());
+            let (before, after) = wal.split_at(400_000);
+            for bytes in [before, after] {
+                let piece = Bytes::copy_from_slice(bytes);
+                intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
+                intake.timeline_begins();
+            }
+            let marked = Barrier::damaged(range(from, 2 * SEGMENT));
+            assert_eq!(told(&steps).last(), Some(&marked));
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::status::{Phase, Status};
 use crate::error::Result;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::repo::compaction::{self, CompactionOptions};
-use crate::repo::{Repository, WalCatalog};
+use crate::repo::{Repository, WalCatalog, marks};
 
 /// Between two runs: as long as extents settle before they are merged.
 const PAUSE: Duration = Duration::from_secs(600);
@@ -76,6 +76,11 @@ impl Merging {
 }
 
 /// One run; why, when the store would not let it delete.
+///
+/// The marks are listed after the WAL. Each is put before the extent that it speaks of, which is listed only
+/// then, and never deleted. Where a barrier begins in an extent before that one, this may be listed without the
+/// mark; but it is joined only when it has been there for as long as extents settle, and while the stream runs,
+/// the extent behind it, and with it the mark, comes within seconds or, for damage, a minute.
 async fn merge(
     repository: &Repository,
     timeline: TimelineId,
@@ -83,9 +88,10 @@ async fn merge(
     segment_size: SegmentSize,
 ) -> Result<Option<String>> {
     let wal = WalCatalog::load_tail(repository, timeline, from, segment_size).await?;
+    let (marks, _) = marks::load(repository).await?;
     let mut options = CompactionOptions::new(segment_size);
     options.stored_bytes_max = MERGED_BYTES_MAX;
-    let plan = compaction::plan(&wal, &options, repository.clock().now());
+    let plan = compaction::plan(&wal, &marks.barriers, &options, repository.clock().now());
     if plan.is_empty() {
         return Ok(None);
     }

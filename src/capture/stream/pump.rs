@@ -155,6 +155,7 @@ impl<'e, 'a> Pump<'e, 'a> {
         let began_at = self.intake.received_end();
         let result = self.stream_timelines(connection, slot, cancel).await;
         self.engine.status.update(Snapshot::disconnect);
+        self.engine.unreadable.learn(&self.intake);
         // Whatever ended it, what was received goes its way.
         self.cut(CutReason::StreamEnd).await?;
         match result {
@@ -447,14 +448,13 @@ impl<'e, 'a> Pump<'e, 'a> {
         ))
     }
 
-    /// Remembers where the decoder failed, so that the third time is not the same again.
+    /// Remembers where the decoder failed, so that it is not the same for ever.
     fn note_damage(&mut self, error: Error) -> Error {
-        // The server is of a version, and has pages, that we know: other ones are not its own.
-        if !matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) {
+        if error.kind() != Kind::Corrupt {
             return error;
         }
         let Some(at) = self.intake.last_record_end() else { return error };
-        self.engine.unreadable.note(at);
+        self.engine.unreadable.note(at, self.engine.clock.instant());
         let message = format!("the WAL received after {at} is damaged: {}", error.message());
         Error::new(Kind::Corrupt, message)
     }

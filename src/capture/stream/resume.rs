@@ -9,7 +9,8 @@
 //!    with a gap comes after every attempt without.
 //! 2. What an attempt gives up is written in it ([`Attempt::gap`]), so that no gap is silent.
 //! 3. Streaming begins early enough that every record which ends after the durable end is decoded
-//!    whole: at the slot's position, which is a record boundary, or a whole segment earlier.
+//!    whole: at the slot's position, which is a record boundary, or a whole segment earlier, or, while the
+//!    decoder fails at a record, before that one, which may be longer than a segment.
 //! 4. A chain that begins anew begins at a segment start: PostgreSQL reads the first page of every
 //!    segment it opens.
 
@@ -36,6 +37,16 @@ pub struct Situation<'a> {
     pub segment_size: SegmentSize,
     /// Whether WAL the slot does not keep is worth asking for.
     pub older: OlderWal,
+    /// End of the last record before the one at which the decoder failed, until it is past that.
+    pub unreadable_after: Option<Lsn>,
+}
+
+impl Situation<'_> {
+    /// Where streaming begins early enough for what follows `end`, without the slot.
+    fn enough_for(&self, end: Lsn) -> Lsn {
+        let enough = segment_before(self.segment_size, end);
+        self.unreadable_after.map_or(enough, |at| enough.min(at.align_down(WAL_PAGE_BYTES)))
+    }
 }
 
 /// What to do about WAL that is missing in the repository and older than the slot.
@@ -72,14 +83,16 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
     let slot = situation.slot_restart_lsn;
     if let OlderWal::Since(begin) = situation.older {
         let covers = |range: &&LsnRange| range.start() <= begin && begin <= range.end();
-        let store_from = stored.iter().find(covers).map_or(begin, |range| range.end());
-        let stream_from = situation.segment_size.start_of(store_from);
-        return vec![attempt(situation, &stored, stream_from, store_from, None)];
+        let chain = stored.iter().find(covers);
+        let store_from = chain.map_or(begin, |range| range.end());
+        let enough = chain.map(|_| situation.enough_for(store_from));
+        let begins = enough.into_iter().chain([situation.segment_size.start_of(store_from)]);
+        return begins.map(|from| attempt(situation, &stored, from, store_from, None)).collect();
     }
     if let Some(chain) = stored.iter().find(|range| range.start() <= slot && slot <= range.end()) {
         // The slot trails the durable end by what was in flight, or, after a crash of the server,
         // by up to a checkpoint: no need to read all of that again.
-        let enough = segment_before(situation.segment_size, chain.end());
+        let enough = situation.enough_for(chain.end());
         let stream_from = slot.align_down(WAL_PAGE_BYTES).max(enough);
         return vec![attempt(situation, &stored, stream_from, chain.end(), None)];
     }
@@ -92,7 +105,7 @@ pub fn attempts(situation: &Situation<'_>) -> Vec<Attempt> {
             let segment = situation.segment_size;
             // A record may go on here that began a segment earlier; but that one may be gone, and this
             // one not.
-            for stream_from in [segment_before(segment, *end), segment.start_of(*end)] {
+            for stream_from in [situation.enough_for(*end), segment.start_of(*end)] {
                 found.push(attempt(situation, &stored, stream_from, *end, None));
             }
         }
@@ -195,6 +208,7 @@ mod tests {
             slot_restart_lsn: Lsn(slot),
             segment_size: SegmentSize::DEFAULT,
             older: OlderWal::Ask,
+            unreadable_after: None,
         })
     }
 
@@ -282,6 +296,7 @@ mod tests {
             slot_restart_lsn: Lsn(9 * SEG + 100),
             segment_size: SegmentSize::DEFAULT,
             older: OlderWal::Leave,
+            unreadable_after: None,
         });
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].store_from, Lsn(9 * SEG));
@@ -297,17 +312,47 @@ mod tests {
                 slot_restart_lsn: Lsn(9 * SEG + 100),
                 segment_size: SegmentSize::DEFAULT,
                 older: OlderWal::Since(Lsn(since)),
+                unreadable_after: None,
             });
-            assert_eq!((found.len(), found[0].gap), (1, None));
-            (found[0].stream_from.0, found[0].store_from.0)
+            assert!(found.iter().all(|attempt| attempt.gap.is_none()));
+            let begins = found.iter().map(|one| (one.stream_from.0, one.store_from.0));
+            begins.collect::<Vec<_>>()
         };
         let older = (timeline(1), range(SEG, 2 * SEG));
-        assert_eq!(decide(&[older], 5 * SEG), (5 * SEG, 5 * SEG));
-        let ours = (timeline(1), range(4 * SEG, 6 * SEG + 70));
-        assert_eq!(decide(&[older, ours], 5 * SEG), (6 * SEG, 6 * SEG + 70));
+        assert_eq!(decide(&[older], 5 * SEG), [(5 * SEG, 5 * SEG)]);
+        // A record may go on there that began a segment earlier.
+        for end in [6 * SEG, 6 * SEG + 70] {
+            let ours = (timeline(1), range(4 * SEG, end));
+            assert_eq!(decide(&[older, ours], 5 * SEG), [(5 * SEG, end), (6 * SEG, end)]);
+        }
         // Not where the slot would be touched: the hole before it is in the backup.
         let later = (timeline(1), range(9 * SEG, 10 * SEG));
-        assert_eq!(decide(&[later], 8 * SEG), (8 * SEG, 8 * SEG));
+        assert_eq!(decide(&[later], 8 * SEG), [(8 * SEG, 8 * SEG)]);
+    }
+
+    #[test]
+    fn a_record_at_which_the_decoder_fails_is_asked_for_whole_however_long_it_is() {
+        let history = first();
+        let failed_after = 5 * SEG + 2 * 8192 + 40;
+        let from = |stored: (u64, u64), slot: u64, older: OlderWal| {
+            let found = attempts(&Situation {
+                history: &history,
+                stored: &[(timeline(1), range(stored.0, stored.1))],
+                slot_restart_lsn: Lsn(slot),
+                segment_size: SegmentSize::DEFAULT,
+                older,
+                unreadable_after: Some(Lsn(failed_after)),
+            });
+            found[0].stream_from.0
+        };
+        let stored = (2 * SEG, 9 * SEG + 70_000);
+        let page = failed_after / 8192 * 8192;
+        assert_eq!(from(stored, 3 * SEG + 77, OlderWal::Ask), page);
+        assert_eq!(from(stored, failed_after, OlderWal::Ask), page);
+        assert_eq!(from(stored, 20 * SEG, OlderWal::Ask), page);
+        assert_eq!(from(stored, 20 * SEG, OlderWal::Since(Lsn(4 * SEG))), page);
+        // The segment before is enough when it is earlier.
+        assert_eq!(from((2 * SEG, 5 * SEG + 70_000), 3 * SEG, OlderWal::Ask), 4 * SEG);
     }
 
     #[test]

@@ -8,8 +8,11 @@ use super::*;
 use crate::clock::Clock;
 use crate::pg::{Lsn, PgTime};
 use crate::repo::coverage::tests::timeline;
+use crate::repo::interval::BackupSpan;
+use crate::repo::marks::put_barrier;
 use crate::repo::{
-    Catalog, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, SealedExtent, Writer,
+    BackupId, Catalog, DecryptionIdentity, Encryption, ExtentBuilder, Level, Reader, SealedExtent,
+    Writer,
 };
 use crate::store::Store as _;
 use crate::store::memory::{Call, Memory, Outcome};
@@ -18,6 +21,10 @@ const MIB: u64 = 1 << 20;
 
 fn options() -> CompactionOptions {
     CompactionOptions::new(SegmentSize::new(1 << 20).unwrap())
+}
+
+fn plan(wal: &WalCatalog, options: &CompactionOptions, now: Timestamp) -> CompactionPlan {
+    super::plan(wal, &BTreeSet::new(), options, now)
 }
 
 fn at(second: i64) -> Timestamp {
@@ -78,6 +85,30 @@ fn only_extents_that_follow_one_another_exactly_are_joined() {
     let merges = plan(&WalCatalog::new(all), &options(), at(10_000)).merges;
     let parts: Vec<_> = merges.iter().map(|merge| ranges(&merge.parts)).collect();
     assert_eq!(parts, [vec![(25, 60), (60, 90)], vec![(100, 120), (120, MIB)]]);
+}
+
+#[test]
+fn what_a_barrier_ends_is_not_joined_with_the_extent_it_begins_in() {
+    let wal = [0, 50, 70, 100, MIB]
+        .windows(2)
+        .map(|cut| stored(1, cut[0], cut[1], 0))
+        .collect::<Vec<_>>();
+    let wal = WalCatalog::new(wal);
+    let joined = |barriers: &[(u32, Barrier)]| {
+        let barriers = barriers.iter().map(|(number, barrier)| (timeline(*number), *barrier));
+        let plan = super::plan(&wal, &barriers.collect(), &options(), at(10_000));
+        plan.merges.iter().map(|merge| ranges(&[merge.joint])[0]).collect::<Vec<_>>()
+    };
+    assert_eq!(joined(&[]), [(0, MIB)]);
+    for start in [50, 60, 69] {
+        let damaged = Barrier::damaged(range(Lsn(start), Lsn(MIB)));
+        for barrier in [(1, damaged), (2, damaged), (1, Barrier::minimal(Lsn(start)))] {
+            assert_eq!(joined(&[barrier]), [(50, MIB)], "{barrier:?}");
+        }
+    }
+    let both = [50, 100].map(|start| (1, Barrier::minimal(Lsn(start))));
+    assert_eq!(joined(&both), [(50, 100)]);
+    assert_eq!(joined(&[(1, Barrier::minimal(Lsn(MIB)))]), [(0, MIB)]);
 }
 
 #[test]
@@ -212,7 +243,8 @@ impl Scene {
 
     async fn run(&self) -> CompactionReport {
         let catalog = Catalog::load(&self.repository).await.unwrap();
-        let plan = plan(&catalog.wal, &options(), self.repository.clock().now());
+        let (barriers, now) = (&catalog.marks.barriers, self.repository.clock().now());
+        let plan = super::plan(&catalog.wal, barriers, &options(), now);
         apply(&self.repository, &plan, &options()).await.unwrap()
     }
 
@@ -262,6 +294,35 @@ async fn joint_objects_open_as_the_same_wal_and_the_small_ones_go_later() {
     scene.read(0, MIB + 500).await;
     rest().await;
     assert_eq!(scene.run().await, CompactionReport::default());
+}
+
+#[tokio::test(start_paused = true)]
+async fn joining_takes_no_moment_from_what_can_be_restored_up_to_a_barrier() {
+    let scene = scene().await;
+    for cut in [0, 500_000, 700_000, MIB].windows(2) {
+        scene.put(cut[0], cut[1]).await;
+    }
+    let barrier = Barrier::damaged(range(Lsn(600_000), Lsn(MIB)));
+    put_barrier(&scene.repository, timeline(1), &barrier).await.unwrap();
+    let until = async || {
+        let catalog = Catalog::load(&scene.repository).await.unwrap();
+        let backup = BackupSpan {
+            id: BackupId::new(Timestamp::UNIX_EPOCH, timeline(1), Lsn(0)),
+            end_timeline: timeline(1),
+            end_lsn: Lsn(10),
+            end_time: Timestamp::UNIX_EPOCH,
+        };
+        let interval = catalog.lineage().interval(&backup, timeline(1)).unwrap();
+        (interval.until_lsn, interval.until_time)
+    };
+    let before = until().await;
+    assert_eq!(before, (Lsn(600_000), PgTime(1_500_000).to_timestamp().unwrap()));
+    for _ in 0..2 {
+        rest().await;
+        scene.run().await;
+        assert_eq!(until().await, before);
+    }
+    assert_eq!(scene.names().await, [(0, 500_000), (500_000, MIB)]);
 }
 
 #[tokio::test(start_paused = true)]
