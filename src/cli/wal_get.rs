@@ -53,7 +53,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
     }
     match restore::wal_get(&request, clock, fetcher, open).await {
         // It goes to the server's log.
-        Err(error) if restore::asks_again(&request) => {
+        Err(error) if restore::asks_again(&request.path) => {
             render::error(&error, &invocation.terminal);
             Ok(WalGet::NotThere)
         }
