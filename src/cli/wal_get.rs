@@ -39,7 +39,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
         keys::reader(config, &repository)
     };
     if args.prefetch {
-        restore::prefetch(&request, &open().await?).await?;
+        restore::prefetch(&request, clock, open).await?;
         return Ok(WalGet::Found);
     }
     let words = command_words(config)?;

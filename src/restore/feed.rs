@@ -22,6 +22,7 @@ use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::timeline::PathPart;
 use crate::pg::{Lsn, LsnRange, SegmentNumber};
+use crate::repo::patience::insist;
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
 use super::advised;
@@ -86,7 +87,7 @@ pub async fn wal_get<O, F>(
     open: O,
 ) -> Result<WalGet>
 where
-    O: FnOnce() -> F,
+    O: Fn() -> F,
     F: Future<Output = Result<Reader>>,
 {
     let outcome = async {
@@ -99,7 +100,7 @@ where
         let planned = Planned { asked: &asked, folder: &folder, settings: &settings };
         match planned.wait(clock, fetcher).await? {
             Some(outcome) => Ok(outcome),
-            None => planned.fetch(&open().await?).await,
+            None => planned.fetch(&insist(clock, open).await?).await,
         }
     };
     outcome.await.context(|| format!("unable to get WAL file '{}'", request.name)).map_err(advised)
@@ -263,24 +264,49 @@ fn start_detached(mut command: Command, folder: &Folder) -> Result<()> {
 }
 
 /// Fetches segments ahead of PostgreSQL, beginning with the one that `request` names, until the plan's end
-/// or until nobody takes them any more. Returns at once when somebody else does.
+/// or until nobody takes them any more. Returns at once when somebody else does. `open` opens the repository.
 ///
 /// # Errors
 /// Why it could not go on; who waits for a segment is told too.
-pub async fn prefetch(request: &WalGetRequest, reader: &Reader) -> Result<()> {
+pub async fn prefetch<O, F>(request: &WalGetRequest, clock: &Clock, open: O) -> Result<()>
+where
+    O: Fn() -> F,
+    F: Future<Output = Result<Reader>>,
+{
     let folder = Folder::of(&wal_directory_of(&request.path)?);
     let Some(settings) = folder.settings()? else { return Ok(()) };
     let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
         return Ok(());
     };
-    let ahead = FetchAhead {
-        folder: &folder,
-        owner: None,
-        settings: &settings,
-        reader,
-        when_idle: WhenIdle::End,
-    };
-    ahead.run(first).await
+    // Locked before the repository is opened, which takes as long as an outage: who waits for the segment
+    // would take it that nobody fetches, and would not wait as long by himself.
+    let fetched = locked(&folder, async {
+        let reader = &insist(clock, open).await?;
+        let (folder, settings, when_idle) = (&folder, &settings, WhenIdle::End);
+        let ahead = FetchAhead { folder, owner: None, settings, reader, when_idle };
+        ahead.fetch_from(first).await
+    });
+    fetched.await
+}
+
+/// Does the work of who fetches ahead, unless somebody else does it.
+///
+/// # Errors
+/// Those of `work`; who waits for a segment is told them.
+async fn locked(folder: &Folder, work: impl Future<Output = Result<()>>) -> Result<()> {
+    let Some(_lock) = folder.lock_for_long().await? else { return Ok(()) };
+    folder.clear_unfinished()?;
+    // A failure of an earlier attempt says nothing about this one.
+    folder.take_failure()?;
+    match work.await {
+        // Recovery has ended, and what was being fetched has no place any more.
+        Err(_) if matches!(folder.spool(), Ok(None)) => Ok(()),
+        Err(error) => {
+            folder.fail(&error)?;
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 /// What to do when nobody takes segments for long.
@@ -305,17 +331,7 @@ pub(crate) struct FetchAhead<'a> {
 impl FetchAhead<'_> {
     /// Fetches from segment `first` on, as [`prefetch`].
     pub(crate) async fn run(&self, first: SegmentNumber) -> Result<()> {
-        let Some(_lock) = self.folder.lock_for_long().await? else { return Ok(()) };
-        self.folder.clear_unfinished()?;
-        // A failure of an earlier attempt says nothing about this one.
-        self.folder.take_failure()?;
-        let outcome = self.fetch_from(first).await;
-        if let Err(error) = &outcome
-            && self.folder.path().exists()
-        {
-            self.folder.fail(error)?;
-        }
-        outcome
+        locked(self.folder, self.fetch_from(first)).await
     }
 
     async fn fetch_from(&self, first: SegmentNumber) -> Result<()> {

@@ -204,6 +204,7 @@ impl Folder {
     }
 
     /// Where the folder is.
+    #[cfg(test)]
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }

@@ -85,6 +85,36 @@ async fn an_outage_of_minutes_ends_neither_who_fetches_ahead_nor_who_waits() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_outage_of_minutes_is_outlasted_before_the_repository_is_open() {
+    let mut scene = Scene::new().await;
+    let begun = scene.clock.instant();
+    let open = async || match scene.clock.instant() - begun < Duration::from_secs(300) {
+        true => Err(Error::new(Kind::Unavailable, "no store")),
+        false => Ok(scene.reader.clone()),
+    };
+    let given = wal_get(&scene.request, &scene.clock, None, open).await.unwrap();
+    assert_eq!(given, WalGet::Found);
+
+    // Who fetches ahead is known to be at work meanwhile.
+    scene.request.name = scene.settings.segment_name(0x31).unwrap();
+    let begun = scene.clock.instant();
+    let open = async || match scene.clock.instant() - begun < Duration::from_secs(300) {
+        true => {
+            assert!(scene.folder.is_fetched_ahead().unwrap());
+            Err(Error::new(Kind::Unavailable, "no store"))
+        }
+        false => Ok(scene.reader.clone()),
+    };
+    prefetch(&scene.request, &scene.clock, open).await.unwrap();
+    assert!(scene.clock.instant() - begun >= Duration::from_secs(300));
+    assert!(scene.folder.spooled(&scene.request.name).exists());
+    // Why it could not be opened is told.
+    let open = async || Err(Error::new(Kind::Denied, "no key"));
+    assert!(prefetch(&scene.request, &scene.clock, open).await.is_err());
+    assert_eq!(scene.folder.take_failure().unwrap().unwrap().message(), "no key");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_asked_for_a_server_that_is_gone_gives_the_next_one_nothing() {
     let scene = Scene::new().await;
     let runs = |pid: u32| {
@@ -110,6 +140,23 @@ async fn who_asked_for_a_server_that_is_gone_gives_the_next_one_nothing() {
     });
     assert_eq!(given.unwrap_err().kind(), Kind::Cancelled);
     drop(held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fetches_ahead_ends_when_its_folder_goes() {
+    let scene = Scene::new().await;
+    fs::remove_dir_all(scene.folder.path().join("spool")).unwrap();
+    scene.ahead().run(0x30).await.unwrap();
+    // Between a look into the spool and the segment.
+    let scene = Scene::new().await;
+    scene.memory.before_list(
+        &scene.reader.repository().cluster().timeline_prefix(TimelineId::FIRST),
+        {
+            let folder = scene.folder.path().to_path_buf();
+            async move { fs::remove_dir_all(folder).unwrap() }
+        },
+    );
+    scene.ahead().run(0x30).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
