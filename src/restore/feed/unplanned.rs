@@ -210,9 +210,12 @@ impl Feeder {
             }
             AtEnd::Stops if ways.begin_behind(whole) => return Ok(None),
             AtEnd::Stops => {
-                self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
                 self.refuse_past_fork(&ways, server, whole).await?;
-                self.longest_to_the_tip(&ways, whole).await?
+                let chain = self.longest_to_the_tip(&ways, whole).await;
+                // The marks after the WAL: one that belongs to WAL which is just being stored was put before
+                // it (FORMAT.md). It also says more than that WAL is missing behind it.
+                self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
+                chain?
             }
         };
         Ok(ways.is_named_for(&chain, whole).then_some(chain))

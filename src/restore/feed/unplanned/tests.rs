@@ -303,3 +303,17 @@ async fn who_fails_leaves_the_file_of_another_alone() {
     let entries = std::fs::read_dir(scene.data.path().join("pg_wal")).unwrap();
     assert_eq!(entries.count(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_mark_that_is_put_while_the_wal_is_listed_bars_the_wal_behind_it() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(0x20, 0), lsn(0x20, 500)).await;
+    let (memory, repository) = (scene.memory.clone(), scene.repository.clone());
+    let writer = scene.repository.writer(&Encryption::None).await.unwrap();
+    memory.before_list(&repository.cluster().timeline_prefix(timeline(1)), async move {
+        let barrier = Barrier::minimal(lsn(0x20, 500));
+        marks::put_barrier(&repository, timeline(1), &barrier).await.unwrap();
+        store(&writer, 1, lsn(0x20, 500), lsn(0x20, 900)).await;
+    });
+    refused(&scene, 1, 0x20, lsn(0x20, 500)).await;
+}
