@@ -51,6 +51,8 @@ const START_MAX: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(3);
 /// Pause between two looks whether the server is still there.
 const LOOK_FOR_SERVER_EVERY: Duration = Duration::from_secs(1);
+/// Who waits for so long says so in the server's log, where else there would be nothing.
+const SILENT_MAX: Duration = Duration::from_secs(10);
 /// Pause between two looks by who fetches ahead.
 const REST: Duration = Duration::from_millis(20);
 
@@ -155,7 +157,7 @@ impl Planned<'_> {
         folder.take_failure()?;
         folder.want(name, std::process::id())?;
         let begun = clock.instant();
-        let (mut patience, mut looked) = (begun, begun);
+        let (mut patience, mut looked, mut is_silent) = (begun, begun, true);
         loop {
             // Looked at in this order: who fetches ahead hands over first and ends then.
             let is_fetched_ahead = folder.is_fetched_ahead()?;
@@ -166,6 +168,11 @@ impl Planned<'_> {
             if now.saturating_duration_since(looked) >= LOOK_FOR_SERVER_EVERY {
                 asked.still_waits()?;
                 looked = now;
+            }
+            if is_silent && now.saturating_duration_since(begun) >= SILENT_MAX {
+                let log = folder.prefetch_log();
+                tracing::warn!("WAL file '{name}' is being waited for; see '{}'", log.display());
+                is_silent = false;
             }
             if is_fetched_ahead {
                 patience = now;

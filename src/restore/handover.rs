@@ -338,11 +338,14 @@ impl Folder {
         fs::set_permissions(&place, Permissions::from_mode(0o644)).context(attempted)
     }
 
-    /// Takes the word that [`Folder::fail`] left.
+    /// Takes the word that [`Folder::fail`] left. An empty one says nothing: the disk was full.
     pub(crate) fn take_failure(&self) -> Result<Option<Error>> {
         let place = self.0.join(SPOOL).join(ERROR);
         let Some(text) = read_note(&place, NOTE_BYTES_MAX)? else { return Ok(None) };
         remove_if_there(&place)?;
+        if text.is_empty() {
+            return Ok(None);
+        }
         let (message, hint) = text.split_once('\n').unwrap_or((&text, ""));
         let error = Error::new(Kind::Unavailable, message);
         Ok(Some(if hint.is_empty() { error } else { error.hint(hint) }))
@@ -487,6 +490,9 @@ pub(crate) mod tests {
         folder.fail(&Error::new(Kind::Unavailable, "no store").hint("Look.")).unwrap();
         let failure = folder.take_failure().unwrap().unwrap();
         assert_eq!((failure.message(), failure.hint_text()), ("no store", Some("Look.")));
+        assert!(folder.take_failure().unwrap().is_none());
+        // As it is left on a full disk.
+        fs::write(folder.spooled(ERROR), "").unwrap();
         assert!(folder.take_failure().unwrap().is_none());
         assert_eq!(folder.spool().unwrap(), Some(Vec::new()));
 
