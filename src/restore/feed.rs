@@ -21,7 +21,7 @@ use futures::StreamExt as _;
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SegmentNumber};
+use crate::pg::{Lsn, LsnRange, SegmentNumber, TimelineId};
 use crate::repo::patience::insist;
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
@@ -99,6 +99,9 @@ where
         let Some(settings) = folder.settings()? else {
             return Feeder::without_plan(&open().await?).serve(&asked).await;
         };
+        if let Some(timeline) = later_history(request, &settings) {
+            return Ok(look_for_history(&asked, &settings, timeline, open).await);
+        }
         let planned = Planned { asked: &asked, folder: &folder, settings: &settings };
         match planned.wait(clock, fetcher).await? {
             Some(outcome) => Ok(outcome),
@@ -132,6 +135,34 @@ fn data_directory_of(path: &Path) -> Result<PathBuf> {
     let whole = std::path::absolute(path)
         .context(|| format!("unable to find the data directory around '{}'", path.display()))?;
     Ok(whole.ancestors().nth(2).unwrap_or(Path::new("/")).to_path_buf())
+}
+
+/// The timeline whose history `request` names, when it is later than that of the plan.
+fn later_history(request: &WalGetRequest, settings: &Settings) -> Option<TimelineId> {
+    let number = request.name.strip_suffix(".history")?;
+    let timeline = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new)?;
+    settings.path.last().is_some_and(|last| timeline > last.timeline).then_some(timeline)
+}
+
+/// Gives the history of a timeline that is later than the plan's, if the repository has it.
+///
+/// PostgreSQL follows the one timeline that the restore has written into its configuration. It asks for later
+/// ones only when recovery has ended, to find a number that nobody has for its own (`findNewestTimeLine`); and
+/// since the restore was planned, another server of the cluster may have been promoted. A repository that is
+/// away keeps no server from its promotion.
+async fn look_for_history<F: Future<Output = Result<Reader>>>(
+    asked: &Asked<'_>,
+    settings: &Settings,
+    timeline: TimelineId,
+    open: impl Fn() -> F,
+) -> WalGet {
+    let given =
+        async { Feeder::of_plan(&open().await?, settings)?.serve_history(timeline, asked).await };
+    given.await.unwrap_or_else(|error| {
+        let name = &asked.request.name;
+        tracing::warn!("unable to look for '{name}', which another server may have made: {error}");
+        WalGet::NotThere
+    })
 }
 
 /// A request in a data directory that a restore has made.
@@ -242,7 +273,7 @@ fn own_file(request: &WalGetRequest) -> Result<Option<PathBuf>> {
 /// The segment that `request` names, when the restore hands it over.
 fn wanted_segment(request: &WalGetRequest, settings: &Settings) -> Result<Option<SegmentNumber>> {
     let size = settings.wal_segment_bytes;
-    // History files were all placed; others were never stored.
+    // History files of before the plan were placed; others were never stored.
     let Some((_, number)) = size.parse_file_name(&request.name) else { return Ok(None) };
     if settings.segment_name(number).as_deref() != Some(request.name.as_str()) {
         return Ok(None);

@@ -1,7 +1,7 @@
 //! Files of a plan: who waits for them, who fetches ahead, and what goes wrong meanwhile.
 
 use super::*;
-use crate::pg::{SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::pg::{SegmentSize, SystemId, TimelineHistory};
 use crate::repo::{Encryption, ExtentBuilder, Level};
 use crate::restore::handover::tests::settings;
 use crate::store::memory::{Faults, Memory};
@@ -181,6 +181,28 @@ async fn a_plan_that_ends_in_a_segment_takes_no_wal_from_who_has_more() {
     // A file that PostgreSQL would not read is none.
     fs::write(&own, &bytes[1..]).unwrap();
     assert_eq!(given().await, WalGet::Found);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_number_that_another_server_has_taken_since_the_plan_is_known() {
+    let mut scene = Scene::new().await;
+    let writer = scene.reader.repository().writer(&Encryption::None).await.unwrap();
+    let (two, text) = (TimelineId::new(2).unwrap(), &b"1\t0/3100000\tno reason\n"[..]);
+    writer.put_history(two, text.into()).await.unwrap();
+    let asked = async |name: &str, scene: &mut Scene| {
+        scene.request.name = name.into();
+        let open = async || Ok(scene.reader.clone());
+        wal_get(&scene.request, &scene.clock, None, open).await.unwrap()
+    };
+    assert_eq!(asked("00000002.history", &mut scene).await, WalGet::Found);
+    assert_eq!(fs::read(&scene.request.path).unwrap(), text);
+    for name in ["00000003.history", "00000001.history"] {
+        assert_eq!(asked(name, &mut scene).await, WalGet::NotThere, "{name}");
+    }
+    scene.request.name = "00000002.history".into();
+    let closed = async || Err(Error::new(Kind::Denied, "no key"));
+    let given = wal_get(&scene.request, &scene.clock, None, closed).await;
+    assert_eq!(given.unwrap(), WalGet::NotThere);
 }
 
 /// Asks a data directory with these notes for a segment that is on the way to the target.

@@ -175,7 +175,11 @@ impl Feeder {
     }
 
     /// Gives the history of `timeline`, if there is one.
-    async fn serve_history(&self, timeline: TimelineId, asked: &Asked<'_>) -> Result<WalGet> {
+    pub(super) async fn serve_history(
+        &self,
+        timeline: TimelineId,
+        asked: &Asked<'_>,
+    ) -> Result<WalGet> {
         match self.repository().history_file(timeline).await {
             Ok(content) => {
                 let unfinished = asked.unfinished()?;
