@@ -57,10 +57,9 @@ fn bound_allocator() {}
 fn main() -> ExitCode {
     bound_allocator();
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    let recovers = cli::is_restore_command(&arguments);
     // A panic was told by its hook.
-    let outcome = catch_unwind(|| run(arguments)).unwrap_or(Err(Kind::Bug));
-    outcome.unwrap_or_else(|kind| cli::failed(recovers, kind))
+    let outcome = catch_unwind(|| run(arguments.clone())).unwrap_or(Err(Kind::Bug));
+    outcome.unwrap_or_else(|kind| cli::failed(&arguments, kind))
 }
 
 /// Runs the command that `arguments` ask for; fails where it could not be begun or was not ended.

@@ -31,7 +31,7 @@ mod wal_get;
 mod words;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Environment};
 use crate::error::{Error, Kind, Result};
-use crate::restore::{WAL_GET_FATAL_EXIT, WalGet};
+use crate::restore::{WAL_GET_FATAL_EXIT, WalGet, asks_again};
 use invocation::Invocation;
 use terminal::{Terminal, When};
 
@@ -144,18 +144,26 @@ fn grammar() -> clap::Command {
     flags::add(Cli::command())
 }
 
-/// Whether PostgreSQL asks, by its `restore_command`.
+/// The exit status of a failure of what `arguments` ask for, before they were read and after a panic
+/// included.
+///
+/// PostgreSQL takes a low status of its `restore_command` for the end of the WAL and would end recovery too
+/// early: whatever went wrong must stop it instead. Only a standby is told that there is nothing yet, for it
+/// asks again; unless we were asked to stop, which it was too, then. Nobody waits for who fetches ahead, whose
+/// failure is told otherwise; but where the postmaster is the init process of a container that process is its
+/// child, and with another status than 0 or 1 taken for one of its own that crashed (`CleanupBackend` in
+/// `postmaster.c`, 13 to 18), for which it ends all others.
 #[must_use]
-pub fn is_restore_command(arguments: &[OsString]) -> bool {
-    arguments.iter().any(|word| word == "wal-get")
-}
-
-/// The exit status of a failure. PostgreSQL takes a low status of its `restore_command` for the end of
-/// the WAL and would end recovery too early: whatever went wrong, before the command line was read and
-/// after a panic included, must stop it instead.
-#[must_use]
-pub fn failed(is_restore_command: bool, kind: Kind) -> ExitCode {
-    ExitCode::from(if is_restore_command { WAL_GET_FATAL_EXIT } else { kind.exit_code() })
+pub fn failed(arguments: &[OsString], kind: Kind) -> ExitCode {
+    let has = |wanted| arguments.iter().any(|word| word == wanted);
+    // One of the words is the place for the file. Which one is not known of a line that makes no sense.
+    let comes_back = || arguments.iter().any(|word| asks_again(Path::new(word)));
+    ExitCode::from(match has("wal-get") {
+        true if has(wal_get::PREFETCH) => WAL_NOT_THERE_EXIT,
+        true if kind != Kind::Cancelled && comes_back() => WAL_NOT_THERE_EXIT,
+        true => WAL_GET_FATAL_EXIT,
+        false => kind.exit_code(),
+    })
 }
 
 /// Runs the command that `arguments` (the program's name first) ask for, and reports its error.
@@ -164,10 +172,9 @@ pub async fn run(
     environment: Environment,
     stop: CancellationToken,
 ) -> ExitCode {
-    let recovers = is_restore_command(&arguments);
-    match run_command(arguments, environment, stop).await {
+    match run_command(arguments.clone(), environment, stop).await {
         Ok(code) => code,
-        Err(kind) => failed(recovers, kind),
+        Err(kind) => failed(&arguments, kind),
     }
 }
 

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::invocation::Invocation;
-use super::render;
 use crate::config::key::{Form, Group};
 use crate::config::{Config, settings::Origin};
 use crate::daemon::{keys, opening};
@@ -30,6 +29,9 @@ pub(super) struct Args {
     pub(super) prefetch: bool,
 }
 
+/// The flag of who fetches ahead.
+pub(super) const PREFETCH: &str = "--prefetch";
+
 /// What `wal-get` has to say by its exit status.
 pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
     let Invocation { config, clock, .. } = &invocation;
@@ -39,7 +41,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
         keys::reader(config, &repository)
     };
     if args.prefetch {
-        restore::prefetch(&request, &open().await?).await?;
+        restore::prefetch(&request, clock, open).await?;
         return Ok(WalGet::Found);
     }
     let words = command_words(config)?;
@@ -49,16 +51,9 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<WalGet> {
         command
     });
     if let Some(command) = &mut fetcher {
-        command.arg("--prefetch").arg(&request.name).arg(&request.path);
+        command.arg(PREFETCH).arg(&request.name).arg(&request.path);
     }
-    match restore::wal_get(&request, clock, fetcher, open).await {
-        // It goes to the server's log.
-        Err(error) if restore::asks_again(&request) => {
-            render::error(&error, &invocation.terminal);
-            Ok(WalGet::NotThere)
-        }
-        other => other,
-    }
+    restore::wal_get(&request, clock, fetcher, open).await
 }
 
 /// The words that run `wal-get` on the repository of `config`, without secrets: those stay in the

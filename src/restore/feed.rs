@@ -4,6 +4,11 @@
 //! See [`handover`](super::handover). In short: a segment that the restore needs is handed over whole, or
 //! PostgreSQL is told to abort; it never takes trouble with the store for the end of the WAL. Only a
 //! standby may be told that there is nothing yet, for it [asks again](asks_again).
+//!
+//! PostgreSQL prefers what it is given to the file of that name in `pg_wal`, and deletes that
+//! (`KeepFileRestoredFromArchive` in `xlogarchive.c`, 13 to 18). That file may have more than the repository:
+//! WAL that was streamed since, or saved from the lost server. So who would be given less than a whole segment,
+//! and has the same already, is told that there is none: then PostgreSQL takes its own (`XLogFileReadAnyTLI`).
 
 use std::fs;
 use std::future::Future;
@@ -16,19 +21,23 @@ use futures::StreamExt as _;
 use crate::clock::Clock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SegmentNumber};
+use crate::pg::{Lsn, LsnRange, SegmentNumber, TimelineId};
+use crate::repo::patience::insist;
 use crate::repo::{Reader, Repository, WalCatalog, list_extents};
 
 use super::advised;
 use super::chain::Chain;
 use super::directory::Owner;
-use super::handover::{Folder, Settings};
+use super::handover::{Folder, Settings, remove_if_there};
 use super::run::STANDBY_SIGNAL;
 use super::segments::{self, Identity, Segment};
 use super::source::RepositoryWal;
 use super::tablespaces::Watch;
 
+mod asked;
 mod unplanned;
+
+use asked::Asked;
 
 /// Bytes of WAL kept ahead of PostgreSQL: ten seconds of replay at a fair rate.
 const AHEAD_BYTES: u64 = 256 << 20;
@@ -40,6 +49,10 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const START_MAX: Duration = Duration::from_secs(20);
 /// Pause between two looks into the spool by who waits for a segment; a rename is seen this late.
 const LOOK_EVERY: Duration = Duration::from_millis(3);
+/// Pause between two looks whether the server is still there.
+const LOOK_FOR_SERVER_EVERY: Duration = Duration::from_secs(1);
+/// Who waits for so long says so in the server's log, where else there would be nothing.
+const SILENT_MAX: Duration = Duration::from_secs(10);
 /// Pause between two looks by who fetches ahead.
 const REST: Duration = Duration::from_millis(20);
 
@@ -76,31 +89,35 @@ pub async fn wal_get<O, F>(
     open: O,
 ) -> Result<WalGet>
 where
-    O: FnOnce() -> F,
+    O: Fn() -> F,
     F: Future<Output = Result<Reader>>,
 {
     let outcome = async {
+        let asked = Asked::now(request)?;
         let wal_directory = wal_directory_of(&request.path)?;
         let folder = Folder::of(&wal_directory);
         let Some(settings) = folder.settings()? else {
-            return Feeder::without_plan(&open().await?).serve(request).await;
+            return Feeder::without_plan(&open().await?).serve(&asked).await;
         };
-        let planned = Planned { request, folder: &folder, settings: &settings };
+        if let Some(timeline) = later_history(request, &settings) {
+            return Ok(look_for_history(&asked, &settings, timeline, open).await);
+        }
+        let planned = Planned { asked: &asked, folder: &folder, settings: &settings };
         match planned.wait(clock, fetcher).await? {
             Some(outcome) => Ok(outcome),
-            None => planned.fetch(&open().await?).await,
+            None => planned.fetch(&insist(clock, open).await?).await,
         }
     };
     outcome.await.context(|| format!("unable to get WAL file '{}'", request.name)).map_err(advised)
 }
 
-/// Whether PostgreSQL asks again for a file that it is not given: a standby does, which nothing but a
-/// promotion ends, and no restore has planned what it must be given. Aborting it would take down a server
+/// Whether PostgreSQL, when it is not given a file at `path`, asks again: a standby does, which nothing but
+/// a promotion ends, and no restore has planned what it must be given. Aborting it would take down a server
 /// that could go on with what it has, or with what its primary sends.
 #[must_use]
-pub fn asks_again(request: &WalGetRequest) -> bool {
-    let Ok(wal_directory) = wal_directory_of(&request.path) else { return false };
-    let Ok(data) = data_directory_of(&request.path) else { return false };
+pub fn asks_again(path: &Path) -> bool {
+    let Ok(wal_directory) = wal_directory_of(path) else { return false };
+    let Ok(data) = data_directory_of(path) else { return false };
     let is_standby = data.join(STANDBY_SIGNAL).exists();
     is_standby && matches!(Folder::of(&wal_directory).settings(), Ok(None))
 }
@@ -120,9 +137,37 @@ fn data_directory_of(path: &Path) -> Result<PathBuf> {
     Ok(whole.ancestors().nth(2).unwrap_or(Path::new("/")).to_path_buf())
 }
 
+/// The timeline whose history `request` names, when it is later than that of the plan.
+fn later_history(request: &WalGetRequest, settings: &Settings) -> Option<TimelineId> {
+    let number = request.name.strip_suffix(".history")?;
+    let timeline = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new)?;
+    settings.path.last().is_some_and(|last| timeline > last.timeline).then_some(timeline)
+}
+
+/// Gives the history of a timeline that is later than the plan's, if the repository has it.
+///
+/// PostgreSQL follows the one timeline that the restore has written into its configuration. It asks for later
+/// ones only when recovery has ended, to find a number that nobody has for its own (`findNewestTimeLine`); and
+/// since the restore was planned, another server of the cluster may have been promoted. A repository that is
+/// away keeps no server from its promotion.
+async fn look_for_history<F: Future<Output = Result<Reader>>>(
+    asked: &Asked<'_>,
+    settings: &Settings,
+    timeline: TimelineId,
+    open: impl Fn() -> F,
+) -> WalGet {
+    let given =
+        async { Feeder::of_plan(&open().await?, settings)?.serve_history(timeline, asked).await };
+    given.await.unwrap_or_else(|error| {
+        let name = &asked.request.name;
+        tracing::warn!("unable to look for '{name}', which another server may have made: {error}");
+        WalGet::NotThere
+    })
+}
+
 /// A request in a data directory that a restore has made.
 struct Planned<'a> {
-    request: &'a WalGetRequest,
+    asked: &'a Asked<'a>,
     folder: &'a Folder,
     settings: &'a Settings,
 }
@@ -130,25 +175,38 @@ struct Planned<'a> {
 impl Planned<'_> {
     /// Waits for who fetches ahead; `None` when nobody does and nobody could be started.
     async fn wait(&self, clock: &Clock, mut fetcher: Option<Command>) -> Result<Option<WalGet>> {
-        let Self { request, folder, settings } = *self;
-        if wanted_segment(request, settings)?.is_none() {
+        let Self { asked, folder, settings } = *self;
+        let name = &asked.request.name;
+        let Some(number) = wanted_segment(asked.request, settings)? else {
             return Ok(Some(WalGet::NotThere));
-        }
-        if folder.hand_over(&request.name, &request.path)? {
-            return Ok(Some(WalGet::Found));
+        };
+        let spooled = folder.spooled(name);
+        if let Some(given) = self.give(number, &spooled)? {
+            return Ok(Some(given));
         }
         // Why an earlier attempt ended says nothing about this one: the store may be back.
         folder.take_failure()?;
-        folder.want(&request.name, std::process::id())?;
-        let mut patience = clock.instant();
+        folder.want(name, std::process::id())?;
+        let begun = clock.instant();
+        let (mut patience, mut looked, mut is_silent) = (begun, begun, true);
         loop {
             // Looked at in this order: who fetches ahead hands over first and ends then.
             let is_fetched_ahead = folder.is_fetched_ahead()?;
-            if folder.hand_over(&request.name, &request.path)? {
-                return Ok(Some(WalGet::Found));
+            if let Some(given) = self.give(number, &spooled)? {
+                return Ok(Some(given));
+            }
+            let now = clock.instant();
+            if now.saturating_duration_since(looked) >= LOOK_FOR_SERVER_EVERY {
+                asked.still_waits()?;
+                looked = now;
+            }
+            if is_silent && now.saturating_duration_since(begun) >= SILENT_MAX {
+                let log = folder.prefetch_log();
+                tracing::warn!("WAL file '{name}' is being waited for; see '{}'", log.display());
+                is_silent = false;
             }
             if is_fetched_ahead {
-                patience = clock.instant();
+                patience = now;
             } else {
                 if let Some(failure) = folder.take_failure()? {
                     return Err(failure);
@@ -168,21 +226,54 @@ impl Planned<'_> {
 
     /// Fetches the segment here and now.
     async fn fetch(&self, reader: &Reader) -> Result<WalGet> {
-        let Self { request, folder, settings } = *self;
+        let Self { asked: Asked { request, .. }, folder, settings } = *self;
         let Some(number) = wanted_segment(request, settings)? else { return Ok(WalGet::NotThere) };
         let feeder = Feeder::of_plan(reader, settings)?;
         let unfinished = folder.unfinished(&request.name, std::process::id());
         feeder.write_planned((settings, &folder.data()), number, &unfinished).await?;
-        fs::rename(&unfinished, &request.path)
-            .context(|| format!("unable to rename '{}'", unfinished.display()))?;
-        Ok(WalGet::Found)
+        self.give(number, &unfinished)?.ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("'{}' is gone", unfinished.display()))
+        })
     }
+
+    /// Gives the file of segment `number` that is at `from`; `None` when there is none.
+    fn give(&self, number: SegmentNumber, from: &Path) -> Result<Option<WalGet>> {
+        if !from.exists() {
+            return Ok(None);
+        }
+        if self.is_held(number, from)? {
+            remove_if_there(from)?;
+            return Ok(Some(WalGet::NotThere));
+        }
+        Ok(self.asked.give(from)?.then_some(WalGet::Found))
+    }
+
+    /// Whether the plan ends inside segment `number`, and the file in `pg_wal` has all that the one at `ours`
+    /// is needed for.
+    fn is_held(&self, number: SegmentNumber, ours: &Path) -> Result<bool> {
+        let Self { asked: Asked { request, .. }, settings, .. } = *self;
+        let size = settings.wal_segment_bytes;
+        let Some((_, range)) = settings.segment(number) else { return Ok(false) };
+        let start = range.start().max(settings.start_lsn);
+        let wanted = LsnRange::new(start, range.end()).filter(|_| range.len_bytes() < size.bytes());
+        let Some(wanted) = wanted else { return Ok(false) };
+        match own_file(request)? {
+            Some(own) => segments::is_held_of(ours, wanted, &own, size),
+            None => Ok(false),
+        }
+    }
+}
+
+/// Where PostgreSQL has a file of the name that it asks for; `None` when that is where it wants it.
+fn own_file(request: &WalGetRequest) -> Result<Option<PathBuf>> {
+    let own = wal_directory_of(&request.path)?.join(&request.name);
+    Ok((own != request.path).then_some(own))
 }
 
 /// The segment that `request` names, when the restore hands it over.
 fn wanted_segment(request: &WalGetRequest, settings: &Settings) -> Result<Option<SegmentNumber>> {
     let size = settings.wal_segment_bytes;
-    // History files were all placed; others were never stored.
+    // History files of before the plan were placed; others were never stored.
     let Some((_, number)) = size.parse_file_name(&request.name) else { return Ok(None) };
     if settings.segment_name(number).as_deref() != Some(request.name.as_str()) {
         return Ok(None);
@@ -201,7 +292,7 @@ fn wanted_segment(request: &WalGetRequest, settings: &Settings) -> Result<Option
 /// not end it.
 fn start_detached(mut command: Command, folder: &Folder) -> Result<()> {
     use std::os::unix::process::CommandExt as _;
-    let log_path = folder.path().join("prefetch.log");
+    let log_path = folder.prefetch_log();
     let log = fs::File::create(&log_path)
         .context(|| format!("unable to write '{}'", log_path.display()))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
@@ -211,24 +302,49 @@ fn start_detached(mut command: Command, folder: &Folder) -> Result<()> {
 }
 
 /// Fetches segments ahead of PostgreSQL, beginning with the one that `request` names, until the plan's end
-/// or until nobody takes them any more. Returns at once when somebody else does.
+/// or until nobody takes them any more. Returns at once when somebody else does. `open` opens the repository.
 ///
 /// # Errors
 /// Why it could not go on; who waits for a segment is told too.
-pub async fn prefetch(request: &WalGetRequest, reader: &Reader) -> Result<()> {
+pub async fn prefetch<O, F>(request: &WalGetRequest, clock: &Clock, open: O) -> Result<()>
+where
+    O: Fn() -> F,
+    F: Future<Output = Result<Reader>>,
+{
     let folder = Folder::of(&wal_directory_of(&request.path)?);
     let Some(settings) = folder.settings()? else { return Ok(()) };
     let Some((_, first)) = settings.wal_segment_bytes.parse_file_name(&request.name) else {
         return Ok(());
     };
-    let ahead = FetchAhead {
-        folder: &folder,
-        owner: None,
-        settings: &settings,
-        reader,
-        when_idle: WhenIdle::End,
-    };
-    ahead.run(first).await
+    // Locked before the repository is opened, which takes as long as an outage: who waits for the segment
+    // would take it that nobody fetches, and would not wait as long by himself.
+    let fetched = locked(&folder, async {
+        let reader = &insist(clock, open).await?;
+        let (folder, settings, when_idle) = (&folder, &settings, WhenIdle::End);
+        let ahead = FetchAhead { folder, owner: None, settings, reader, when_idle };
+        ahead.fetch_from(first).await
+    });
+    fetched.await
+}
+
+/// Does the work of who fetches ahead, unless somebody else does it.
+///
+/// # Errors
+/// Those of `work`; who waits for a segment is told them.
+async fn locked(folder: &Folder, work: impl Future<Output = Result<()>>) -> Result<()> {
+    let Some(_lock) = folder.lock_for_long().await? else { return Ok(()) };
+    folder.clear_unfinished()?;
+    // A failure of an earlier attempt says nothing about this one.
+    folder.take_failure()?;
+    match work.await {
+        // Recovery has ended, and what was being fetched has no place any more.
+        Err(_) if matches!(folder.spool(), Ok(None)) => Ok(()),
+        Err(error) => {
+            folder.fail(&error)?;
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 /// What to do when nobody takes segments for long.
@@ -253,17 +369,7 @@ pub(crate) struct FetchAhead<'a> {
 impl FetchAhead<'_> {
     /// Fetches from segment `first` on, as [`prefetch`].
     pub(crate) async fn run(&self, first: SegmentNumber) -> Result<()> {
-        let Some(_lock) = self.folder.lock_for_long().await? else { return Ok(()) };
-        self.folder.clear_unfinished()?;
-        // A failure of an earlier attempt says nothing about this one.
-        self.folder.take_failure()?;
-        let outcome = self.fetch_from(first).await;
-        if let Err(error) = &outcome
-            && self.folder.path().exists()
-        {
-            self.folder.fail(error)?;
-        }
-        outcome
+        locked(self.folder, self.fetch_from(first)).await
     }
 
     async fn fetch_from(&self, first: SegmentNumber) -> Result<()> {
@@ -289,8 +395,7 @@ impl Ahead<'_> {
         let mut next = first;
         let mut last_taken = self.clock.instant();
         let mut ready_before = 0;
-        while self.folder.path().exists() {
-            let spool = self.folder.spool()?;
+        while let Some(spool) = self.folder.spool()? {
             let ready = spool.iter().filter(|name| size.parse_file_name(name).is_some()).count();
             if ready < ready_before {
                 last_taken = self.clock.instant();
@@ -436,134 +541,4 @@ impl Feeder {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::handover::tests::settings;
-    use super::*;
-    use crate::pg::{SegmentSize, SystemId, TimelineHistory, TimelineId};
-    use crate::repo::{Encryption, ExtentBuilder, Level};
-    use crate::store::memory::{Faults, Memory};
-
-    /// A repository with two segments, and a data directory into which a plan hands them over.
-    struct Scene {
-        clock: Clock,
-        memory: Memory,
-        reader: Reader,
-        _data: tempfile::TempDir,
-        folder: Folder,
-        settings: Settings,
-        request: WalGetRequest,
-    }
-
-    impl Scene {
-        async fn new() -> Self {
-            let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
-            let (memory, repository) = Repository::in_memory(&clock).await;
-            let writer = repository.writer(&Encryption::None).await.unwrap();
-            for start in [0x300_0000, 0x310_0000] {
-                let (first, level) = (TimelineId::FIRST, Level::default());
-                let mut builder = ExtentBuilder::new(&writer, first, Lsn(start), level).unwrap();
-                builder.push(vec![7; 1 << 20].into()).unwrap();
-                writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
-            }
-            let size = SegmentSize::new(1 << 20).unwrap();
-            let path = TimelineHistory::first_timeline_only(TimelineId::FIRST).path();
-            let span = LsnRange::new(Lsn(0x300_0028), Lsn(0x320_0000)).unwrap();
-            let settings = Settings::new("main".into(), SystemId(7), size, &path, span);
-            let data = tempfile::tempdir().unwrap();
-            let folder = Folder::of(&data.path().join("pg_wal"));
-            folder.create(&settings).unwrap();
-            let path = data.path().join("pg_wal/RECOVERYXLOG");
-            let request = WalGetRequest { name: settings.segment_name(0x30).unwrap(), path };
-            let reader = repository.reader(Vec::new());
-            Self { clock, memory, reader, _data: data, folder, settings, request }
-        }
-
-        fn set_down(&self, down: bool) {
-            self.memory.set_faults(Faults { down, ..Faults::default() });
-        }
-
-        fn ahead(&self) -> FetchAhead<'_> {
-            FetchAhead {
-                folder: &self.folder,
-                owner: None,
-                settings: &self.settings,
-                reader: &self.reader,
-                when_idle: WhenIdle::End,
-            }
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_failure_of_the_past_keeps_no_segment_away() {
-        let scene = Scene::new().await;
-        scene.folder.fail(&Error::new(Kind::Unavailable, "no store")).unwrap();
-        let open = async || Ok(scene.reader.clone());
-        let given = wal_get(&scene.request, &scene.clock, None, open).await.unwrap();
-        assert_eq!(given, WalGet::Found);
-        assert!(scene.request.path.exists());
-        assert!(scene.folder.take_failure().unwrap().is_none());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_outage_of_minutes_ends_neither_who_fetches_ahead_nor_who_waits() {
-        let scene = Scene::new().await;
-        scene.set_down(true);
-        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
-        let waiting = wal_get(&scene.request, &scene.clock, None, never);
-        let back = async {
-            tokio::time::sleep(Duration::from_secs(300)).await;
-            scene.set_down(false);
-        };
-        let ahead = scene.ahead();
-        let (fetched, given, ()) = tokio::join!(ahead.run(0x30), waiting, back);
-        assert_eq!(given.unwrap(), WalGet::Found);
-        fetched.unwrap();
-        assert!(scene.folder.spooled(&scene.settings.segment_name(0x31).unwrap()).exists());
-    }
-
-    /// Asks a data directory with these notes for a segment that is on the way to the target.
-    async fn asked(notes: &str) -> Result<WalGet> {
-        let data = tempfile::tempdir().unwrap();
-        let wal = data.path().join("pg_wal");
-        let folder = Folder::of(&wal);
-        folder.create(&settings()).unwrap();
-        fs::write(folder.path().join("wal-get.json"), notes).unwrap();
-        let name = settings().segment_name(0x33).unwrap();
-        fs::write(folder.spooled(&name), "wal").unwrap();
-        let request = WalGetRequest { name, path: wal.join("RECOVERYXLOG") };
-        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
-        wal_get(&request, &Clock::system(), None, never).await
-    }
-
-    #[test]
-    fn the_data_directory_is_above_the_name_of_pg_wal_and_not_above_what_it_links_to() {
-        let place = tempfile::tempdir().unwrap();
-        let (data, volume) = (place.path().join("data"), place.path().join("volume/wal"));
-        fs::create_dir_all(&data).unwrap();
-        fs::create_dir_all(&volume).unwrap();
-        std::os::unix::fs::symlink(&volume, data.join("pg_wal")).unwrap();
-        let path = data.join("pg_wal/RECOVERYXLOG");
-        let request = WalGetRequest { name: "000000010000000000000003".into(), path };
-        assert!(!asks_again(&request));
-        fs::write(data.join(STANDBY_SIGNAL), "").unwrap();
-        assert!(asks_again(&request));
-        // As PostgreSQL asks, in the data directory, and as somebody does in pg_wal itself.
-        let here = std::env::current_dir().unwrap();
-        assert_eq!(data_directory_of(Path::new("pg_wal/RECOVERYXLOG")).unwrap(), here);
-        assert_eq!(data_directory_of(Path::new("x")).unwrap(), here.parent().unwrap());
-    }
-
-    #[tokio::test]
-    async fn a_hole_in_the_notes_is_an_error_and_not_the_end_of_the_wal() {
-        let whole = serde_json::to_value(settings()).unwrap();
-        assert_eq!(asked(&whole.to_string()).await.unwrap(), WalGet::Found);
-        let mut holed = whole.clone();
-        holed["path"].as_array_mut().unwrap().pop();
-        let error = asked(&holed.to_string()).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-        let truncated = whole.to_string();
-        let error = asked(&truncated[..truncated.len() / 2]).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-        assert!(error.hint_text().unwrap().contains("restore again"), "{error:?}");
-    }
-}
+mod tests;

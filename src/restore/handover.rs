@@ -6,6 +6,7 @@
 //! ```text
 //! pg_wal/tidemark/wal-get.json      what to hand over; no secrets
 //! pg_wal/tidemark/prefetch.lock     locked by whoever fetches ahead, as long as it lives
+//! pg_wal/tidemark/prefetch.log      what that has to say
 //! pg_wal/tidemark/spool/<segment>   whole segments, fetched ahead
 //! pg_wal/tidemark/spool/wanted      the segment that PostgreSQL waits for
 //! pg_wal/tidemark/spool/error       why fetching ahead has ended
@@ -19,6 +20,7 @@
 //!   wrong on the way to a segment that is needed is an error, never the end of the WAL.
 //! - So the notes are believed only when they are whole: they name a timeline for every position from the
 //!   first to the last that is handed over. With a hole in them, or when they are gone, nothing is served.
+//! - A file is given only to the server that has asked for it (see [`feed`](super::feed)).
 //! - Fetching ahead is a convenience: when nobody does, the segment is fetched by who wants it. Both outlast
 //!   an outage of the store of minutes. Why fetching ahead has ended concerns who waits at that time: who
 //!   comes later has another try made.
@@ -209,8 +211,14 @@ impl Folder {
     }
 
     /// Where the folder is.
+    #[cfg(test)]
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// What who fetches ahead has to say.
+    pub(crate) fn prefetch_log(&self) -> PathBuf {
+        self.0.join("prefetch.log")
     }
 
     /// The data directory it is in.
@@ -266,28 +274,15 @@ impl Folder {
         self.0.join(SPOOL).join(format!("{name}.{pid}.part"))
     }
 
-    /// Names of what is in the spool.
-    pub(crate) fn spool(&self) -> Result<Vec<String>> {
-        let spool = self.0.join(SPOOL);
-        let attempted = || format!("unable to list '{}'", spool.display());
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&spool).context(attempted)? {
-            names.push(entry.context(attempted)?.file_name().to_string_lossy().into_owned());
-        }
-        Ok(names)
+    /// Names of what is in the spool; `None` when it is gone: recovery has ended and PostgreSQL removed it.
+    pub(crate) fn spool(&self) -> Result<Option<Vec<String>>> {
+        names_in(&self.0.join(SPOOL))
     }
 
     /// Removes what a fetcher that died left behind. One that lives may be at work: who waits for a segment
     /// fetches it himself when nobody else seems to.
     pub(crate) fn clear_unfinished(&self) -> Result<()> {
-        let is_left = |name: &&String| match name.strip_suffix(".part") {
-            Some(rest) => !rest.rsplit_once('.').is_some_and(|(_, pid)| is_of_another(pid)),
-            None => false,
-        };
-        for name in self.spool()?.iter().filter(is_left) {
-            self.remove_if_there(&self.0.join(SPOOL).join(name))?;
-        }
-        Ok(())
+        as_account(self.1, || remove_unfinished(&self.0.join(SPOOL), None))
     }
 
     /// As [`Folder::lock`], but told from who only [looks](Folder::is_fetched_ahead), which takes the lock
@@ -331,17 +326,6 @@ impl Folder {
         })
     }
 
-    /// Hands `name` over to `path` if it is in the spool.
-    pub(crate) fn hand_over(&self, name: &str, path: &Path) -> Result<bool> {
-        match fs::rename(self.spooled(name), path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-            Err(error) => {
-                Err(Error::io(format!("unable to hand over WAL segment '{name}'"), &error))
-            }
-        }
-    }
-
     /// Says which segment PostgreSQL waits for.
     pub(crate) fn want(&self, name: &str, pid: u32) -> Result<()> {
         let place = self.0.join(SPOOL).join(WANTED);
@@ -369,23 +353,21 @@ impl Folder {
         as_account(self.1, || fs::write(&place, format!("{error}{hint}")).context(attempted))
     }
 
-    /// Takes the word that [`Folder::fail`] left.
+    /// Takes the word that [`Folder::fail`] left. An empty one says nothing: the disk was full.
     pub(crate) fn take_failure(&self) -> Result<Option<Error>> {
         let place = self.0.join(SPOOL).join(ERROR);
         let Some(text) = read_note(&place, NOTE_BYTES_MAX)? else { return Ok(None) };
         self.remove_if_there(&place)?;
+        if text.is_empty() {
+            return Ok(None);
+        }
         let (message, hint) = text.split_once('\n').unwrap_or((&text, ""));
         let error = Error::new(Kind::Unavailable, message);
         Ok(Some(if hint.is_empty() { error } else { error.hint(hint) }))
     }
 
     fn remove_if_there(&self, path: &Path) -> Result<()> {
-        as_account(self.1, || match fs::remove_file(path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::io(format!("unable to remove '{}'", path.display()), &error))
-            }
-            _ => Ok(()),
-        })
+        as_account(self.1, || remove_if_there(path))
     }
 }
 
@@ -395,6 +377,42 @@ fn is_of_another(pid: &str) -> bool {
     let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return false };
     // Of another user it may not even be asked.
     rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
+}
+
+/// Removes from `folder` the files `<name>.<pid>.part`, of any `name` or the given one, that no other process
+/// is at.
+pub(crate) fn remove_unfinished(folder: &Path, name: Option<&str>) -> Result<()> {
+    for found in names_in(folder)?.unwrap_or_default() {
+        let Some(rest) = found.strip_suffix(".part") else { continue };
+        let (of, pid) = rest.rsplit_once('.').unwrap_or((rest, ""));
+        if name.is_none_or(|name| name == of) && !is_of_another(pid) {
+            remove_if_there(&folder.join(found))?;
+        }
+    }
+    Ok(())
+}
+
+/// Names of what is in `folder`, `None` when that is not there.
+fn names_in(folder: &Path) -> Result<Option<Vec<String>>> {
+    let attempted = || format!("unable to list '{}'", folder.display());
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other.context(attempted)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.context(attempted)?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(Some(names))
+}
+
+pub(crate) fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::io(format!("unable to remove '{}'", path.display()), &error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A small text file, `None` when it is not there.
@@ -480,7 +498,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn settings_and_failures_come_back_and_segments_move_once() {
+    fn settings_and_notes_come_back_once() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::of(dir.path());
         assert_eq!(folder.settings().unwrap(), None);
@@ -492,11 +510,11 @@ pub(crate) mod tests {
         let failure = folder.take_failure().unwrap().unwrap();
         assert_eq!((failure.message(), failure.hint_text()), ("no store", Some("Look.")));
         assert!(folder.take_failure().unwrap().is_none());
+        // As it is left on a full disk.
+        fs::write(folder.spooled(ERROR), "").unwrap();
+        assert!(folder.take_failure().unwrap().is_none());
+        assert_eq!(folder.spool().unwrap(), Some(Vec::new()));
 
-        fs::write(folder.spooled("a"), "wal").unwrap();
-        let target = dir.path().join("RECOVERYXLOG");
-        assert!(folder.hand_over("a", &target).unwrap());
-        assert!(!folder.hand_over("a", &target).unwrap());
         folder.want("b", 1).unwrap();
         assert_eq!(folder.take_wanted().unwrap().as_deref(), Some("b"));
         assert_eq!(folder.take_wanted().unwrap(), None);
@@ -508,7 +526,10 @@ pub(crate) mod tests {
             fs::write(folder.unfinished(name, pid), "").unwrap();
         }
         folder.clear_unfinished().unwrap();
-        assert_eq!(folder.spool().unwrap(), [format!("d.{parent}.part")]);
+        assert_eq!(folder.spool().unwrap(), Some(vec![format!("d.{parent}.part")]));
+        fs::remove_dir_all(dir.path().join(FOLDER)).unwrap();
+        assert_eq!(folder.spool().unwrap(), None);
+        folder.clear_unfinished().unwrap();
     }
 
     #[test]

@@ -14,13 +14,14 @@
 //!   so nothing else of what is missing is ever read.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use futures::StreamExt as _;
 
 use crate::error::{Context, Error, Kind, Result};
-use crate::pg::{LsnRange, SegmentSize, SystemId, TimelineId};
+use crate::pg::{Lsn, LsnRange, SegmentSize, SystemId, TimelineId};
 
 use super::chain::Piece;
 use super::directory::Owner;
@@ -29,6 +30,8 @@ use super::scan::{self, WAL_PAGE_BYTES, WalSource};
 
 /// Extents on their way while one is written.
 const EXTENTS_AHEAD: usize = 2;
+/// Bytes of two files that are compared at a time: a segment may have a gibibyte.
+const LOOK_BYTES: u64 = 1 << 20;
 /// `XLP_LONG_HEADER`
 const XLP_LONG_HEADER: u16 = 2;
 
@@ -136,6 +139,79 @@ pub(crate) async fn write<S: WalSource>(
     file.map_or(Ok(()), |file| file.write_all_at(&header, 0)).context(attempted)
 }
 
+/// Whether the whole segment file at `path`, of PostgreSQL's own, holds all that the repository has of
+/// `segment`: then it holds at least as much. All of it is compared, for the file may be one that was recycled,
+/// or have lost pages in a crash of the machine, and what is lost in it must come from the repository.
+///
+/// # Errors
+/// What the repository and the file system report.
+pub(crate) async fn is_held<S: WalSource>(
+    source: &S,
+    segment: &Segment,
+    path: &Path,
+    size: SegmentSize,
+) -> Result<bool> {
+    let Some(mut file) = open_whole(path, size)? else { return Ok(false) };
+    // The last first: when more was stored since, one extent tells.
+    let (before, last) = segment.pieces.split_at(segment.pieces.len().saturating_sub(1));
+    let last = scan::pieces(source, last.to_vec(), 1);
+    let mut pieces =
+        std::pin::pin!(last.chain(scan::pieces(source, before.to_vec(), EXTENTS_AHEAD)));
+    while let Some(next) = pieces.next().await {
+        let (piece, bytes) = next?;
+        let offset = piece.range.start().saturating_since(segment.range.start());
+        let compared = scan::blocking(move || (holds(&file, offset, &bytes), file));
+        let (held, same) = compared.await?;
+        if !held.context(|| format!("unable to read WAL segment '{}'", path.display()))? {
+            return Ok(false);
+        }
+        file = same;
+    }
+    Ok(true)
+}
+
+/// As [`is_held`], for the bytes of `wanted` in a segment file of ours at `ours`.
+pub(crate) fn is_held_of(
+    ours: &Path,
+    wanted: LsnRange,
+    path: &Path,
+    size: SegmentSize,
+) -> Result<bool> {
+    let Some(file) = open_whole(path, size)? else { return Ok(false) };
+    let attempted = || format!("unable to compare '{}' with '{}'", ours.display(), path.display());
+    let ours = File::open(ours).context(attempted)?;
+    let mut from = wanted.start();
+    while from < wanted.end() {
+        let until = wanted.end().min(Lsn(from.0 + LOOK_BYTES));
+        let offset = from.saturating_since(size.start_of(from));
+        let mut bytes = vec![0; usize::try_from(until.saturating_since(from)).unwrap_or(0)];
+        ours.read_exact_at(&mut bytes, offset).context(attempted)?;
+        if !holds(&file, offset, &bytes).context(attempted)? {
+            return Ok(false);
+        }
+        from = until;
+    }
+    Ok(true)
+}
+
+/// The segment file at `path`, `None` when there is none of full size.
+fn open_whole(path: &Path, size: SegmentSize) -> Result<Option<File>> {
+    let attempted = || format!("unable to open WAL segment '{}'", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other.context(attempted)?,
+    };
+    let is_whole = file.metadata().context(attempted)?.len() == size.bytes();
+    Ok(is_whole.then_some(file))
+}
+
+/// Whether `file` has `bytes` at `offset`.
+fn holds(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<bool> {
+    let mut found = vec![0; bytes.len()];
+    file.read_exact_at(&mut found, offset)?;
+    Ok(found == bytes)
+}
+
 fn write_piece(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all_at(bytes, offset)
 }
@@ -168,7 +244,6 @@ fn long_header(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pg::Lsn;
     use crate::pg::timeline::PathPart;
     use crate::restore::chain::Chain;
     use crate::restore::craft::{Craft, Extents};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::harness::postgres::Settings;
+use crate::harness::postgres::{Settings, Stop};
 use crate::harness::{Account, Binaries, Postgres, Tidemark};
 
 /// Waits until all WAL that `server` has is in the repository.
@@ -98,7 +98,7 @@ async fn a_standby_streams_from_its_primary_and_takes_from_the_repository_what_t
     standby.wait_for("select count(*) from t", "4");
 
     // A standby that has fallen behind again goes through the repository and back to the stream.
-    standby.stop(crate::harness::postgres::Stop::Fast);
+    standby.stop(Stop::Fast);
     server.psql("select pg_drop_replication_slot('standby1')");
     sidecar = tidemark.spawn(&["stream", "--postgres", &conninfo]);
     server.wait_for_stream();
@@ -160,4 +160,52 @@ async fn a_standby_follows_the_configured_server_unless_told_otherwise() {
     assert!(code == 2 && said.contains("lower-case letters"), "{said}");
     let (code, said) = restore(&["--dry-run", "--primary", "password='secret x'"]);
     assert!(code == 2 && said.contains("is empty"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_that_a_server_has_and_the_repository_has_not_yet_is_kept() {
+    let binaries = Binaries::of_this_run();
+    let server = Postgres::start(&binaries, &Settings::default());
+    server.psql("create table t (id int)");
+    let conninfo = server.conninfo();
+    let tidemark = Tidemark::with_directory();
+    let sidecar = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
+    tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
+    let restore = |name: &str, primary: &str| {
+        let target = tidemark.new_target(name);
+        let into = target.to_str().unwrap();
+        tidemark.run(&["restore", "--into", into, "--as-standby", "--primary", primary]).ok();
+        target
+    };
+    let standby = Postgres::adopt(&binaries, &restore("standby", &conninfo));
+    standby.run();
+    server.psql("insert into t values (1)");
+    wait_durable(&server);
+    // The repository ends in the middle of a segment, the stream goes on.
+    assert_eq!(sidecar.terminate(), Some(0));
+    server.psql("insert into t values (2)");
+    standby.wait_for("select count(*) from t", "2");
+    server.psql("select pg_switch_wal()");
+    server.psql("insert into t values (3)");
+    standby.wait_for("select count(*) from t", "3");
+    let by_hand = restore("by_hand", "none");
+    server.stop(Stop::Immediate);
+    standby.promote();
+    assert_eq!(standby.psql("select string_agg(id::text, ',' order by id) from t"), "1,2,3");
+
+    // As the manual tells who restores: the dead server's WAL files are copied to where recovery finds them.
+    std::fs::rename(by_hand.join("standby.signal"), by_hand.join("recovery.signal")).unwrap();
+    for entry in std::fs::read_dir(server.data().join("pg_wal")).unwrap() {
+        let entry = entry.unwrap();
+        let copy = by_hand.join("pg_wal").join(entry.file_name());
+        if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), &copy).unwrap();
+            Account::current().give(&copy);
+        }
+    }
+    let recovered = Postgres::adopt(&binaries, &by_hand);
+    recovered.run();
+    recovered.wait_for("select pg_is_in_recovery()", "f");
+    assert_eq!(recovered.psql("select count(*) from t"), "3");
 }

@@ -257,6 +257,52 @@ fn postgres_is_never_told_that_the_wal_ends_when_something_else_is_wrong() {
     assert_eq!(shell(":", nowhere, "2>/dev/full"), Some(200));
 }
 
+/// What `restore` writes for `wal-get` to hand over.
+const PLAN: &str = r#"{"format":1,"cluster":"main","system_id":"7","wal_segment_bytes":1048576,
+    "path":[{"timeline":1,"start_lsn":"0/0","end_lsn":null}],
+    "start_lsn":"0/3000028","end_lsn":"0/3200000","preplaced_end_lsn":"0/0"}"#;
+
+#[test]
+fn a_standby_is_told_that_there_is_nothing_yet_whatever_is_wrong() {
+    let machine = Machine::new();
+    machine.write("garbage.toml", "[[[");
+    machine.write("data/pg_wal/tidemark/wal-get.json", PLAN);
+    let config = machine.path("garbage.toml");
+    let path = machine.path("data/pg_wal/RECOVERYXLOG");
+    let segment = "000000010000000000000030";
+    let garbage = ["wal-get", "--config", &config, segment, &path];
+    let nonsense = ["wal-get", segment, &path, "--clustr", "main"];
+    let told = |args: &[&str], wanted: i32| {
+        let (status, _, stderr) = machine.outcome(args);
+        assert!(status == wanted && stderr.starts_with("error: "), "{args:?}: {status} {stderr}");
+    };
+    let told_both = |wanted| [&garbage, &nonsense].map(|args| told(args, wanted));
+    told_both(200);
+    machine.write("data/standby.signal", "");
+    // A plan says what it needs.
+    told_both(200);
+    std::fs::remove_dir_all(machine.path("data/pg_wal/tidemark")).unwrap();
+    told_both(1);
+}
+
+#[test]
+fn who_fetches_ahead_ends_as_no_child_of_a_postmaster_does_that_crashed() {
+    let machine = Machine::new();
+    machine.write("data/pg_wal/tidemark/wal-get.json", PLAN);
+    machine.write("data/pg_wal/tidemark/prefetch.lock", "");
+    machine.write("data/pg_wal/tidemark/spool/wanted", "");
+    let path = machine.path("data/pg_wal/RECOVERYXLOG");
+    let segment = "000000010000000000000030";
+    for url in ["/nonexistent", "gs://nowhere"] {
+        let args = ["wal-get", "--repository", url, "--prefetch", segment, &path];
+        let (status, _, stderr) = machine.outcome(&args);
+        assert!(status == 1 && stderr.starts_with("error: "), "{status} {stderr}");
+        let cause = machine.path("data/pg_wal/tidemark/spool/error");
+        assert!(!std::fs::read_to_string(&cause).unwrap().is_empty());
+        std::fs::remove_file(&cause).unwrap();
+    }
+}
+
 #[test]
 fn a_log_that_cannot_be_written_ends_nothing() {
     assert_eq!(shell(":", "completions bash", "2>/dev/full"), Some(0));

@@ -11,7 +11,7 @@
 //!   keeps that of the timeline it follows (`readTimeLineHistory`).
 //! - A standby alone is stopped at a fork that it has not come to yet: it learns of a new timeline only when
 //!   its WAL has ended (`rescanLatestTimeLine`), and having replayed more of the old one it could not follow
-//!   any more. One that is past the fork stays there on purpose.
+//!   any more. One that is past the fork stays there on purpose, and keeps what it has streamed behind it.
 //! - A recovery that is given less than a segment, or none, ends there and is promoted. So it is told so only
 //!   at the newest WAL: with more of it stored behind a hole, or at a place that leads no further (see
 //!   [`marks`](crate::repo::marks)), it gets an error that names the place. A standby only asks again.
@@ -30,7 +30,8 @@ use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::interval::barrier_after;
 use crate::repo::{list_extents, marks};
 
-use super::{Feeder, WalGet, WalGetRequest, data_directory_of, wal_directory_of};
+use super::asked::Asked;
+use super::{Feeder, WalGet, WalGetRequest, data_directory_of, own_file, wal_directory_of};
 use crate::restore::chain::Chain;
 use crate::restore::run::STANDBY_SIGNAL;
 use crate::restore::segments::{self, Identity, Segment};
@@ -138,11 +139,12 @@ impl Ways {
 
 impl Feeder {
     /// Gives whatever the repository has under that name now.
-    pub(super) async fn serve(&self, request: &WalGetRequest) -> Result<WalGet> {
+    pub(super) async fn serve(&self, asked: &Asked<'_>) -> Result<WalGet> {
+        let request = asked.request;
         if let Some(number) = request.name.strip_suffix(".history") {
             let number = u32::from_str_radix(number, 16).ok().and_then(TimelineId::new);
             return match number {
-                Some(timeline) => self.serve_history(timeline, request).await,
+                Some(timeline) => self.serve_history(timeline, asked).await,
                 None => Ok(WalGet::NotThere),
             };
         }
@@ -159,26 +161,32 @@ impl Feeder {
         };
         let pieces = chain.pieces().to_vec();
         let segment = Segment { name: request.name.clone(), timeline, range: whole, pieces };
+        if segment.known().end() < whole.end()
+            && let Some(own) = own_file(request)?
+            && segments::is_held(&self.source, &segment, &own, size).await?
+        {
+            return Ok(WalGet::NotThere);
+        }
         let identity =
             Identity { system_id: self.repository().system_id(), size, owner: self.owner };
-        let written = segments::write(&self.source, &segment, &request.path, identity).await;
-        if written.is_err() {
-            // PostgreSQL must not find half a segment, and does not look once it is told to stop.
-            drop(fs::remove_file(&request.path));
-        }
-        written.map(|()| WalGet::Found)
+        let unfinished = asked.unfinished()?;
+        segments::write(&self.source, &segment, unfinished.path(), identity).await?;
+        asked.give_made(&unfinished)
     }
 
-    async fn serve_history(&self, timeline: TimelineId, request: &WalGetRequest) -> Result<WalGet> {
-        let path = &request.path;
+    /// Gives the history of `timeline`, if there is one.
+    pub(super) async fn serve_history(
+        &self,
+        timeline: TimelineId,
+        asked: &Asked<'_>,
+    ) -> Result<WalGet> {
         match self.repository().history_file(timeline).await {
             Ok(content) => {
-                let written = fs::write(path, &content);
-                if written.is_err() {
-                    drop(fs::remove_file(path));
-                }
-                written.context(|| format!("unable to write '{}'", path.display()))?;
-                Ok(WalGet::Found)
+                let unfinished = asked.unfinished()?;
+                let path = unfinished.path();
+                fs::write(path, &content)
+                    .context(|| format!("unable to write '{}'", path.display()))?;
+                asked.give_made(&unfinished)
             }
             Err(error) if error.kind() == Kind::NotFound => Ok(WalGet::NotThere),
             Err(error) => Err(error),
@@ -206,9 +214,12 @@ impl Feeder {
             }
             AtEnd::Stops if ways.begin_behind(whole) => return Ok(None),
             AtEnd::Stops => {
-                self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
                 self.refuse_past_fork(&ways, server, whole).await?;
-                self.longest_to_the_tip(&ways, whole).await?
+                let chain = self.longest_to_the_tip(&ways, whole).await;
+                // The marks after the WAL: one that belongs to WAL which is just being stored was put before
+                // it (FORMAT.md). It also says more than that WAL is missing behind it.
+                self.refuse_barrier(&ways, server.replay_start_lsn, whole).await?;
+                chain?
             }
         };
         Ok(ways.is_named_for(&chain, whole).then_some(chain))

@@ -201,6 +201,9 @@ fn wal_get_says_not_there_only_when_it_is_not_there() {
         assert_eq!(Path::new(&path).exists(), status == 0, "{output:?}");
         output.transcript(args)
     };
+    // The restore has placed all that the repository has of it.
+    get(&scene.tidemark, &["wal-get", &here, &path], 1);
+    std::fs::remove_file(server.data().join("pg_wal").join(&here)).unwrap();
     // PostgreSQL goes on after 0, takes 1 for the end of the WAL, and stops above 125.
     get(&scene.tidemark, &["wal-get", &here, &path], 0);
     golden_error(

@@ -8,6 +8,7 @@ use super::*;
 use crate::clock::Clock;
 use crate::repo::marks::Barrier;
 use crate::repo::{Encryption, ExtentBuilder, Level, Repository, Writer};
+use crate::store::memory::{Call, Memory, Outcome};
 
 const SEGMENT: u64 = 1 << 20;
 
@@ -22,6 +23,7 @@ fn lsn(number: u64, offset: u64) -> Lsn {
 
 /// A repository, and a data directory that no restore has made.
 struct Scene {
+    memory: Memory,
     data: tempfile::TempDir,
     repository: Repository,
     writer: Writer,
@@ -30,30 +32,25 @@ struct Scene {
 impl Scene {
     async fn new() -> Self {
         let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
-        let (_, repository) = Repository::in_memory(&clock).await;
+        let (memory, repository) = Repository::in_memory(&clock).await;
         let writer = repository.writer(&Encryption::None).await.unwrap();
         let data = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(data.path().join("global")).unwrap();
         std::fs::create_dir_all(data.path().join("pg_wal")).unwrap();
         let control = crate::pg::control::tests::file(1300, 202_209_061);
         std::fs::write(data.path().join(XLOG_CONTROL_FILE), control).unwrap();
-        Self { data, repository, writer }
+        Self { memory, data, repository, writer }
     }
 
-    /// Stores WAL whose every byte is the number of its timeline, one extent a segment.
+    /// Lets PostgreSQL have a file of its own: so many bytes of timeline 1, then zeros.
+    fn place(&self, name: &str, count: usize) {
+        let mut bytes = vec![0; WHOLE];
+        bytes[..count].fill(1);
+        std::fs::write(self.path().with_file_name(name), bytes).unwrap();
+    }
+
     async fn store(&self, number: u32, start: Lsn, end: Lsn) {
-        let mut from = start;
-        while from < end {
-            let until = end.min(Lsn((from.0 / SEGMENT + 1) * SEGMENT));
-            let level = Level::default();
-            let mut builder =
-                ExtentBuilder::new(&self.writer, timeline(number), from, level).unwrap();
-            let length = usize::try_from(until.0 - from.0).unwrap();
-            let byte = u8::try_from(number).unwrap();
-            builder.push(Bytes::from(vec![byte; length])).unwrap();
-            self.writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
-            from = until;
-        }
+        store(&self.writer, number, start, end).await;
     }
 
     async fn store_history(&self, number: u32, switches: &[(u32, Lsn)]) {
@@ -74,7 +71,8 @@ impl Scene {
         let size = SegmentSize::new(u32::try_from(SEGMENT).unwrap()).unwrap();
         let name = size.file_name(timeline(number), segment);
         let feeder = Feeder::without_plan(&self.repository.reader(Vec::new()));
-        feeder.serve(&WalGetRequest { name, path: self.path() }).await
+        let request = WalGetRequest { name, path: self.path() };
+        feeder.serve(&Asked::now(&request)?).await
     }
 
     /// What is given of a segment: runs of bytes of one timeline, 0 for what is padded.
@@ -89,6 +87,20 @@ impl Scene {
 }
 
 const WHOLE: usize = 1 << 20;
+
+/// Stores WAL whose every byte is the number of its timeline, one extent a segment.
+async fn store(writer: &Writer, number: u32, start: Lsn, end: Lsn) {
+    let mut from = start;
+    while from < end {
+        let until = end.min(Lsn((from.0 / SEGMENT + 1) * SEGMENT));
+        let level = Level::default();
+        let mut builder = ExtentBuilder::new(writer, timeline(number), from, level).unwrap();
+        let length = usize::try_from(until.0 - from.0).unwrap();
+        builder.push(Bytes::from(vec![u8::try_from(number).unwrap(); length])).unwrap();
+        writer.put_extent(&builder.finish(None).unwrap()).await.unwrap();
+        from = until;
+    }
+}
 
 /// Timelines 2 and 3 left 1, the newer one earlier; 1 went on.
 async fn forked() -> Scene {
@@ -241,4 +253,67 @@ async fn who_may_follow_a_branch_that_begins_with_a_segment_does_not_get_its_par
     scene.store(2, lsn(3, 0), lsn(3, 30)).await;
     assert_eq!(scene.given(2, 3).await, [(2, 30), (0, WHOLE - 30)]);
     assert_eq!(scene.given(1, 3).await, [(1, WHOLE)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn wal_that_the_server_has_is_not_taken_from_it() {
+    const NAME: &str = "000000010000000000000003";
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(3, 20)).await;
+    scene.store(1, lsn(3, 20), lsn(3, 40)).await;
+    for make in [|_: &Scene| (), Scene::make_standby] {
+        make(&scene);
+        scene.place(NAME, 20);
+        assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+        for count in [40, 100, WHOLE] {
+            scene.place(NAME, count);
+            assert_eq!(scene.given(1, 3).await, [], "{count}");
+        }
+        // A page that was lost is in the repository.
+        let own = scene.path().with_file_name(NAME);
+        let mut bytes = std::fs::read(&own).unwrap();
+        bytes[7] = 0;
+        std::fs::write(&own, &bytes).unwrap();
+        assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+        // One that is shorter than a segment PostgreSQL would not read.
+        std::fs::write(&own, [1; 50]).unwrap();
+        assert_eq!(scene.given(1, 3).await, [(1, 40), (0, WHOLE - 40)]);
+    }
+    // What was streamed past a fork stays too. A whole segment replaces what there is.
+    scene.place(NAME, 100);
+    scene.store_history(2, &[(1, lsn(3, 30))]).await;
+    assert_eq!(scene.given(1, 3).await, []);
+    scene.store(1, lsn(3, 40), lsn(4, 0)).await;
+    assert_eq!(scene.given(1, 3).await, []);
+    std::fs::remove_file(scene.data.path().join(STANDBY_SIGNAL)).unwrap();
+    assert_eq!(scene.given(1, 3).await, [(1, WHOLE)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fails_leaves_the_file_of_another_alone() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(2, 0), lsn(3, 0)).await;
+    scene.place("RECOVERYXLOG", WHOLE);
+    // There are no histories; then the extent is read.
+    for outcome in [Outcome::NotFound, Outcome::NotFound, Outcome::FailsBefore] {
+        scene.memory.fail_next(Call::Read, outcome);
+    }
+    scene.asked(1, 2).await.unwrap_err();
+    assert_eq!(std::fs::read(scene.path()).unwrap(), [1; WHOLE]);
+    let entries = std::fs::read_dir(scene.data.path().join("pg_wal")).unwrap();
+    assert_eq!(entries.count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mark_that_is_put_while_the_wal_is_listed_bars_the_wal_behind_it() {
+    let scene = Scene::new().await;
+    scene.store(1, lsn(0x20, 0), lsn(0x20, 500)).await;
+    let (memory, repository) = (scene.memory.clone(), scene.repository.clone());
+    let writer = scene.repository.writer(&Encryption::None).await.unwrap();
+    memory.before_list(&repository.cluster().timeline_prefix(timeline(1)), async move {
+        let barrier = Barrier::minimal(lsn(0x20, 500));
+        marks::put_barrier(&repository, timeline(1), &barrier).await.unwrap();
+        store(&writer, 1, lsn(0x20, 500), lsn(0x20, 900)).await;
+    });
+    refused(&scene, 1, 0x20, lsn(0x20, 500)).await;
 }
