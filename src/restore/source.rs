@@ -121,6 +121,7 @@ impl WalSource for RepositoryWal {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use super::*;
@@ -171,7 +172,7 @@ mod tests {
             let size = SegmentSize::new(1 << 20).unwrap();
             let options = CompactionOptions::new(size);
             let listed = WalCatalog::load_tail(&repository, TimelineId::FIRST, Lsn(0), size).await;
-            let plan = compaction::plan(&listed.unwrap(), &options, clock.now());
+            let plan = compaction::plan(&listed.unwrap(), &BTreeSet::new(), &options, clock.now());
             let report = compaction::apply(&repository, &plan, &options).await.unwrap();
             assert_eq!(report.joint_count, 1);
             Self { memory, wal: RepositoryWal::new(&repository.reader(vec![identity])) }
