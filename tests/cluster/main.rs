@@ -27,4 +27,5 @@ mod stream_trouble;
 mod trickle;
 mod wal_differential;
 mod wal_oracle;
+mod wal_sample;
 mod wire;

@@ -17,13 +17,11 @@ use tidemark::fuzz::{mend_wal, wal_of_pages, wal_of_records};
 use tidemark::pg::{Lsn, SegmentSize, TimelineId};
 use tidemark::wal::RecordReader;
 
-use crate::harness::wal_lines::{cut_down, our_line, waldump_records};
+use crate::harness::wal_lines::{SAMPLE_BYTES_MAX, cut_down, our_line, waldump_records};
 use crate::harness::{Account, Binaries};
 
 /// Mutations of a run that says nothing else.
 const MUTATIONS: u64 = 60;
-/// Greatest size of an unpacked sample, bytes.
-const SAMPLE_BYTES_MAX: usize = 2 << 20;
 
 /// What we refuse and pg_waldump does not, on purpose.
 const STRICTER: [&str; 6] = [
@@ -76,7 +74,10 @@ fn mutated(major: u32, seed: u64) -> Case {
     let mut state = seed;
     // Long enough to hold every kind of record once in a while, short enough to be quick.
     let pages = 1 + draw(&mut state) % 12;
-    let first = draw(&mut state) % (wal.len() as u64 / 8192).saturating_sub(pages).max(1);
+    // The padding behind a switch has nothing to mutate.
+    let written = |page: &usize| wal[page * 8192..].iter().take(2).any(|byte| *byte != 0);
+    let places: Vec<usize> = (0..wal.len() / 8192).filter(written).collect();
+    let first = places[draw(&mut state) as usize % places.len()] as u64;
     let start = Lsn(start.0 + first * 8192);
     wal.drain(..first as usize * 8192);
     wal.truncate(pages as usize * 8192);
@@ -123,15 +124,16 @@ fn ours(start: Lsn, wal: &[u8]) -> (Vec<String>, Option<String>) {
     (lines, outcome.err().map(|error| error.to_string()))
 }
 
-/// Their lines, and whether pg_waldump died of what it read.
-struct Theirs {
-    lines: Vec<String>,
-    said: String,
-    crashed: bool,
+/// Their records, and whether pg_waldump died of what it read.
+pub(super) struct Theirs {
+    /// Each that it described, with the lines of its blocks.
+    pub(super) records: Vec<String>,
+    pub(super) said: String,
+    pub(super) crashed: bool,
 }
 
 /// Writes the WAL as segment files into `folder` and lets pg_waldump read them.
-fn theirs(binaries: &Binaries, folder: &Path, start: Lsn, wal: &[u8]) -> Theirs {
+pub(super) fn theirs(binaries: &Binaries, folder: &Path, start: Lsn, wal: &[u8]) -> Theirs {
     let segment_start = size().start_of(start);
     let before = start.saturating_since(segment_start) as usize;
     let mut content = vec![0; before];
@@ -164,10 +166,10 @@ fn theirs(binaries: &Binaries, folder: &Path, start: Lsn, wal: &[u8]) -> Theirs 
     for entry in std::fs::read_dir(folder).unwrap() {
         std::fs::remove_file(entry.unwrap().path()).unwrap();
     }
-    let records = waldump_records(&String::from_utf8_lossy(&answer.stdout));
-    let whole = records.iter().filter(|record| record.contains(", desc: "));
+    let mut records = waldump_records(&String::from_utf8_lossy(&answer.stdout));
+    records.retain(|record| record.contains(", desc: "));
     Theirs {
-        lines: whole.map(|record| cut_down(record)).collect(),
+        records,
         said: String::from_utf8_lossy(&answer.stderr).trim().to_owned(),
         crashed: answer.status.signal().is_some(),
     }
@@ -203,8 +205,9 @@ fn compare(binaries: &Binaries, folder: &Path, case: &Case, tally: &mut Tally) -
     let (ours, why) = ours(case.start, &wal);
     let theirs = theirs(binaries, folder, case.start, &case.wal);
     tally.cases += 1;
-    tally.records += theirs.lines.len();
-    for (one, other) in ours.iter().zip(&theirs.lines) {
+    let lines: Vec<String> = theirs.records.iter().map(|record| cut_down(record)).collect();
+    tally.records += lines.len();
+    for (one, other) in ours.iter().zip(&lines) {
         if one != other {
             return Some(format!("{}:\n  ours   {one}\n  theirs {other}", case.name));
         }
@@ -212,8 +215,8 @@ fn compare(binaries: &Binaries, folder: &Path, case: &Case, tally: &mut Tally) -
     let stricter =
         why.as_deref().is_some_and(|why| STRICTER.iter().any(|reason| why.contains(reason)));
     tally.crashes += usize::from(theirs.crashed);
-    tally.stricter += usize::from(ours.len() < theirs.lines.len() && stricter);
-    let (count, their_count) = (ours.len(), theirs.lines.len());
+    tally.stricter += usize::from(ours.len() < lines.len() && stricter);
+    let (count, their_count) = (ours.len(), lines.len());
     let fine = count == their_count
         || count < their_count && stricter
         // It describes every record, and what it describes may be nonsense.

@@ -17,16 +17,14 @@ use tidemark::pg::{
 use tidemark::wal::{Landmark, Record, RecordReader, Scanner};
 
 use crate::harness::postgres::Stop;
-use crate::harness::wal_lines::{
-    Sample, cut_down, in_pieces, landmark_line, our_line, waldump_records,
-};
+use crate::harness::wal_lines::{cut_down, in_pieces, landmark_line, our_line, waldump_records};
 use crate::harness::{Account, Binaries, Postgres, Settings, not_run};
 
 /// Where the client programs are when the server's folder has none.
 const CLIENT_BIN: &str = "TIDEMARK_TEST_PG_CLIENT_BIN";
 
 /// Every record the clusters write stays until it is compared.
-fn keep_all_wal() -> Settings {
+pub(super) fn keep_all_wal() -> Settings {
     Settings::default()
         .conf("wal_keep_size = '4GB'")
         .conf("max_wal_size = '4GB'")
@@ -81,6 +79,7 @@ select pg_logical_emit_message(true, 'tidemark', repeat('a long message ', 10000
 checkpoint;
 create database other;
 drop database other;
+vacuum full pg_class;
 select lo_create(4711);
 select lo_put(4711, 0, repeat('bytes', 50000)::bytea);
 drop table big; drop materialized view m; drop table u;
@@ -109,9 +108,27 @@ end loop; end $$; prepare transaction 'long';
 commit prepared 'long';
 ";
 
+/// Records of replication origins, and of a change that came from one. A script is a session: in one that
+/// has committed before, PostgreSQL notes that earlier time for a commit that names an origin
+/// (`RecordTransactionCommit`), and the commit times would not compare.
+const ORIGIN: [&str; 3] = [
+    "create table carried (i int); select pg_replication_origin_create('elsewhere');
+     select pg_replication_origin_advance('elsewhere', '0/1234');",
+    "select pg_replication_origin_session_setup('elsewhere'); insert into carried values (1);",
+    "select pg_replication_origin_drop('elsewhere');",
+];
+
+/// Pages changed by an extension.
+const GENERIC: &str = "
+create extension bloom;
+create table described (i int);
+create index on described using bloom (i);
+insert into described values (1);
+";
+
 /// Runs SQL through psql, each statement for itself.
 #[track_caller]
-fn script(server: &Postgres, sql: &str) {
+pub(super) fn script(server: &Postgres, sql: &str) {
     let mut psql = server
         .binaries()
         .client("psql")
@@ -126,7 +143,7 @@ fn script(server: &Postgres, sql: &str) {
     assert!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
 }
 
-fn run_workload(server: &Postgres) {
+pub(super) fn run_workload(server: &Postgres) {
     let space = Account::current().make_dir(server.home(), "space");
     script(server, &format!("create tablespace s location '{}';", space.display()));
     script(server, WORKLOAD);
@@ -140,6 +157,54 @@ fn run_workload(server: &Postgres) {
     }
     server.psql("checkpoint");
     server.psql("insert into t values (999999)");
+}
+
+/// What few servers do in a day, and what only some builds can; gives what this one cannot.
+pub(super) fn run_rare(server: &Postgres) -> Vec<&'static str> {
+    let mut lacking = Vec::new();
+    let space = Account::current().make_dir(server.home(), "rare");
+    let tablespace = format!(
+        "create tablespace rare location '{}'; create table in_space (i int) tablespace rare;
+         drop table in_space; drop tablespace rare;",
+        space.display()
+    );
+    script(server, &tablespace);
+    ORIGIN.iter().for_each(|session| script(server, session));
+    let bloom = "select count(*) from pg_available_extensions where name = 'bloom'";
+    if server.psql(bloom) == "1" {
+        script(server, GENERIC);
+    } else {
+        lacking.push("Generic");
+        not_run("generic records: PostgreSQL has no extension bloom here");
+    }
+    let major = server.binaries().major();
+    let offered = server.psql("select enumvals from pg_settings where name = 'wal_compression'");
+    for (compression, setting, since_major) in
+        [("None", "off", 13), ("Pglz", "on", 13), ("Lz4", "lz4", 15), ("Zstd", "zstd", 15)]
+    {
+        if since_major < 15 || offered.contains(setting) {
+            let set = format!("set wal_compression = {setting};");
+            script(server, &format!("{set} create index on carried (i);"));
+        } else if major >= since_major {
+            lacking.push(compression);
+            not_run(&format!("page images by {setting}: this PostgreSQL was built without"));
+        }
+    }
+    let (begin, end) = match major {
+        13 | 14 => ("pg_start_backup('rare', true, false)", "pg_stop_backup(false, false)"),
+        _ => ("pg_backup_start('rare', true)", "pg_backup_stop(false)"),
+    };
+    script(server, &format!("select {begin}; insert into carried values (2); select {end};"));
+    lacking
+}
+
+/// Starts the server anew with settings that its standbys must know of.
+pub(super) fn restart_with(server: &Postgres, settings: &[&str]) {
+    for setting in settings {
+        server.psql(&format!("alter system set {setting}"));
+    }
+    server.stop(Stop::Fast);
+    server.run();
 }
 
 /// Several transactions lock one row, then update it.
@@ -170,22 +235,29 @@ fn pgbench_run(mut command: Command, server: &Postgres, arguments: &[&str]) {
     assert!(answer.status.success(), "pgbench: {}", String::from_utf8_lossy(&answer.stderr));
 }
 
-/// The WAL files of timeline 1 in order.
-fn wal_files(data: &Path) -> Vec<PathBuf> {
+/// The WAL files in order, of each number that of the newest timeline.
+pub(super) fn wal_files(data: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = std::fs::read_dir(data.join("pg_wal"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| {
-            let name = path.file_name().unwrap().to_str().unwrap();
-            name.len() == 24 && name.starts_with("00000001")
-        })
+        .filter(|path| segment_name(path).len() == 24)
         .collect();
-    files.sort();
+    let place = |path: &PathBuf| {
+        let (timeline, number) = segment_name(path).split_at(8);
+        (number.to_owned(), std::cmp::Reverse(timeline.to_owned()))
+    };
+    files.sort_by_key(place);
+    files.dedup_by_key(|path| place(path).0);
     files
 }
 
+/// The name of a file below `pg_wal`.
+fn segment_name(path: &Path) -> &str {
+    path.file_name().unwrap().to_str().unwrap()
+}
+
 /// The WAL up to `end`: its first position and its bytes.
-fn wal_bytes(data: &Path, size: SegmentSize, end: Lsn) -> (Lsn, Vec<u8>) {
+pub(super) fn wal_bytes(data: &Path, size: SegmentSize, end: Lsn) -> (Lsn, Vec<u8>) {
     let files = wal_files(data);
     let first = files[0].file_name().unwrap().to_str().unwrap();
     let start = size.range_of(size.parse_file_name(first).unwrap().1).unwrap().start();
@@ -227,7 +299,7 @@ fn waldump(server: &Postgres, end: Lsn) -> Option<Vec<String>> {
 }
 
 /// Stops the server and gives its last position: that behind the shutdown checkpoint.
-fn stop(server: &Postgres) -> (ControlFile, Lsn) {
+pub(super) fn stop(server: &Postgres) -> (ControlFile, Lsn) {
     server.stop(Stop::Fast);
     let bytes = std::fs::read(server.data().join("global/pg_control")).unwrap();
     let control = ControlFile::decode(&bytes).unwrap();
@@ -252,6 +324,8 @@ fn stop(server: &Postgres) -> (ControlFile, Lsn) {
 fn check_records(settings: &Settings) {
     let server = Postgres::start(&Binaries::of_this_run(), settings);
     run_workload(&server);
+    run_rare(&server);
+    restart_with(&server, &["max_connections = 50"]);
     let commits = server.psql(
         "select x || ' ' || (extract(epoch from at) * 1000000)::bigint
          from generate_series(3, txid_current()) x, pg_xact_commit_timestamp(x::text::xid) at
@@ -323,7 +397,7 @@ fn check_commit_times(landmarks: &[Landmark], commits: &str) {
 }
 
 /// The same from a line of pg_waldump, `None` for records that are no landmarks.
-fn waldump_landmark(record: &str) -> Option<String> {
+pub(super) fn waldump_landmark(record: &str) -> Option<String> {
     let line = record.lines().next()?;
     let field = |name: &str| Some(line.split_once(name)?.1.split([',', ';']).next()?.trim());
     let (_, desc) = line.split_once(", desc: ")?;
@@ -363,10 +437,22 @@ fn waldump_landmark(record: &str) -> Option<String> {
                 "replica" => 1,
                 _ => 2,
             };
-            format!("parameters {level} {}", value("max_connections=")?)
+            let limits = [
+                value("max_connections=")?,
+                value("max_worker_processes=")?,
+                value("max_wal_senders=")?,
+                value("max_prepared_xacts=")?,
+                value("max_locks_per_xact=")?,
+            ];
+            format!("parameters {level} {}", limits.join(" "))
         }
-        "BACKUP_END" => "backup end".into(),
-        "END_OF_RECOVERY" => "end of recovery".into(),
+        "BACKUP_END" => format!("backup end {}", rest.parse::<Lsn>().unwrap()),
+        "END_OF_RECOVERY" => {
+            let value = |name: &str| rest.split_once(name)?.1.split(';').next();
+            let (timeline, previous) =
+                (rest.strip_prefix("tli ")?.split(';').next()?, value("; prev tli ")?);
+            format!("end of recovery {timeline} {previous} {}", time(value("; time ")?))
+        }
         "CREATE" if line.starts_with("rmgr: Tablespace") => format!("tablespace {rest}"),
         _ => return None,
     };
@@ -392,70 +478,6 @@ fn every_record_with_compression_and_logical_decoding_is_read_as_pg_waldump_read
             .conf("wal_compression = on")
             .conf("full_page_writes = on"),
     );
-}
-
-/// Statements whose records are all different, for a sample that is kept.
-const SAMPLE: &str = "
-create table t (i int primary key, v text);
-checkpoint;
-select pg_create_restore_point('sample');
-insert into t select g, md5(g::text) from generate_series(1, 20) g;
-begin; insert into t values (100); savepoint s; insert into t values (101); rollback to s;
-insert into t values (102); commit;
-begin; insert into t values (103); rollback;
-begin; insert into t values (104); create table u (i int); prepare transaction 'sample';
-commit prepared 'sample';
-begin; drop table u; prepare transaction 'sample';
-rollback prepared 'sample';
-drop table u;
-update t set v = 'x'; vacuum t;
-select pg_logical_emit_message(true, 'p', repeat('long', 3000));
-checkpoint;
-insert into t values (105);
-";
-
-/// The samples in `tests/golden/wal` were made by this test, so that a run without a major has an oracle
-/// for it too: `TIDEMARK_TEST_MAKE_WAL_SAMPLES=tests/golden/wal cargo test --test cluster wal_sample`, once
-/// a major. Without the variable the sample is made, read back and thrown away.
-#[test]
-fn a_wal_sample_can_be_made_and_says_what_pg_waldump_says() {
-    let kept = std::env::var_os("TIDEMARK_TEST_MAKE_WAL_SAMPLES").map(PathBuf::from);
-    let passing = tempfile::tempdir().unwrap();
-    let folder = kept.as_deref().unwrap_or(passing.path());
-    let settings = keep_all_wal().segment_mib(1).conf("wal_compression = on");
-    let server = Postgres::start(&Binaries::of_this_run(), &settings.conf("autovacuum = off"));
-    server.psql("select pg_switch_wal()");
-    let from: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
-    script(&server, SAMPLE);
-    let (control, end) = stop(&server);
-    let size = control.wal_segment_size;
-    let (start, wal) = wal_bytes(server.data(), size, end);
-    let from = from.align_down(size.bytes());
-    // Only the server-only build of 13 has no pg_waldump.
-    let Some(lines) = waldump(&server, end) else { return };
-    let starts_after = |line: &&String| {
-        let lsn: Lsn =
-            line.split_once(", lsn: ").unwrap().1.split(',').next().unwrap().parse().unwrap();
-        lsn >= from
-    };
-    let lines: Vec<&String> = lines.iter().filter(starts_after).collect();
-    let records: Vec<String> = lines.iter().map(|line| cut_down(line)).collect();
-    let landmarks: Vec<String> = lines.iter().filter_map(|line| waldump_landmark(line)).collect();
-    let sample = Sample {
-        major: server.binaries().major(),
-        start: from,
-        wal: wal[(from.0 - start.0) as usize..].to_vec(),
-        records: records.join("\n"),
-        landmarks: landmarks.join("\n"),
-        control: std::fs::read(server.data().join("global/pg_control")).unwrap(),
-    };
-    let text = format!("{}\n{}\n\n{}\n", sample.start, sample.records, sample.landmarks);
-    let files = [("wal", &sample.wal[..]), ("txt", text.as_bytes()), ("control", &sample.control)];
-    for (kind, bytes) in files {
-        let packed = zstd::bulk::compress(bytes, 19).unwrap();
-        std::fs::write(Sample::path(folder, sample.major, kind), packed).unwrap();
-    }
-    Sample::read(folder, sample.major).check();
 }
 
 #[test]

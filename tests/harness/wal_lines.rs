@@ -1,14 +1,36 @@
 //! Records and landmarks of WAL as lines of text, to compare with what pg_waldump says.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use tidemark::fuzz::wal_of_records;
 use tidemark::pg::page::BLCKSZ;
-use tidemark::pg::{ControlFile, Lsn, PgTime};
-use tidemark::wal::{ImageCompression, Landmark, Record, RecordReader, Scanner};
+use tidemark::pg::{ControlFile, Lsn, PgTime, SegmentSize};
+use tidemark::wal::{ImageCompression, Landmark, Record, RecordReader, RmgrId, Scanner};
 
-/// Greatest size of an unpacked sample, bytes.
-const SAMPLE_BYTES_MAX: usize = 2 << 20;
+/// Greatest size of an unpacked sample, bytes: most of it is the padding behind the switches of a backup.
+pub const SAMPLE_BYTES_MAX: usize = 4 << 20;
+
+/// Resource managers of PostgreSQL's own, the same in every major.
+pub const RMGR_COUNT: u8 = 22;
+/// The last two came with 15.
+const COMPRESSIONS: [ImageCompression; 4] =
+    [ImageCompression::None, ImageCompression::Pglz, ImageCompression::Lz4, ImageCompression::Zstd];
+/// What the lines of a sample's landmarks must show.
+const LANDMARKS: [&str; 11] = [
+    " commit ",
+    " abort ",
+    " prepare ",
+    " point sample",
+    " checkpoint Online ",
+    " checkpoint Shutdown ",
+    " end of recovery ",
+    " backup end ",
+    " switch",
+    " tablespace ",
+    " parameters ",
+];
 
 /// A piece of WAL, what pg_waldump said of it, and the control file of its server.
 pub struct Sample {
@@ -48,25 +70,35 @@ impl Sample {
         }
     }
 
-    /// Reads the WAL as pg_waldump did, and finds in it what a sample must have.
+    /// Reads the WAL as pg_waldump did, and finds in it what a sample must have: every resource manager,
+    /// landmark and compression but those that its server was `lacking`.
     #[track_caller]
-    pub fn check(&self) {
+    pub fn check(&self, lacking: &[&str]) {
         let major = self.major;
         let control = ControlFile::decode(&self.control).unwrap();
         assert_eq!(control.major, Some(major));
         let size = control.wal_segment_size;
 
         let mut ours = Vec::new();
+        let mut brought: BTreeSet<String> = lacking.iter().map(|what| (*what).into()).collect();
         let mut reader = RecordReader::new(size, self.start);
         in_pieces(&self.wal, |piece| {
             let each = &mut |record: &Record<'_>| {
                 assert_eq!(record.major, major);
                 ours.push(our_line(record));
+                brought.insert(record.rmgr.to_string());
+                let images = record.blocks.iter().filter_map(|block| block.image);
+                brought.extend(images.map(|image| format!("{:?}", image.compression)));
                 Ok(())
             };
             reader.feed(piece, each).unwrap();
         });
         assert_eq!(ours.join("\n"), self.records, "PostgreSQL {major}");
+        let rmgrs = (0..RMGR_COUNT).map(|number| RmgrId(number).to_string());
+        let compressions = if major >= 15 { &COMPRESSIONS[..] } else { &COMPRESSIONS[..2] };
+        for what in rmgrs.chain(compressions.iter().map(|compression| format!("{compression:?}"))) {
+            assert!(brought.contains(&what), "PostgreSQL {major}: no {what} in the sample");
+        }
 
         let mut ours = Vec::new();
         let mut scanner = Scanner::new(size, self.start);
@@ -75,10 +107,23 @@ impl Sample {
         });
         assert_eq!(ours.join("\n"), self.landmarks, "PostgreSQL {major}");
         let shutdown = format!("{} checkpoint Shutdown", control.checkpoint_lsn);
-        for kind in ["commit", "abort", "prepare", "point sample", "checkpoint Online", &shutdown] {
+        for kind in LANDMARKS.into_iter().chain([shutdown.as_str()]) {
             assert!(self.landmarks.contains(kind), "PostgreSQL {major}: no {kind} in the sample");
         }
     }
+}
+
+/// Resource manager and operation of each record of a kept input of the fuzz target `wal_records`.
+pub fn kinds_of_records(input: &[u8], major: u32) -> Vec<(u8, u8)> {
+    let (start, wal) = wal_of_records(input, major);
+    let mut kinds = Vec::new();
+    let mut reader = RecordReader::new(SegmentSize::new(1 << 20).unwrap(), start);
+    let each = &mut |record: &Record<'_>| {
+        kinds.push((record.rmgr.0, record.info));
+        Ok(())
+    };
+    reader.feed(&wal, each).unwrap();
+    kinds
 }
 
 /// A record as pg_waldump shows it, without its description and the compression's name.
@@ -172,14 +217,23 @@ pub fn landmark_line(landmark: &Landmark) -> String {
         Landmark::Checkpoint { kind, redo_lsn, timeline, .. } => {
             format!("checkpoint {kind:?} {redo_lsn} {timeline}")
         }
-        Landmark::EndOfRecovery { .. } => "end of recovery".into(),
-        Landmark::BackupEnd { .. } => "backup end".into(),
+        Landmark::EndOfRecovery { timeline, previous_timeline, time, .. } => {
+            format!("end of recovery {timeline} {previous_timeline} {}", shown(*time))
+        }
+        Landmark::BackupEnd { start_lsn, .. } => format!("backup end {start_lsn}"),
         Landmark::Switch { .. } => "switch".into(),
         Landmark::Tablespace { oid, path, .. } => {
             format!("tablespace {oid} \"{}\"", path.display())
         }
         Landmark::ParameterChange { wal_level, limits, .. } => {
-            format!("parameters {wal_level} {}", limits.max_connections)
+            let limits = [
+                limits.max_connections,
+                limits.max_worker_processes,
+                limits.max_wal_senders,
+                limits.max_prepared_transactions,
+                limits.max_locks_per_transaction,
+            ];
+            format!("parameters {wal_level} {}", limits.map(|limit| limit.to_string()).join(" "))
         }
     };
     format!("{start} {what}")

@@ -1,8 +1,9 @@
 //! WAL of every supported major as pg_waldump read it when the samples were made.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::wal_lines::Sample;
+use super::wal_lines::{RMGR_COUNT, Sample, kinds_of_records};
 
 const SEGMENT_BYTES: usize = 1 << 20;
 
@@ -10,7 +11,23 @@ const SEGMENT_BYTES: usize = 1 << 20;
 fn samples_of_every_major_are_read_as_pg_waldump_reads_them() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/wal");
     for major in 13..=18 {
-        Sample::read(&folder, major).check();
+        Sample::read(&folder, major).check(&[]);
+    }
+}
+
+#[test]
+fn fuzzing_begins_with_every_kind_of_record_that_a_load_brings() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/wal_records");
+    for major in 13..=18 {
+        let prefix = format!("seed-{major}-each-");
+        let seeds = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        let seeds =
+            seeds.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(&prefix));
+        let kinds: BTreeSet<(u8, u8)> =
+            seeds.flat_map(|seed| kinds_of_records(&std::fs::read(seed).unwrap(), major)).collect();
+        let rmgrs: BTreeSet<u8> = kinds.iter().map(|kind| kind.0).collect();
+        assert!(rmgrs.into_iter().eq(0..RMGR_COUNT), "PostgreSQL {major}: {kinds:?}");
+        assert!(kinds.len() >= 80, "PostgreSQL {major}: {} kinds", kinds.len());
     }
 }
 
