@@ -220,20 +220,36 @@ fn as_input(record: &Record<'_>, bytes: &[u8]) -> Vec<u8> {
     input
 }
 
-/// The shortest records of `wal` that show everything that any short one shows.
+/// The body of a record, without the headers of the pages it crosses.
+fn body_of(record: &Record<'_>, stretch: &Stretch<'_>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut position = record.range.start();
+    while bytes.len() < record.length_bytes as usize {
+        if position.0.is_multiple_of(8192) {
+            let long = stretch.size.start_of(position) == position;
+            position = Lsn(position.0 + if long { 40 } else { 24 });
+        }
+        let page_end = Lsn((position.0 / 8192 + 1) * 8192);
+        let (from, to) = (position.0 - stretch.start.0, page_end.0 - stretch.start.0);
+        let to = (to as usize).min(stretch.wal.len());
+        bytes.extend_from_slice(&stretch.wal[from as usize..to]);
+        position = page_end;
+    }
+    bytes.truncate(record.length_bytes as usize);
+    bytes.drain(..24);
+    bytes
+}
+
+/// The shortest records of `stretch` that show everything that any short one shows.
 fn telling_records(stretch: &Stretch<'_>) -> Vec<Vec<u8>> {
-    let Stretch { size, start, wal } = *stretch;
     // What a record shows, and the shortest of those that show all of it.
     let mut shortest: BTreeMap<BTreeSet<String>, Vec<u8>> = BTreeMap::new();
-    let mut reader = RecordReader::new(size, start);
+    let mut reader = RecordReader::new(stretch.size, stretch.start);
     let each = &mut |record: &Record<'_>| {
-        let (at, length) =
-            ((record.range.start().0 - start.0) as usize, record.length_bytes as usize);
-        let on_one_page = at / 8192 == (at + length - 1) / 8192;
         // Those of a switch are laid out with their padding, by the target itself.
         let is_switch = (record.rmgr.0, record.info & 0xF0) == (0, 0x40);
-        if on_one_page && !is_switch && length - 24 <= SEED_RECORD_BYTES_MAX {
-            let input = as_input(record, &wal[at + 24..at + length]);
+        if !is_switch && record.length_bytes as usize - 24 <= SEED_RECORD_BYTES_MAX {
+            let input = as_input(record, &body_of(record, stretch));
             let kept = shortest.entry(shown_by(record)).or_insert_with(|| input.clone());
             if input.len() < kept.len() {
                 *kept = input;
@@ -241,7 +257,7 @@ fn telling_records(stretch: &Stretch<'_>) -> Vec<Vec<u8>> {
         }
         Ok(())
     };
-    reader.feed(wal, each).unwrap();
+    reader.feed(stretch.wal, each).unwrap();
     let mut candidates: Vec<_> = shortest.into_iter().collect();
     candidates.sort_by_key(|(_, input)| input.len());
     let mut seen = BTreeSet::new();
