@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tidemark::pg::Lsn;
 
 use crate::harness::postgres::Stop;
 use crate::harness::{Binaries, Postgres, Settings, Tidemark};
@@ -62,9 +63,9 @@ fn run_minimal(server: &Postgres) {
 
 /// A byte of the server's WAL changes on its disk.
 fn damage(server: &Postgres) {
-    let from = server.psql("select pg_current_wal_insert_lsn()");
+    let from: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
     server.psql("create table behind as select generate_series(1, 5000) as id");
-    let inside = format!("'{from}'::pg_lsn + 100000");
+    let inside = format!("'{}'", Lsn(from.0 + 100_000));
     let name = server.psql(&format!("select pg_walfile_name({inside})"));
     let offset = server.psql(&format!("select file_offset from pg_walfile_name_offset({inside})"));
     server.psql("select pg_switch_wal()");
