@@ -58,6 +58,7 @@ impl Peer {
         command.envs([("PGHOST", ""), ("PGPORT", ""), ("PGUSER", ""), ("PGDATA", "")]);
         let output = command.env("PGBIN", pg_bin).stderr(Stdio::null()).output().ok()?;
         if !output.status.success() {
+            println!("{} is not installed: it does not say its version", peer.name());
             return None;
         }
         peer.version = String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned();

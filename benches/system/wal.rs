@@ -156,19 +156,26 @@ async fn wait(client: &tokio_postgres::Client, how: Durable, until: u64) -> Resu
 
 /// Five commits a second.
 pub async fn trickle(stage: &Stage, peers: &[Peer], options: &Options, report: &mut Report) {
-    for peer in peers {
-        let name = peer.name().to_owned();
-        observe(stage, peer, ("trickle", &name), (5, options.seconds), report).await;
+    for number in 0..options.rounds {
+        for turn in 0..peers.len() {
+            let peer = &peers[(turn + number) % peers.len()];
+            let name = peer.name().to_owned();
+            if !report.has_failed("trickle", &name) {
+                observe(stage, peer, ("trickle", &name), (5, options.seconds), report).await;
+            }
+        }
     }
 }
 
 /// Ours alone: how long a commit waits, by load.
 pub async fn latency(stage: &Stage, peers: &[Peer], options: &Options, report: &mut Report) {
     let Some(peer) = peers.iter().find(|peer| peer.name() == "tidemark") else { return };
-    for per_second in [5, 50, 500, 2000] {
-        let name = format!("{per_second} commits/s");
-        let load = (per_second, options.seconds / 3);
-        observe(stage, peer, ("latency", &name), load, report).await;
+    for _ in 0..options.rounds {
+        for per_second in [5, 50, 500, 2000] {
+            let name = format!("{per_second} commits/s");
+            let load = (per_second, options.seconds / 3);
+            observe(stage, peer, ("latency", &name), load, report).await;
+        }
     }
 }
 

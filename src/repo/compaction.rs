@@ -313,8 +313,8 @@ pub struct CompactionReport {
 /// it holds.
 ///
 /// # Errors
-/// What the store reports, but that it refuses to delete. Damaged objects are reported, not returned; those that vanished since the
-/// plan was made (by retention) are passed over.
+/// What the store reports, but that it refuses to delete. Damaged objects are reported, not returned; those
+/// that vanished since the plan was made (by retention) are passed over.
 pub async fn apply(
     repository: &Repository,
     plan: &CompactionPlan,

@@ -148,8 +148,8 @@ impl LeaseOptions {
     }
 }
 
-/// How far the holder has come: published with each renewal and taken over by the next holder, so that the time up to which a silent
-/// cluster can be restored is known although no extent was written.
+/// How far the holder has come: published with each renewal and taken over by the next holder, so that the
+/// time up to which a silent cluster can be restored is known although no extent was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// Timeline that is being streamed.

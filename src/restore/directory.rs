@@ -11,7 +11,7 @@
 //!   `remains` says what else makes it believe a marker.
 //! - The marker is locked while its restore runs: two never write into one directory.
 //! - What root fills for another account is root's, and closed to all others, until it is whole
-//!   ([`Directory::give`]): nobody can put a link there that root would follow. From then on nothing in it
+//!   (`Directory::give`): nobody can put a link there that root would follow. From then on nothing in it
 //!   is touched but by the descriptors that are held.
 //!
 //! # Durability
