@@ -449,14 +449,16 @@ async fn an_abort_takes_its_packs_back_and_the_next_backup_works() {
 async fn a_backup_that_is_stopped_while_its_last_packs_are_put_takes_all_of_them_back() {
     let place = Place::new().await;
     let mut backup = place.begin(1, Arc::new(NoInspection)).await;
-    for index in 0..4 {
+    // Blocks that wait for one worker go into one pack: how many files make three is not known.
+    let mut index = 0;
+    while place.names().await.len() < 3 {
         let data = content(index, 1 << 20, false);
         put_file(&mut backup, &format!("base/{index}"), &data, 1 << 18).await.unwrap();
-    }
-    while place.names().await.len() < 3 {
+        index += 1;
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
     (0..100).for_each(|_| place.store.fail_next(Call::Put, Outcome::FailsBefore));
+    put_file(&mut backup, "last", &content(index, 1 << 20, false), 1 << 18).await.unwrap();
     let cancel = CancellationToken::new();
     let stopping = async {
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
