@@ -1,4 +1,5 @@
-//! Peak memory does not follow the size of the database.
+//! Peak memory does not follow the size of the database, nor memory and descriptors the troubles that a process
+//! has been through.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -109,4 +110,44 @@ fn peaks(tidemark: &Tidemark, server: &Postgres, stream: &Process) -> Peaks {
     let restore = peak_kib(tidemark.command(&["restore", "--into", target.to_str().unwrap()]));
     std::fs::remove_dir_all(&target).unwrap();
     Peaks { backup, stream: stream.peak_memory_kib(), restore }
+}
+
+/// How much more a sidecar may hold after all of its reconnections than after the first quarter: less than
+/// a few KiB for each that is left behind.
+const LEFT_KIB_MAX: u64 = 8 << 10;
+const LEFT_FILES_MAX: usize = 2;
+
+/// `TIDEMARK_TEST_RECONNECTIONS=N` makes it longer.
+#[test]
+fn a_sidecar_keeps_nothing_of_connections_that_broke() {
+    let count = std::env::var("TIDEMARK_TEST_RECONNECTIONS").map_or(80, |n| n.parse().unwrap());
+    let s3 = S3::start();
+    let tidemark = s3.tidemark("soak");
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    let sidecar = tidemark.spawn(&["run", "--postgres", &server.conninfo()]);
+    server.wait_for_stream();
+    server.psql("create table soak (body text)");
+    let walsender = "select pid from pg_stat_replication where state = 'streaming'";
+    let mut after_quarter = (0, 0);
+    for number in 1..=count {
+        server.psql(
+            "insert into soak select repeat(md5(i::text), 20) from generate_series(1, 200) i",
+        );
+        let pid = server.psql(walsender);
+        server.psql(&format!("select pg_terminate_backend({pid})"));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let is_anew = || ![String::new(), pid.clone()].contains(&server.psql(walsender));
+        while !is_anew() {
+            assert!(Instant::now() < deadline, "no stream after {number}: {}", sidecar.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if number == count / 4 {
+            after_quarter = (sidecar.memory_kib(), sidecar.open_file_count());
+        }
+    }
+    let (memory, files) = (sidecar.memory_kib(), sidecar.open_file_count());
+    println!("{count} reconnections: (KiB, files) {after_quarter:?}, then {:?}", (memory, files));
+    assert!(files <= after_quarter.1 + LEFT_FILES_MAX, "{files} files, before {after_quarter:?}");
+    assert!(memory <= after_quarter.0 + LEFT_KIB_MAX, "{memory} KiB, before {after_quarter:?}");
+    assert_eq!(sidecar.terminate(), Some(0));
 }
