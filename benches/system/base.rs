@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::Options;
 use crate::harness::postgres::{free_port, send_signal};
-use crate::peer::{Peer, Round};
+use crate::peer::{Keep, Peer, Round};
 use crate::processes::{self, Stretch};
 use crate::report::Report;
 use crate::stage::Stage;
@@ -31,7 +31,7 @@ pub fn play(stage: &Stage, peers: &[Peer], options: &Options, report: &mut Repor
 }
 
 fn round(stage: &Stage, peer: &Peer, report: &mut Report) -> Result<(), String> {
-    let round = peer.enter(stage)?;
+    let round = peer.enter(stage, Keep::S3)?;
     stage.archive_with(&round.archive_command(), 0);
     stage.postgres.psql("checkpoint");
     backup(peer, &round, report)?;

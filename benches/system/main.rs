@@ -21,6 +21,7 @@ mod harness;
 
 mod base;
 mod commits;
+mod live;
 mod peer;
 mod processes;
 mod report;
@@ -44,7 +45,7 @@ enum Phase {
     Wal,
     /// Age of the oldest commit that is not durable, at five commits a second.
     Trickle,
-    /// Time from commit to durable by load; ours alone.
+    /// Time from commit to durable, of uploads and of fsyncs, by load; ours alone.
     Latency,
 }
 

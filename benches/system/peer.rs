@@ -81,17 +81,27 @@ impl Peer {
     }
 
     /// Gets a peer ready for a round: an empty bucket, a folder of its own, and `setup`.
-    pub fn enter<'a>(&'a self, stage: &'a Stage) -> Result<Round<'a>, String> {
+    pub fn enter<'a>(&'a self, stage: &'a Stage, keep: Keep) -> Result<Round<'a>, String> {
         let s3 = S3::start(&stage.certificates);
         let home = Account::current().make_dir(stage.home(), &format!("{}-home", self.name()));
         let script = home.join(self.name());
         // The checkout may be where the account may not look.
         std::fs::copy(&self.script, &script).unwrap();
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let round = Round { peer: self, stage, s3, home, script };
+        let metrics_port = crate::harness::postgres::free_port();
+        let round = Round { peer: self, stage, s3, home, script, keep, metrics_port };
         round.run(&["setup"])?;
         Ok(round)
     }
+}
+
+/// Where a peer's repository is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// On the S3 server.
+    S3,
+    /// In a directory; ours alone knows how.
+    Directory,
 }
 
 /// A peer with an empty repository.
@@ -103,6 +113,9 @@ pub struct Round<'a> {
     pub s3: S3,
     home: PathBuf,
     script: PathBuf,
+    keep: Keep,
+    /// Where a script may let its tool serve metrics.
+    pub metrics_port: u16,
 }
 
 impl Round<'_> {
@@ -122,7 +135,11 @@ impl Round<'_> {
             .env("PGBIN", postgres.binaries().dir())
             .env("BENCH_HOME", &self.home)
             .env("BENCH_JOBS", stage.jobs.to_string())
+            .env("BENCH_METRICS_PORT", self.metrics_port.to_string())
             .stdin(Stdio::null());
+        if self.keep == Keep::Directory {
+            command.env("BENCH_DIRECTORY", self.home.join("repository"));
+        }
         command
     }
 

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::Options;
 use crate::commits::{self, Durable, Seen};
-use crate::peer::{Peer, Round, Stream};
+use crate::live;
+use crate::peer::{Keep, Peer, Round, Stream};
 use crate::processes::Stretch;
 use crate::report::Report;
 use crate::stage::Stage;
@@ -24,8 +25,8 @@ struct Carrying<'a> {
 impl<'a> Carrying<'a> {
     /// By the replication protocol if the tool can, else as the `archive_command`; `None` if it does
     /// neither, or failed.
-    fn start(stage: &'a Stage, peer: &'a Peer, report: &mut Report) -> Option<Self> {
-        match Self::try_start(stage, peer) {
+    fn start(stage: &'a Stage, peer: &'a Peer, keep: Keep, report: &mut Report) -> Option<Self> {
+        match Self::try_start(stage, peer, keep) {
             Ok(carrying) => carrying,
             Err(words) => {
                 report.failed("wal", peer.name(), &words);
@@ -35,8 +36,8 @@ impl<'a> Carrying<'a> {
         }
     }
 
-    fn try_start(stage: &'a Stage, peer: &'a Peer) -> Result<Option<Self>, String> {
-        let round = peer.enter(stage)?;
+    fn try_start(stage: &'a Stage, peer: &'a Peer, keep: Keep) -> Result<Option<Self>, String> {
+        let round = peer.enter(stage, keep)?;
         if let Some(stream) = round.stream()? {
             return Ok(Some(Self { round, stream: Some(stream), durable: Durable::Flushed }));
         }
@@ -70,7 +71,7 @@ pub async fn throughput(stage: &Stage, peers: &[Peer], options: &Options, report
                 continue;
             }
             stage.postgres.psql("checkpoint");
-            let Some(carrying) = Carrying::start(stage, peer, report) else { continue };
+            let Some(carrying) = Carrying::start(stage, peer, Keep::S3, report) else { continue };
             if let Err(words) = carry(stage, &carrying, peer, options, report).await {
                 report.failed("wal", peer.name(), &words);
             }
@@ -161,41 +162,45 @@ pub async fn trickle(stage: &Stage, peers: &[Peer], options: &Options, report: &
             let peer = &peers[(turn + number) % peers.len()];
             let name = peer.name().to_owned();
             if !report.has_failed("trickle", &name) {
-                observe(stage, peer, ("trickle", &name), (5, options.seconds), report).await;
+                let load = (Keep::S3, 5, options.seconds);
+                observe(stage, peer, ("trickle", &name), load, report).await;
             }
         }
     }
 }
 
-/// Ours alone: how long a commit waits, by load.
+/// Ours alone: how long a commit waits, by load, and what of that are uploads, and fsyncs of a directory.
 pub async fn latency(stage: &Stage, peers: &[Peer], options: &Options, report: &mut Report) {
     let Some(peer) = peers.iter().find(|peer| peer.name() == "tidemark") else { return };
     for _ in 0..options.rounds {
-        for per_second in [5, 50, 500, 2000] {
-            let name = format!("{per_second} commits/s");
-            let load = (per_second, options.seconds / 3);
+        let loads = [5, 50, 500, 2000].map(|per_second| (Keep::S3, per_second));
+        for (keep, per_second) in loads.into_iter().chain([(Keep::Directory, 500)]) {
+            let place = if keep == Keep::Directory { ", directory" } else { "" };
+            let name = format!("{per_second} commits/s{place}");
+            let load = (keep, per_second, options.seconds / 3);
             observe(stage, peer, ("latency", &name), load, report).await;
         }
     }
 }
 
-/// Watches a peer at a load of so many commits a second for so many seconds; `row` is phase and name.
+/// Watches a peer with its repository there, at a load of so many commits a second for so many seconds;
+/// `row` is phase and name.
 async fn observe(
     stage: &Stage,
     peer: &Peer,
     row: (&str, &str),
-    load: (u32, u64),
+    (keep, per_second, seconds): (Keep, u32, u64),
     report: &mut Report,
 ) {
     make_table(stage);
-    let Some(carrying) = Carrying::start(stage, peer, report) else { return };
+    let Some(carrying) = Carrying::start(stage, peer, keep, report) else { return };
     // For a stream too: one that flushes whole segments would be measured by the length of the run.
     stage.segment_at_least_every(ARCHIVE_TIMEOUT_S);
     let client = stage.postgres.client().await;
     let seen = match settle(&client, carrying.durable).await {
         Ok(()) => {
             let stretch = Stretch::begin(Some(carrying.round.s3.pid()));
-            let seen = commits::observe(stage, carrying.durable, load.0, load.1).await;
+            let seen = commits::observe(stage, carrying.durable, per_second, seconds).await;
             report.cost(row.0, row.1, &stretch.end());
             seen
         }
@@ -203,7 +208,8 @@ async fn observe(
     };
     match seen {
         Ok(seen) => {
-            for (name, value) in figures(&seen) {
+            let live = live::latencies(carrying.round.metrics_port);
+            for (name, value) in figures(&seen).into_iter().chain(live) {
                 report.figure(row.0, row.1, &name, value);
             }
         }
