@@ -62,8 +62,11 @@ fn show(config: &Config, secrets: &[String]) {
             }
             Form::ConnectionString => {
                 let raw = config.settings.text(shown.key.name).unwrap_or_default();
+                let shown = values.concat();
                 for secret in ConnectOptions::secrets_in(raw).unwrap_or_default() {
-                    let told = is_telling(&secret) && values.concat().contains(&secret);
+                    // Another part of it may be the same text, and is shown.
+                    let count = |text: &str| text.matches(secret.as_str()).count();
+                    let told = is_telling(&secret) && count(&shown) >= count(raw).max(1);
                     assert!(!told || secret == MASK, "{values:?}");
                 }
             }
