@@ -1,7 +1,6 @@
 //! What our own metrics page says while a peer of ours runs: how long uploads and fsyncs take.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use crate::harness::sidecar::metrics;
 
 /// The histograms that are asked for, and what they are called in the report.
 const HISTOGRAMS: [(&str, &str); 2] =
@@ -10,7 +9,7 @@ const HISTOGRAMS: [(&str, &str); 2] =
 /// Quantiles of what was counted so far at `port`, in milliseconds: upper bounds of the buckets they lie in.
 /// Empty for a peer that has no such page.
 pub fn latencies(port: u16) -> Vec<(String, f64)> {
-    let page = page(port).unwrap_or_default();
+    let page = metrics(port);
     let mut figures = Vec::new();
     for (histogram, what) in HISTOGRAMS {
         let buckets = buckets(&page, histogram);
@@ -21,14 +20,6 @@ pub fn latencies(port: u16) -> Vec<(String, f64)> {
         }
     }
     figures
-}
-
-fn page(port: u16) -> std::io::Result<String> {
-    let mut socket = TcpStream::connect(("127.0.0.1", port))?;
-    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer)?;
-    Ok(answer)
 }
 
 /// Upper bounds, and how many lie below each.

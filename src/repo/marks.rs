@@ -18,9 +18,10 @@
 //!   the last position that a backup from before reaches. One that begins after it does not need what was
 //!   left out: while the level is minimal none can be taken.
 //! - `damaged`: the server sends WAL that cannot be decoded, and still does when it was asked again for half a
-//!   minute, within which a standby heals what it can (see `capture::stream::intake`). A recovery stops at the end of the last record before. There the mark's range begins, or where decoding
-//!   or storing began, if that is later or no record ended since. Up to the end of the segment, where it
-//!   ends, nothing is known of what is stored.
+//!   minute, within which a standby heals what it can (see `capture::stream::intake`). A recovery stops at
+//!   the end of the last record before. There the mark's range begins, or where decoding or storing began, if
+//!   that is later or no record ended since. Up to the end of the segment, where it ends, nothing is known of
+//!   what is stored.
 //!
 //! # Durability
 //! The mark is durable before the extent that it speaks of is put (the one with the end of the record; the
@@ -40,9 +41,9 @@ use bytes::Bytes;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, TimelineId};
 
-use super::Repository;
 use super::coverage::range;
 use super::names::{BackupId, Object};
+use super::{Repository, printable};
 use crate::store::PutOutcome;
 
 /// Longest reason of a hold.
@@ -298,8 +299,7 @@ pub async fn holds(repository: &Repository) -> Result<BTreeMap<BackupId, String>
         };
         match reason {
             Ok(reason) => {
-                let text = String::from_utf8_lossy(&reason).replace(char::is_control, " ");
-                holds.insert(id, text);
+                holds.insert(id, printable(&String::from_utf8_lossy(&reason)));
             }
             // Released since it was listed.
             Err(error) if error.kind() == Kind::NotFound => {}

@@ -1,12 +1,11 @@
 //! `tidemark run`: what it does without being asked.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::harness::postgres::{Stop, free_port};
+use crate::harness::sidecar::metrics;
 use crate::harness::{Account, Binaries, Postgres, Settings, Tidemark};
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -85,15 +84,6 @@ fn after_a_gap_that_another_process_found_a_backup_is_taken_at_once() {
     assert_eq!(sidecar.terminate(), Some(0));
     let windows = listed["windows"].as_array().unwrap();
     assert_eq!(windows.len(), 2, "{listed:#}");
-}
-
-/// The page of metrics at `port`, or nothing while nobody listens there.
-fn metrics(port: u16) -> String {
-    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
-    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).unwrap();
-    answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
 }
 
 fn metric(page: &str, name: &str) -> f64 {

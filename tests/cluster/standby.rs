@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::harness::postgres::{Settings, Stop};
+use crate::harness::sidecar::Process;
 use crate::harness::{Account, Binaries, Postgres, Tidemark};
 
 /// Waits until all WAL that `server` has is in the repository.
@@ -41,6 +42,18 @@ fn write_passfile(folder: &Path, line: &str) -> PathBuf {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     Account::current().give(&path);
     path
+}
+
+/// A server with an empty table `t`, a backup of it, and the sidecar that goes on streaming.
+fn streamed_and_backed_up() -> (Postgres, Tidemark, Process) {
+    let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
+    server.psql("create table t (id int)");
+    let conninfo = server.conninfo();
+    let tidemark = Tidemark::with_directory();
+    let sidecar = tidemark.spawn(&["stream", "--postgres", &conninfo]);
+    server.wait_for_stream();
+    tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
+    (server, tidemark, sidecar)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,14 +134,8 @@ async fn a_standby_streams_from_its_primary_and_takes_from_the_repository_what_t
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_follows_the_configured_server_unless_told_otherwise() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &Settings::default());
-    server.psql("create table t (id int)");
-    let conninfo = server.conninfo();
-    let tidemark = Tidemark::with_directory();
-    let sidecar = tidemark.spawn(&["stream", "--postgres", &conninfo]);
-    server.wait_for_stream();
-    tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
+    let (server, tidemark, sidecar) = streamed_and_backed_up();
+    let (binaries, conninfo) = (Binaries::of_this_run(), server.conninfo());
     assert_eq!(sidecar.terminate(), Some(0));
 
     let configured = format!("{conninfo} password=secret application_name=tidemark");
@@ -164,14 +171,8 @@ async fn a_standby_follows_the_configured_server_unless_told_otherwise() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wal_that_a_server_has_and_the_repository_has_not_yet_is_kept() {
-    let binaries = Binaries::of_this_run();
-    let server = Postgres::start(&binaries, &Settings::default());
-    server.psql("create table t (id int)");
-    let conninfo = server.conninfo();
-    let tidemark = Tidemark::with_directory();
-    let sidecar = tidemark.spawn(&["stream", "--postgres", &conninfo]);
-    server.wait_for_stream();
-    tidemark.run(&["backup", "--postgres", &conninfo, "--checkpoint", "fast"]).ok();
+    let (server, tidemark, sidecar) = streamed_and_backed_up();
+    let (binaries, conninfo) = (Binaries::of_this_run(), server.conninfo());
     let restore = |name: &str, primary: &str| {
         let target = tidemark.new_target(name);
         let into = target.to_str().unwrap();

@@ -1,5 +1,7 @@
 //! The binary under test, and the repository it writes to.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -241,4 +243,13 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The page of metrics at `port`, or nothing while nobody listens there.
+pub fn metrics(port: u16) -> String {
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
 }
