@@ -97,7 +97,56 @@ impl Names {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Says what [`Names::add`] should: keeps every path that ever came, and those of the directories that
+    /// are not left yet.
+    #[derive(Default)]
+    struct Model {
+        came: HashSet<String>,
+        open: Vec<String>,
+    }
+
+    impl Model {
+        fn add(&mut self, path: &str, node: Node) -> bool {
+            let ends = path.match_indices('/').map(|(slash, _)| slash);
+            for (depth, above) in ends.map(|end| path.get(..end).unwrap()).enumerate() {
+                if self.open.get(depth).is_none_or(|open| open != above) {
+                    self.open.truncate(depth);
+                    if !self.came.insert(above.to_owned()) {
+                        return false;
+                    }
+                    self.open.push(above.to_owned());
+                }
+            }
+            self.open.truncate(path.matches('/').count());
+            let is_new = self.came.insert(path.to_owned());
+            if node == Node::Directory {
+                self.open.push(path.to_owned());
+            }
+            is_new
+        }
+    }
+
+    proptest! {
+        /// Up to the first that is refused, with which a backup ends.
+        #[test]
+        fn forgetting_directories_that_were_left_changes_no_answer(
+            sent in proptest::collection::vec(("[ab](/[ab]){0,3}", any::<bool>()), 0..12)
+        ) {
+            let (mut names, mut model) = (Names::default(), Model::default());
+            for (path, is_directory) in sent {
+                let node = if is_directory { Node::Directory } else { Node::Leaf };
+                let is_taken = names.add(path.as_bytes(), node);
+                prop_assert_eq!(is_taken, model.add(&path, node), "{}", path);
+                if !is_taken {
+                    break;
+                }
+            }
+        }
+    }
 
     /// The paths that are refused, of those that end in a slash the directories.
     fn refused<'a>(paths: &[&'a str]) -> Vec<&'a str> {
