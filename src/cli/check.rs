@@ -8,6 +8,7 @@ mod streaming;
 
 use super::init;
 use super::invocation::Invocation;
+use super::terminal::plain;
 use super::words;
 use crate::daemon::{keys, opening, writing};
 use crate::error::{Error, Kind, Result};
@@ -95,9 +96,10 @@ impl Findings {
                 State::Failed => ("FAILED", "\x1b[1;31m"),
             };
             let (paint, off) = if colour { (paint, "\x1b[0m") } else { ("", "") };
-            text.push_str(&format!("{paint}{mark:<8}{off}{}: {}\n", finding.what, finding.found));
+            let found = plain(&finding.found);
+            text.push_str(&format!("{paint}{mark:<8}{off}{}: {found}\n", finding.what));
             if let Some(hint) = &finding.hint {
-                text.push_str(&format!("        hint: {hint}\n"));
+                text.push_str(&format!("        hint: {}\n", plain(hint)));
             }
         }
         text

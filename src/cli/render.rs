@@ -5,7 +5,7 @@ use std::io::Write;
 
 use serde_json::json;
 
-use super::terminal::Terminal;
+use super::terminal::{Terminal, plain};
 use crate::error::{Error, Kind};
 
 /// What each kind means to whoever reads the exit status.
@@ -57,9 +57,9 @@ fn as_json(kind: Kind, message: &str, hint: Option<&str>) -> String {
 fn text(error: &Error, colour: bool) -> String {
     let (red, cyan, off) =
         if colour { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
-    let mut text = format!("{red}error:{off} {}\n", error.message());
+    let mut text = format!("{red}error:{off} {}\n", plain(error.message()));
     if let Some(hint) = error.hint_text() {
-        text.push_str(&format!("{cyan}hint:{off} {hint}\n"));
+        text.push_str(&format!("{cyan}hint:{off} {}\n", plain(hint)));
     }
     if error.kind() == Kind::Bug {
         text.push_str(&format!(
@@ -101,5 +101,12 @@ mod tests {
         let error = Error::new(Kind::Denied, "unable to log in").hint("Check the password.");
         assert_eq!(text(&error, false), "error: unable to log in\nhint: Check the password.\n");
         assert!(text(&error, true).starts_with("\x1b[1;31merror:\x1b[0m unable"));
+    }
+
+    #[test]
+    fn what_a_server_says_gives_no_command_to_the_terminal() {
+        let error =
+            Error::new(Kind::Denied, "it says \u{1b}[2Jno\u{9b}1m\nat all").hint("\u{7}Ask it.");
+        assert_eq!(text(&error, false), "error: it says  [2Jno 1m\nat all\nhint:  Ask it.\n");
     }
 }

@@ -115,7 +115,7 @@ impl Terminal {
     /// Warns the person, `--quiet` or not.
     pub(super) fn warn(&self, text: &str) {
         let (yellow, off) = if self.0.colour { ("\x1b[1;33m", "\x1b[0m") } else { ("", "") };
-        self.error_text(&format!("{yellow}warning:{off} {text}\n"));
+        self.error_text(&format!("{yellow}warning:{off} {}\n", plain(text)));
     }
 
     /// Writes to standard error as it is, around any live line.
@@ -131,6 +131,12 @@ impl Terminal {
         // A line that cannot be cleared stays; the text that follows is still readable.
         drop(self.0.bars.clear());
     }
+}
+
+/// Text that a server or a store may have had a part in, without the characters that a terminal would take
+/// for commands; lines stay.
+pub(super) fn plain(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n', " ")
 }
 
 /// Log lines go through the terminal, so that they do not tear a live line.
