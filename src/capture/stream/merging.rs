@@ -4,7 +4,9 @@
 //! memory budget is the stream's. The first runs of a process look at all WAL of the timeline that is
 //! streamed, later ones at what came since. While nobody streams nothing is merged, and what was small at
 //! the end of a timeline that was left stays so. A host that may not delete cannot merge: it would store
-//! all WAL once more with each run. It says so once, and merges nothing until it is started again.
+//! all WAL once more with each run. It says so once and merges nothing for a day; then it begins with what it
+//! was refused, and makes nothing more if that is refused again. In the months that a process runs, rights come
+//! and a session that had expired at the wrong moment is renewed.
 //!
 //! # Durability
 //! See [`compaction`]: nothing is deleted that another object was not read back to hold. Dying on any
@@ -24,6 +26,8 @@ use crate::repo::{Repository, WalCatalog, marks};
 
 /// Between two runs: as long as extents settle before they are merged.
 const PAUSE: Duration = Duration::from_secs(600);
+/// After a store has refused to delete.
+const REFUSED_PAUSE: Duration = Duration::from_secs(24 * 3600);
 /// Largest merged object as stored: one merge holds it twice, out of what the budget leaves.
 const MERGED_BYTES_MAX: u64 = 3 << 20;
 /// Runs after which WAL is not looked at again: merged in one, what it was made of deleted in the
@@ -49,8 +53,10 @@ impl Merging {
         let (repository, status) = (repository.clone(), Arc::clone(status));
         Self(tokio::spawn(async move {
             let mut horizons = VecDeque::new();
+            let (mut pause, mut has_warned) = (PAUSE, false);
             loop {
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(pause).await;
+                pause = PAUSE;
                 let now = status.snapshot();
                 let calm = now.phase == Phase::Streaming && now.repository_error.is_none();
                 let Some(timeline) = now.timeline.filter(|_| calm) else { continue };
@@ -60,13 +66,17 @@ impl Merging {
                     false => Lsn::INVALID,
                 };
                 match merge(&repository, timeline, from, segment_size).await {
-                    Ok(None) => {}
+                    Ok(None) => has_warned = false,
                     Ok(Some(refused)) => {
-                        tracing::warn!(
-                            "small WAL extents are not merged by this process any more, which may not \
-                             delete what a merged one holds: {refused}"
-                        );
-                        return;
+                        if !std::mem::replace(&mut has_warned, true) {
+                            tracing::warn!(
+                                "small WAL extents are not merged while this process may not delete what \
+                                 a merged one holds; it tries again once a day: {refused}"
+                            );
+                        }
+                        // What was refused is to be seen again.
+                        horizons.clear();
+                        pause = REFUSED_PAUSE;
                     }
                     Err(error) => tracing::warn!("small WAL extents could not be merged: {error}"),
                 }
@@ -175,14 +185,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn where_nothing_may_be_deleted_nothing_more_is_made_and_that_is_said_once() {
+    async fn where_nothing_may_be_deleted_nothing_more_is_made_until_it_may_and_that_is_said_once()
+    {
         use std::io::{Read as _, Seek as _};
         let log = Arc::new(tempfile::tempfile().unwrap());
         let writer = Arc::clone(&log);
         let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
         let _guard = tracing::subscriber::set_default(subscriber);
         let scene = Scene::new().await;
-        for _ in 0..100 {
+        // Of three days.
+        for _ in 0..3 {
             scene.memory.fail_next(Call::Delete, Outcome::Denied);
         }
         scene.put_segment(1).await;
@@ -192,9 +204,12 @@ mod tests {
         scene.put_segment(2).await;
         tokio::time::sleep(PAUSE).await;
         assert_eq!(scene.object_count().await, 8 + 1 + 8);
-        tokio::time::sleep(PAUSE * 4).await;
-        drop(merging);
+        tokio::time::sleep(REFUSED_PAUSE * 2 + PAUSE).await;
         assert_eq!(scene.object_count().await, 8 + 1 + 8);
+        // By now it may.
+        tokio::time::sleep(REFUSED_PAUSE + PAUSE * 3).await;
+        drop(merging);
+        assert_eq!(scene.object_count().await, 2);
         let mut said = String::new();
         (&*log).rewind().unwrap();
         (&*log).read_to_string(&mut said).unwrap();
