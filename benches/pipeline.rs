@@ -14,7 +14,7 @@ use tidemark::capture::base::pages::{Check, Pages};
 use tidemark::pg::crc::crc32c;
 use tidemark::pg::{Lsn, TimelineId};
 use tidemark::pipeline::cipher::{Cipher, DataKey, ObjectKey};
-use tidemark::pipeline::codec::{Compressor, Decompressor};
+use tidemark::pipeline::codec::{Compressor, Decompressor, parameters};
 use tidemark::pipeline::frame::{self, Expected, Last};
 use tidemark::repo::budget::BACKUP_BYTES;
 use tidemark::repo::{
@@ -71,6 +71,13 @@ fn total(blocks: &[Bytes]) -> usize {
     blocks.iter().map(Bytes::len).sum()
 }
 
+/// zstd as the pipeline sets it.
+fn encoder(number: i32) -> bulk::Compressor<'static> {
+    let mut compressor = bulk::Compressor::default();
+    parameters(level(number)).for_each(|parameter| compressor.set_parameter(parameter).unwrap());
+    compressor
+}
+
 fn zstd_alone(compressor: &mut bulk::Compressor<'_>, blocks: &[Bytes], out: &mut Vec<u8>) -> usize {
     let compress = |block: &Bytes| {
         out.clear();
@@ -112,7 +119,7 @@ fn samples(bench: &Bench) {
     for files in &Samples::get().files {
         let blocks = files.blocks();
         let ratio = |number: &i32| {
-            let mut compressor = bulk::Compressor::new(*number).unwrap();
+            let mut compressor = encoder(*number);
             let mut out = Vec::with_capacity(2 << 20);
             let stored = zstd_alone(&mut compressor, &blocks, &mut out);
             format!("level {number}: {:.2}", total(&blocks) as f64 / stored as f64)
@@ -152,7 +159,7 @@ fn frames(bench: &mut Bench) {
                     out.len()
                 });
             });
-            let mut alone = bulk::Compressor::new(*number).unwrap();
+            let mut alone = encoder(*number);
             group.bench_function(id("limit: zstd alone"), |run| {
                 run.iter(|| zstd_alone(&mut alone, &blocks, &mut out));
             });
@@ -193,7 +200,7 @@ fn opening(bench: &mut Bench) {
                 BatchSize::PerIteration,
             );
         });
-        let mut compressor = bulk::Compressor::new(1).unwrap();
+        let mut compressor = encoder(1);
         let payloads: Vec<Vec<u8>> =
             blocks.iter().map(|block| compressor.compress(block).unwrap()).collect();
         let mut alone = bulk::Decompressor::new().unwrap();
@@ -271,7 +278,7 @@ fn overhead(samples: &Samples) {
                 .collect();
             let all = [blocks, rest].concat();
             let [mut alone, mut one, mut two, mut gcm] = [(); 4].map(|()| Rounds::default());
-            let mut compressor = bulk::Compressor::new(number).unwrap();
+            let mut compressor = encoder(number);
             let mut out = Vec::with_capacity(2 << 20);
             let mut frames = sealed_frames(&all, number);
             let cipher = Gcm::new();
@@ -313,7 +320,7 @@ fn components(files: &Files) {
         size_bytes: 1 << 30,
     };
     let [mut sums, mut crcs, mut hashes, mut alone] = [(); 4].map(|()| Rounds::default());
-    let mut compressor = bulk::Compressor::new(1).unwrap();
+    let mut compressor = encoder(1);
     let mut out = Vec::with_capacity(2 << 20);
     for _ in 0..ROUNDS {
         // The place of a block in the file changes what is found, not what it costs; the list of what
@@ -348,7 +355,7 @@ fn wal_segments(samples: &Samples) {
         let pieces: Vec<Bytes> = wal_pieces(wal);
         let segments = wal.bytes.len() as f64 / f64::from(16 << 20);
         let [mut alone, mut decoded, mut sealed] = [(); 3].map(|()| Rounds::default());
-        let mut compressor = bulk::Compressor::new(1).unwrap();
+        let mut compressor = encoder(1);
         let mut out = Vec::with_capacity(2 << 20);
         let blocks: Vec<Bytes> =
             (0..wal.bytes.len() >> 20).map(|n| wal.bytes.slice(n << 20..(n + 1) << 20)).collect();
