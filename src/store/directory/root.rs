@@ -15,6 +15,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use rustix::fs::{
     AtFlags, Dir, DirEntry, FileType, Mode, OFlags, Stat, mkdirat, openat, statat, unlinkat,
@@ -34,11 +35,27 @@ const LINK_HINT: &str =
 pub(super) struct FolderId {
     device: u64,
     inode: u64,
+    /// When it was made; `None` where the file system does not say, or says 1970.
+    birth: Option<SystemTime>,
 }
 
 impl FolderId {
     pub(super) fn of(metadata: &fs::Metadata) -> Self {
-        Self { device: metadata.dev(), inode: metadata.ino() }
+        let birth = metadata.created().ok().filter(|birth| *birth > SystemTime::UNIX_EPOCH);
+        Self { device: metadata.dev(), inode: metadata.ino(), birth }
+    }
+
+    /// Whether it is the folder that was `met`, perhaps mounted anew.
+    ///
+    /// A file system that is mounted again may have another device's number, and another file system the number
+    /// that it had, with the same inodes at its beginning. When a folder was made is the file system's own and
+    /// stays; where that is not told, the device's number must do.
+    fn is_still(self, met: Self) -> bool {
+        let alike = match (self.birth, met.birth) {
+            (Some(birth), Some(then)) => birth == then,
+            _ => self.device == met.device,
+        };
+        alike && self.inode == met.inode
     }
 }
 
@@ -88,7 +105,8 @@ impl Root {
             Err(error) => return Err(Error::io(attempted(), &error)),
         };
         let found = FolderId::of(&folder.metadata().context(attempted)?);
-        if *self.known().folder.get_or_insert(found) != found {
+        let met = *self.known().folder.get_or_insert(found);
+        if !found.is_still(met) {
             return Err(self.gone());
         }
         Ok(Some(Opened(folder)))
@@ -205,5 +223,30 @@ impl Opened {
     /// Removes a file.
     pub(super) fn remove(&self, name: &str) -> std::io::Result<()> {
         Ok(unlinkat(&self.0, name, AtFlags::empty())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_is_known_again_by_when_it_was_made_and_else_by_its_device() {
+        let at = |device, inode, seconds: Option<u64>| FolderId {
+            device,
+            inode,
+            birth: seconds.map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
+        };
+        let met = at(1, 2, Some(7));
+        assert!(at(1, 2, Some(7)).is_still(met));
+        assert!(at(9, 2, Some(7)).is_still(met), "mounted again");
+        assert!(!at(1, 2, Some(8)).is_still(met), "made anew on the same device");
+        assert!(!at(1, 3, Some(7)).is_still(met));
+        for (met, found) in [(None, None), (Some(7), None), (None, Some(7))] {
+            assert!(at(1, 2, found).is_still(at(1, 2, met)));
+            assert!(!at(9, 2, found).is_still(at(1, 2, met)));
+        }
     }
 }
