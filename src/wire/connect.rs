@@ -10,6 +10,7 @@
 //! # Source
 //! `PQconnectPoll` in `src/interfaces/libpq/fe-connect.c`.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use postgres_protocol::message::frontend;
@@ -87,6 +88,19 @@ fn unable(host: &Host) -> String {
     format!("unable to connect to PostgreSQL at {host}")
 }
 
+/// The host by the one of its addresses that was connected to.
+fn pinned(host: &Host, address: &Address) -> Host {
+    let place = match (&host.place, address) {
+        // One with a scope would not be reached without it.
+        (Place::Name(_), Address::Tcp(SocketAddr::V6(found))) if found.scope_id() != 0 => None,
+        (Place::Name(name), Address::Tcp(found)) => {
+            Some(Place::Address(found.ip(), Some(name.clone())))
+        }
+        _ => None,
+    };
+    Host { place: place.unwrap_or_else(|| host.place.clone()), port: host.port }
+}
+
 /// All that failed as one error: the last one's kind and hint, everybody's message.
 fn summary(mut failures: Vec<Error>) -> Error {
     let Some(last) = failures.pop() else {
@@ -155,7 +169,7 @@ impl Search<'_> {
         let mut refused: Option<Error> = None;
         for method in methods {
             let connection = match self.open(host, address, *method).await {
-                Ok(connection) => connection,
+                Ok(connection) => connection.at(pinned(host, address)),
                 Err(Attempt::Unreachable(error)) => return Err(Failure::Address(error)),
                 Err(Attempt::NotNow(error)) => return Err(Failure::Host(error)),
                 Err(Attempt::Hopeless(error)) => return Err(Failure::Final(error)),
@@ -535,7 +549,26 @@ mod tests {
             let options = ConnectOptions::parse(&text, &|_| None).unwrap();
             let found = connect(&options, session, &Clock::system()).await.unwrap();
             assert_eq!(found.parameter("in_hot_standby"), Some("off"), "{session:?}");
+            assert_eq!(found.options().hosts, options.hosts[1..], "{session:?}");
         }
+    }
+
+    #[test]
+    fn another_connection_goes_to_the_address_of_the_first_under_the_same_name() {
+        let address = Address::Tcp("10.0.0.7:5433".parse().unwrap());
+        let host = Host { place: Place::Name("db".into()), port: 5433 };
+        let found = pinned(&host, &address);
+        assert_eq!((found.name().as_str(), found.port), ("db", 5433));
+        assert_eq!(found.place, Place::Address("10.0.0.7".parse().unwrap(), Some("db".into())));
+        let socket = Host { place: Place::DefaultSocket, port: 5432 };
+        assert_eq!(pinned(&socket, &Address::Unix("/tmp/.s.PGSQL.5432".into())), socket);
+        let local = SocketAddr::V6(std::net::SocketAddrV6::new(
+            [0xfe80, 0, 0, 0, 0, 0, 0, 1].into(),
+            5433,
+            0,
+            2,
+        ));
+        assert_eq!(pinned(&host, &Address::Tcp(local)), host);
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use tracing::{debug, warn};
 use super::channel::Channel;
 use super::connect;
 use super::message::Message;
-use super::options::ConnectOptions;
+use super::options::{ConnectOptions, Host};
 use super::server_error::{Asked, ServerError};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -182,6 +182,13 @@ impl Connection {
         let version = Version::from_server_version_num(number)?;
         let (options, clock) = (options.clone(), clock.clone());
         Ok(Self { channel, parameters, version, session, options, clock, unfinished: false })
+    }
+
+    /// This connection, of which another one to the same server is made: only `host` is tried for it, the
+    /// other hosts and addresses of the connection string are other servers.
+    pub(super) fn at(mut self, host: Host) -> Self {
+        self.options.hosts = vec![host];
+        self
     }
 
     /// The value of a parameter the server reported (`server_version`, `in_hot_standby`, ...), as of

@@ -94,7 +94,7 @@ impl Connection {
     }
 
     /// The slot, or `None` when there is none of that name. A replication connection to PostgreSQL 13
-    /// or 14 cannot say, so an ordinary one is opened for the question.
+    /// or 14 cannot say, so an ordinary one to the same host is opened for the question.
     ///
     /// # Errors
     /// `conflict` when a logical slot has that name.
