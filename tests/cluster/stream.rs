@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use tidemark::capture::stream::{self, Phase, Snapshot, Status, Stream, StreamOptions};
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
@@ -504,6 +505,33 @@ async fn a_standby_promises_nothing_about_the_commits_of_its_primary_until_it_is
     let now = running.until("caught up", |now| now.caught_up_at.is_some()).await;
     assert_eq!(now.timeline, TimelineId::new(2));
     assert!(now.caught_up_at >= Some(promoted.parse().unwrap()), "{promoted}: {now:#?}");
+    running.stop().await.unwrap();
+}
+
+/// Commits every few milliseconds, then one transaction that writes for seconds: neither lets a sign of life
+/// come without WAL.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_never_quiet_shows_since_when_all_is_stored() {
+    let server = Arc::new(Postgres::start(&Binaries::of_this_run(), &settings()));
+    server.psql("create table busy (n int)");
+    let place = Place::of(&server).await;
+    let running = Running::start(place.stream(&server)).await;
+    let insert = "insert into busy select generate_series(1, 10)";
+    let commits = format!("loop {insert}; commit; perform pg_sleep(0.005); end loop");
+    let no_commit = format!("loop {insert}; perform pg_sleep(0.005); end loop");
+    for busy in [commits, no_commit] {
+        let writing = Arc::clone(&server);
+        let writer = std::thread::spawn(move || {
+            let _ended_by_us = writing.try_psql(&format!("do $$ begin {busy}; end $$"));
+        });
+        server.wait_for("select count(*) from pg_stat_activity where query like 'do %'", "1");
+        let now = server.psql("select to_char(now(), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')");
+        let later = now.parse::<Timestamp>().unwrap() + SignedDuration::from_secs(2);
+        running.until("all stored", |now| now.all_stored_at >= Some(later)).await;
+        server
+            .psql("select pg_terminate_backend(pid) from pg_stat_activity where query like 'do %'");
+        writer.join().unwrap();
+    }
     running.stop().await.unwrap();
 }
 

@@ -90,6 +90,8 @@ pub(super) struct Pump<'e, 'a> {
     server_had: Lsn,
     /// The server's clock at its last sign of life, if it has sent no WAL since.
     quiet_since: Option<PgTime>,
+    /// What the server had at a moment by its clock, until all of it is stored.
+    had_at: Option<(Lsn, PgTime)>,
     /// The server replays what another one writes.
     in_recovery: bool,
     steps: Vec<Step>,
@@ -126,6 +128,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             asked_at: None,
             server_had: Lsn::INVALID,
             quiet_since: None,
+            had_at: None,
             in_recovery: false,
             steps: Vec::new(),
             requests,
@@ -185,7 +188,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             // Asked for each timeline: a promotion is followed on the same connection, and always ends
             // the standby's timeline (`XLogSendPhysical`).
             self.in_recovery = server::is_in_recovery(&mut *connection).await?;
-            self.quiet_since = None;
+            (self.quiet_since, self.had_at) = (None, None);
             let mut wal =
                 connection.start_replication(Some(&slot.name), start, self.timeline).await?;
             tracing::info!("streaming timeline {} from {start}", self.timeline);
@@ -310,6 +313,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                 stored = self.engine.uploads.next_stored() => {
                     let stored = stored?;
                     self.engine.on_stored(&stored);
+                    self.note_stored();
                     self.tell_if_moved(wal).await?;
                 }
                 sealed = self.engine.sealer.next() => {
@@ -348,7 +352,7 @@ impl<'e, 'a> Pump<'e, 'a> {
 
     async fn on_event(&mut self, event: WalEvent, wal: &mut dyn Sending) -> Result<Option<Flow>> {
         match event {
-            WalEvent::Wal { start_lsn, server_end_lsn, data, .. } => {
+            WalEvent::Wal { start_lsn, server_end_lsn, server_time, data } => {
                 self.show_server_end(server_end_lsn);
                 (self.server_had, self.quiet_since) = (server_end_lsn, None);
                 self.asked_at = None;
@@ -366,6 +370,8 @@ impl<'e, 'a> Pump<'e, 'a> {
                 }
                 let received_end_lsn = self.intake.received_end();
                 self.engine.status.update(|now| now.received_end_lsn = received_end_lsn);
+                self.had_at.get_or_insert((server_end_lsn, server_time));
+                self.note_stored();
                 self.tell_if_moved(wal).await?;
             }
             WalEvent::Keepalive { server_end_lsn, server_time, reply_requested } => {
@@ -412,6 +418,23 @@ impl<'e, 'a> Pump<'e, 'a> {
                     now.caught_up_at = promised;
                 }
             });
+            self.engine.report(self.timeline);
+        }
+    }
+
+    /// Shows since when nothing is lost on a server that is never quiet: what it had at the moment of some WAL is
+    /// stored by now, or what of it is not has no commit in it.
+    ///
+    /// This promises no time of a target, as [`Self::note_quiet`] does: a commit carries the time at which it
+    /// began to be written, and that may be before what the server had then.
+    fn note_stored(&mut self) {
+        let Some((end, time)) = self.had_at else { return };
+        let all_received = self.intake.received_end() >= end;
+        let nothing_waits =
+            !self.intake.cutter().holds_commit() && self.engine.unstored_count() == 0;
+        if self.engine.ledger.durable_end() >= end || all_received && nothing_waits {
+            self.had_at = None;
+            self.engine.status.update(|now| now.all_stored_at = time.to_timestamp());
             self.engine.report(self.timeline);
         }
     }
@@ -620,6 +643,7 @@ impl<'e, 'a> Pump<'e, 'a> {
                 stored = self.engine.uploads.next_stored() => {
                     let stored = stored?;
                     self.engine.on_stored(&stored);
+                    self.note_stored();
                     self.tell_if_moved(wal).await?;
                 }
                 sealed = self.engine.sealer.next() => {
