@@ -255,12 +255,16 @@ pub async fn hold(repository: &Repository, backup: BackupId, reason: &str) -> Re
     if repository.store().head(&manifest).await?.is_some() {
         return Ok(outcome);
     }
+    let missing = format!("unable to hold backup '{backup}': there is no such backup");
+    if outcome == PutOutcome::AlreadyThere {
+        // Somebody's hold of what went missing: while it is there nothing is deleted.
+        let found = format!("{missing}, though it is held");
+        return Err(Error::new(Kind::NotFound, found).hint(
+            "Bring its objects back, or give it up with 'tidemark release'; until then nothing is deleted.",
+        ));
+    }
     repository.store().delete(&[name]).await?;
-    Err(Error::new(
-        Kind::NotFound,
-        format!("unable to hold backup '{backup}': there is no such backup"),
-    )
-    .hint("Run 'tidemark list' to see the backups."))
+    Err(Error::new(Kind::NotFound, missing).hint("Run 'tidemark list' to see the backups."))
 }
 
 /// Releases a hold; whether there was one.
@@ -312,6 +316,27 @@ pub async fn holds(repository: &Repository) -> Result<BTreeMap<BackupId, String>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn holding_again_what_went_missing_leaves_the_hold_that_protects_the_rest() {
+        use crate::clock::Clock;
+        use crate::store::Store as _;
+        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 3);
+        let (memory, repository) = Repository::in_memory(&clock).await;
+        let backup = BackupId::new(clock.now(), TimelineId::FIRST, Lsn(0x28));
+        let name = repository.name(&held(backup)).unwrap();
+        memory.put_if_absent(&name, Bytes::from_static(b"audit")).await.unwrap();
+        let error = hold(&repository, backup, "again").await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.message().contains("though it is held"), "{error}");
+        assert_eq!(holds(&repository).await.unwrap()[&backup], "audit");
+        assert!(release(&repository, backup).await.unwrap());
+        assert_eq!(hold(&repository, backup, "x").await.unwrap_err().kind(), Kind::NotFound);
+        assert!(
+            holds(&repository).await.unwrap().is_empty(),
+            "one that holds nothing is taken back"
+        );
+    }
 
     #[test]
     fn marks_are_read_back_from_their_names() {

@@ -186,6 +186,8 @@ async fn a_404_without_a_code_is_no_word_of_the_server() {
     assert_eq!(store.get(&name("a"), None).await.unwrap(), bytes("body"));
     lost(Op::GetObject);
     assert_eq!(store.get(&name("a"), Some(1..3)).await.unwrap(), bytes("od"));
+    lost(Op::HeadObject);
+    assert!(store.head(&name("a")).await.unwrap().is_some());
     lost(Op::PutObject);
     let Replace::Done(tag) = store.replace_if(&name("l"), bytes("1"), None).await.unwrap() else {
         panic!("ours was lost")
@@ -211,6 +213,9 @@ async fn a_404_without_a_code_is_no_word_of_the_server() {
     server.faults().add(Fault::new(Effect::error(404, "")).on(Op::GetObject).key("p/b"));
     let store = with(&server, "s3://tidemark/p", |_| {});
     let error = store.get(&name("b"), None).await.unwrap_err();
+    assert_says(&error, Kind::Unavailable, &["'b'"], "proxies");
+    server.faults().add(Fault::new(Effect::error(404, "")).on(Op::HeadObject).key("p/b"));
+    let error = store.head(&name("b")).await.unwrap_err();
     assert_says(&error, Kind::Unavailable, &["'b'"], "proxies");
     let retries = store.requests().retries;
     assert_eq!(store.get(&name("a"), None).await.unwrap_err().kind(), Kind::NotFound);

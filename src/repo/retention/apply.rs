@@ -67,6 +67,8 @@ pub async fn apply(repository: &Repository, plan: &DeletionPlan) -> Result<Delet
     }
     ensure_clock(repository, plan.planned_time).await?;
     let catalog = Catalog::load(repository).await?;
+    // A newer backup is why an older one goes. Its process may have died before its name was durable.
+    repository.store().make_durable(&repository.cluster().prefix()).await?;
     check(&catalog, plan).map_err(|error| {
         Error::new(Kind::Conflict, format!("the repository changed since the plan: {error}"))
             .hint("Run the command again to plan anew.")

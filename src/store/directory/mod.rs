@@ -460,24 +460,27 @@ impl Inner {
         Ok(())
     }
 
+    /// A folder is remembered only when those above it are durable too: whoever meets it remembered goes no
+    /// further up.
     fn make_durable_in_root(&self, folder: &Path) -> Result<()> {
+        let mut made = Vec::new();
         let mut folder = folder;
         while folder != self.root.path() {
             let metadata = fs::metadata(folder)
                 .context(|| format!("unable to look at folder '{}'", folder.display()))?;
             let id = FolderId::of(&metadata);
             if self.durable_folders().get(folder) == Some(&id) {
-                return Ok(());
+                break;
             }
             self.sync_folder(parent(folder))?;
-            let mut durable = self.durable_folders();
-            if durable.len() >= DURABLE_FOLDERS_MAX {
-                durable.clear();
-            }
-            durable.insert(folder.to_owned(), id);
-            drop(durable);
+            made.push((folder.to_owned(), id));
             folder = parent(folder);
         }
+        let mut durable = self.durable_folders();
+        if durable.len() + made.len() > DURABLE_FOLDERS_MAX {
+            durable.clear();
+        }
+        durable.extend(made);
         Ok(())
     }
 

@@ -28,6 +28,7 @@ pub(super) fn page(
 const SORT_BATCH: usize = 1024;
 
 /// Whether a folder has more names than were kept.
+#[derive(PartialEq, Eq)]
 enum Rest {
     None,
     LeftOut,
@@ -113,6 +114,10 @@ impl Walk<'_> {
             }
         }
         names.sort_unstable();
+        if rest == Rest::LeftOut {
+            // What came after names were left out may lie behind some of those.
+            names.truncate(keep);
+        }
         Ok((names, rest))
     }
 
@@ -122,5 +127,41 @@ impl Walk<'_> {
         let in_prefix = name.starts_with(self.prefix) || is_folder && self.prefix.starts_with(name);
         let is_after = name > self.after || is_folder && self.after.starts_with(name);
         in_prefix && is_after
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::root::Root;
+    use super::*;
+
+    /// The first names yield no object, so the page is filled from those behind, of which most were left out.
+    #[test]
+    fn no_name_is_passed_over_in_a_folder_of_more_names_than_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let count = SORT_BATCH + 200;
+        for number in 0..count {
+            fs::write(folder.path().join(format!("b{number:05}")), b"").unwrap();
+        }
+        for number in 0..10 {
+            fs::create_dir(folder.path().join(format!("a{number}"))).unwrap();
+        }
+        let root = Root::new(folder.path().to_owned());
+        let root = root.open().unwrap().unwrap();
+        let (mut listed, mut after) = (Vec::new(), None);
+        loop {
+            let page = page(&root, "", after.as_ref(), 5).unwrap();
+            listed.extend(page.objects.iter().map(|object| object.name.to_string()));
+            after = page.objects.last().map(|object| object.name.clone());
+            if !page.more || listed.len() > 100 {
+                break;
+            }
+        }
+        let expected: Vec<String> =
+            (0..listed.len()).map(|number| format!("b{number:05}")).collect();
+        assert_eq!(listed, expected);
+        assert!(listed.len() > 100);
     }
 }

@@ -255,7 +255,19 @@ impl S3 {
                 modified: timestamp(answer.last_modified()),
                 upload_id: answer.metadata().and_then(|all| all.get(upload::ID_KEY).cloned()),
             })),
-            Err(failure) if failure.is_missing_for_head() => Ok(None),
+            // The answer to a HEAD has no body, so it cannot say by a code that it is the server's own and not
+            // that of a proxy which has lost it. What is said to be missing is taken for deleted: ask again.
+            Err(failure) if failure.is_missing_for_head() => {
+                self.requests.gets.one();
+                let get = client.sdk().get_object().bucket(&self.bucket).key(self.key(name));
+                match get.range("bytes=0-0").send().await.map_err(Failure::from) {
+                    Err(missing) if missing.is_missing() => Ok(None),
+                    // It is there, perhaps without a byte.
+                    Err(empty) if empty.is("InvalidRange", 416) => Err(failure),
+                    Err(other) => Err(other),
+                    Ok(_there) => Err(failure),
+                }
+            }
             Err(failure) => Err(failure),
         }
     }
