@@ -12,9 +12,9 @@ use super::terminal::plain;
 use super::words;
 use crate::daemon::{keys, opening, writing};
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, SystemId};
+use crate::pg::{Lsn, SystemId, TimelineId};
 use crate::repo::{BackupSummary, Catalog, Repository};
-use crate::wire::{Connection, Session};
+use crate::wire::{Connection, Session, SystemIdentification};
 use streaming::{Slot, Streaming};
 
 /// Check that server, repository and keys are ready, and that the WAL arrives.
@@ -143,6 +143,7 @@ pub(super) async fn run(args: Args, invocation: Invocation) -> Result<()> {
 /// What the other checks need to know of the server.
 struct Server {
     system_id: SystemId,
+    timeline: TimelineId,
     flushed_end_lsn: Lsn,
     slot: Slot,
 }
@@ -188,8 +189,8 @@ async fn server(invocation: &Invocation, findings: &mut Findings) -> Option<Serv
         .take("replication slot", server.read_slot(invocation.config.slot_name()).await)
         .map_or(Slot::Unknown, |found| found.map_or(Slot::Absent, |slot| slot.restart_lsn.into()));
     server.close().await;
-    let (system_id, flushed_end_lsn) = (system.system_id, system.flushed_end_lsn);
-    Some(Server { system_id, flushed_end_lsn, slot })
+    let SystemIdentification { system_id, timeline, flushed_end_lsn, .. } = system;
+    Some(Server { system_id, timeline, flushed_end_lsn, slot })
 }
 
 /// The repository, when there is one. Only then is the store tried: what is written to a folder that

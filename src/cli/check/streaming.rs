@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{Server, State};
 use crate::cli::words;
 use crate::error::{Error, Kind, Result};
-use crate::pg::Lsn;
+use crate::pg::{Lsn, TimelineId};
 use crate::repo::Catalog;
 use crate::repo::lease::{LeaseInfo, Tenure};
 
@@ -48,8 +48,8 @@ pub(super) type Verdict = Result<(State, String)>;
 /// All that is known of the WAL's way.
 pub(super) struct Streaming<'a> {
     slot: Slot,
-    /// Where the server's WAL ends.
-    flushed_end_lsn: Option<Lsn>,
+    /// The server's timeline and where its WAL ends.
+    server_end: Option<(TimelineId, Lsn)>,
     catalog: Option<&'a Catalog>,
     now: Timestamp,
 }
@@ -61,7 +61,8 @@ impl<'a> Streaming<'a> {
         now: Timestamp,
     ) -> Self {
         let slot = server.map_or(Slot::Unknown, |server| server.slot);
-        Self { slot, flushed_end_lsn: server.map(|server| server.flushed_end_lsn), catalog, now }
+        let server_end = server.map(|server| (server.timeline, server.flushed_end_lsn));
+        Self { slot, server_end, catalog, now }
     }
 
     fn has_wal(&self) -> bool {
@@ -94,7 +95,7 @@ impl<'a> Streaming<'a> {
             ))),
             Slot::Idle => warning(format!("'{name}' keeps no WAL")),
             Slot::Keeps(restart) => {
-                let end = self.flushed_end_lsn.unwrap_or(restart);
+                let end = self.server_end.map_or(restart, |(_, end)| end);
                 let kept = words::bytes(end.saturating_since(restart));
                 Some(Ok((State::Ok, format!("'{name}' keeps {kept} of WAL from {restart}"))))
             }
@@ -136,6 +137,15 @@ impl<'a> Streaming<'a> {
         if silent.as_secs_f64() > ttl.as_secs_f64() {
             return Some(self.nobody(format!("nobody streams any more: {who}")));
         }
+        if silent.as_secs_f64() < -ttl.as_secs_f64() {
+            let ahead = words::length(-silent);
+            return Some(self.nobody(format!(
+                "nobody can tell whether anybody streams, by a clock {ahead} ahead of this one: {who}"
+            )));
+        }
+        if let Some(error) = self.elsewhere(holder, &who) {
+            return Some(Err(error));
+        }
         let Some(behind) = self.behind(catalog) else { return Some(Ok((State::Ok, who))) };
         let found = format!("{who}, {} behind the server", words::bytes(behind.bytes));
         if let Some(loss) = behind.loss.filter(|loss| *loss > limit(ttl)) {
@@ -146,6 +156,22 @@ impl<'a> Streaming<'a> {
         }
         let late = silent.as_secs_f64() > ttl.as_secs_f64() * RENEWED_SHARE;
         Some(Ok((if late { State::Warning } else { State::Ok }, found)))
+    }
+
+    /// What is wrong when the writer streams from another server than the one that was asked: an old primary that
+    /// was left behind by a promotion, for instance, where all it has is stored and nothing of the new one's.
+    fn elsewhere(&self, holder: &LeaseInfo, who: &str) -> Option<Error> {
+        let (timeline, _) = self.server_end?;
+        let streamed = holder.progress?.timeline;
+        if holder.tenure == Tenure::Passing || streamed == timeline {
+            return None;
+        }
+        let message =
+            format!("{who} streams timeline {streamed}, the server is on timeline {timeline}");
+        Some(Error::new(Kind::Unavailable, message).hint(
+            "After a promotion the two agree within seconds. Else one of them reaches another server: name \
+             all servers of the cluster in both connection strings, with target_session_attrs=primary.",
+        ))
     }
 
     /// Nobody is at work: a failure where somebody should be.
@@ -161,11 +187,15 @@ impl<'a> Streaming<'a> {
 
     fn behind(&self, catalog: &Catalog) -> Option<Behind> {
         let (_, durable_end_lsn) = catalog.durable_end()?;
-        let bytes = self.flushed_end_lsn?.saturating_since(durable_end_lsn);
+        let bytes = self.server_end?.1.saturating_since(durable_end_lsn);
         let newest = catalog.newest_commit().and_then(|extent| extent.name.time?.to_timestamp());
         let progress = catalog.lease.as_ref().and_then(|lease| lease.progress);
         let all_stored = progress.and_then(|progress| progress.all_stored_time);
-        let loss = newest.max(all_stored).filter(|_| bytes > 0 && self.is_streamed());
+        // One that a clock far ahead has stamped would speak for all that comes before it.
+        let ahead_max = SignedDuration::try_from(LOSS_MAX).unwrap_or(SignedDuration::MAX);
+        let known = [newest, all_stored].into_iter().flatten();
+        let since = known.filter(|time| time.duration_since(self.now) <= ahead_max).max();
+        let loss = since.filter(|_| bytes > 0 && self.is_streamed());
         Some(Behind { bytes, loss: loss.map(|since| self.now.duration_since(since)) })
     }
 }

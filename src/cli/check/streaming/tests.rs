@@ -43,7 +43,8 @@ fn catalog(lease: Option<LeaseInfo>, newest_commit: i64) -> Catalog {
 }
 
 fn streaming(catalog: &Catalog, slot: Slot, flushed: u64) -> Streaming<'_> {
-    Streaming { slot, flushed_end_lsn: Some(Lsn(flushed)), catalog: Some(catalog), now: now() }
+    let server_end = Some((TimelineId::FIRST, Lsn(flushed)));
+    Streaming { slot, server_end, catalog: Some(catalog), now: now() }
 }
 
 fn state(verdict: Option<Verdict>) -> State {
@@ -109,4 +110,37 @@ fn to_be_far_behind_is_a_failure_and_to_have_nothing_to_do_is_not() {
     // A base backup that nobody else streams beside.
     let backup = catalog(Some(lease(Tenure::Passing, 10)), 100_000);
     assert_eq!(verdict(&backup, Slot::Absent, 2000), State::Ok);
+}
+
+#[test]
+fn a_writer_that_streams_another_server_is_a_failure_however_well_it_does() {
+    let timeline = TimelineId::new(2).unwrap();
+    let (durable_end_lsn, caught_up_time) = (Lsn(1000), None);
+    let all_stored_time = Some(ago(1));
+    let progress = Progress { timeline, durable_end_lsn, caught_up_time, all_stored_time };
+    for (tenure, expected) in [(Tenure::Standing, State::Failed), (Tenure::Passing, State::Ok)] {
+        let holder = LeaseInfo { progress: Some(progress), ..lease(tenure, 10) };
+        let catalog = catalog(Some(holder), 10);
+        for flushed in [900, 2000] {
+            let verdict = streaming(&catalog, Slot::Absent, flushed).writer();
+            assert_eq!(state(verdict), expected, "{tenure:?} {flushed}");
+        }
+    }
+}
+
+#[test]
+fn times_of_a_clock_far_ahead_hide_nothing() {
+    let keeps = Slot::Keeps(Lsn(1));
+    let dead = catalog(Some(lease(Tenure::Standing, -7200)), 0);
+    let error = streaming(&dead, keeps, 2000).writer().unwrap().unwrap_err();
+    assert!(error.message().contains("ahead of this one"), "{error}");
+    let progress = Progress {
+        timeline: TimelineId::FIRST,
+        durable_end_lsn: Lsn(1000),
+        caught_up_time: None,
+        all_stored_time: Some(ago(1000)),
+    };
+    let stalled = LeaseInfo { progress: Some(progress), ..lease(Tenure::Standing, 10) };
+    let verdict = streaming(&catalog(Some(stalled), -100_000), keeps, 2000).writer();
+    assert_eq!(state(verdict), State::Failed);
 }
