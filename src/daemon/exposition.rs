@@ -170,6 +170,11 @@ impl Page {
             "Base backups by schedule that failed.",
             now.base_backup_failure_count,
         );
+        self.counter(
+            "tidemark_upkeep_failures_total",
+            "Runs of expiring or sweeping that failed or were refused a deletion.",
+            now.upkeep_failure_count,
+        );
     }
 
     fn positions(&mut self, now: &Snapshot) {

@@ -171,8 +171,11 @@ impl<'a> Chores<'a> {
             if let Some(history) = due {
                 self.back_up(history, stop).await;
             }
+            let mut guard = self.supervisor.writing.lease.guard();
             tokio::select! {
                 () = stop.cancelled() => return,
+                // Another may write from here on: nothing is deleted any more.
+                _lost = guard.lost() => {}
                 () = self.keep_up() => {}
             }
         }
@@ -225,13 +228,14 @@ impl<'a> Chores<'a> {
         let status = self.supervisor.status.snapshot();
         let takes_backups = self.supervisor.duties.backup_interval.is_some();
         let pause = if takes_backups { ASK_PAUSE_MAX } else { OTHERS_BACKUP_PAUSE };
-        // Somebody may have taken the one that is needed.
-        let again = || self.looked.is_none_or(|looked| now >= looked + pause);
-        if status.base_backup_needed && again() {
+        let again = self.looked.is_none_or(|looked| now >= looked + pause);
+        let changed = self.streamed != Streamed::of(&status);
+        // Somebody may have taken the one that is needed; and whoever leaves backups to others shows whether
+        // one is, whatever an earlier process knew.
+        if again && (status.base_backup_needed || self.looked.is_none() || changed) {
             return true;
         }
-        let outdated = self.backups.is_none() || self.streamed != Streamed::of(&status);
-        takes_backups && (outdated || self.known_due().is_some())
+        takes_backups && (self.backups.is_none() || changed || self.known_due().is_some())
     }
 
     /// Asks the repository for all it holds, and takes note of its backups.
@@ -329,21 +333,30 @@ impl<'a> Chores<'a> {
         self.upkeep_due = duties.upkeep_interval.map(|interval| now + interval);
         if let Some(options) = &duties.retention {
             let outcome = upkeep::expire(repository, options, self.clock).await;
+            let refused =
+                outcome.as_ref().map_or(Ok(()), |done| upkeep::ensure_none_refused(&done.refused));
+            self.note_failed_upkeep(outcome.is_err() || refused.is_err());
             self.tell("expiring", outcome, |report| {
                 let count = report.backups.len();
                 (count > 0 || report.extent_count > 0).then(|| {
                     format!("expired {count} backups and {} WAL objects", report.extent_count)
                 })
             });
+            self.tell("expiring", refused, |()| None);
         }
         let outcome = match self.look().await {
             Ok(catalog) => upkeep::sweep(repository, &catalog, self.clock).await,
             Err(error) => Err(error),
         };
+        self.note_failed_upkeep(outcome.is_err());
         self.tell("sweeping", outcome, |report| {
             (report.pack_count > 0)
                 .then(|| format!("swept {} packs of backups that were aborted", report.pack_count))
         });
+    }
+
+    fn note_failed_upkeep(&self, has_failed: bool) {
+        self.supervisor.status.update(|now| now.upkeep_failure_count += u64::from(has_failed));
     }
 }
 
@@ -511,11 +524,49 @@ mod tests {
     async fn a_process_that_is_started_anew_every_hour_keeps_the_repository_up() {
         let scene = scene(Duties { upkeep_interval: DAY, ..Duties::default() }).await;
         let before = scene.lists();
-        scene.run_for(Duration::from_secs(3500)).await;
-        let once = scene.lists() - before;
-        assert!(once > 0, "nothing was swept");
         scene.run_for(UPKEEP_FIRST - Duration::from_secs(10)).await;
-        assert_eq!(scene.lists() - before, once);
+        let look = scene.lists() - before;
+        scene.run_for(Duration::from_secs(3500)).await;
+        assert!(scene.lists() - before > 2 * look, "nothing was swept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_takes_no_backups_knows_from_its_start_whether_one_is_needed() {
+        for has_backup in [false, true] {
+            let scene = scene(Duties::default()).await;
+            scene.stream_after_gap(Lsn(0x80)).await;
+            // Of another process: this one knows of no gap.
+            scene.supervisor.status.update(|now| {
+                (now.base_backup_needed, now.gaps) = (false, Vec::new());
+            });
+            if has_backup {
+                scene.put_backup().await;
+            }
+            scene.run_for(Duration::from_secs(10)).await;
+            let now = scene.supervisor.status.snapshot();
+            assert_eq!(now.base_backup_needed, !has_backup);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn expiring_that_the_store_refuses_is_told_and_counted() {
+        let retention = RetentionOptions { keep_count: Some(1), ..RetentionOptions::default() };
+        let duties =
+            Duties { upkeep_interval: DAY, retention: Some(retention), ..Duties::default() };
+        let scene = scene(duties).await;
+        scene.stream_after_gap(Lsn(0x80)).await;
+        scene.put_backup().await;
+        scene.store.fail_next(Call::Delete, Outcome::Denied);
+        scene
+            .run_beside(async {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                scene.put_backup().await;
+                tokio::time::sleep(HOUR).await;
+            })
+            .await;
+        let told = scene.told.lock().unwrap().clone();
+        assert!(told.iter().any(|text| text.contains("refused to delete")), "{told:?}");
+        assert_eq!(scene.supervisor.status.snapshot().upkeep_failure_count, 1, "{told:?}");
     }
 
     #[tokio::test(start_paused = true)]

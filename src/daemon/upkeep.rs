@@ -94,9 +94,12 @@ pub async fn expire(
     clock: &Clock,
 ) -> Result<DeletionReport> {
     let catalog = Catalog::load(repository).await?;
-    // Nobody reads the plan, so its remark would go unseen.
     retention::ensure_held_listed(&catalog)?;
     let plan = retention::plan(&catalog, options, clock.now())?;
+    // Nobody reads the plan, and what it leaves alone grows.
+    for remark in &plan.remarks {
+        tracing::info!("expiring: {remark}");
+    }
     retention::apply(repository, &plan).await
 }
 

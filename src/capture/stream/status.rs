@@ -111,6 +111,8 @@ pub struct Snapshot {
     pub newest_base_backup_start: Option<Timestamp>,
     /// Base backups by schedule that failed since this process began.
     pub base_backup_failure_count: u64,
+    /// Runs of expiring or sweeping that failed, or were refused a deletion, since this process began.
+    pub upkeep_failure_count: u64,
 }
 
 impl Snapshot {
