@@ -4,6 +4,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::run::wait_for_backups;
 use crate::harness::sidecar::Process;
 use crate::harness::{Binaries, Postgres, S3, Settings, Tidemark};
 
@@ -126,6 +127,8 @@ fn a_sidecar_keeps_nothing_of_connections_that_broke() {
     let server = Postgres::start(&Binaries::of_this_run(), &Settings::default());
     let sidecar = tidemark.spawn(&["run", "--postgres", &server.conninfo()]);
     server.wait_for_stream();
+    // What it takes stays with the heap: it must be there before as well as after.
+    wait_for_backups(&tidemark, 1);
     server.psql("create table soak (body text)");
     let walsender = "select pid from pg_stat_replication where state = 'streaming'";
     let mut after_quarter = (0, 0);

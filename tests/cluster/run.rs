@@ -19,7 +19,7 @@ fn backup_count(list: &Value) -> usize {
 }
 
 #[track_caller]
-fn wait_for_backups(tidemark: &Tidemark, count: usize) -> Value {
+pub fn wait_for_backups(tidemark: &Tidemark, count: usize) -> Value {
     let began = Instant::now();
     loop {
         // Before the first start there is no repository.

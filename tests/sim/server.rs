@@ -628,6 +628,14 @@ impl Walsender for Connected {
             if state.slot.is_none() && !passing {
                 return Err(Error::new(Kind::NotFound, "simulated server: no such slot"));
             }
+            let is_own = |(owner, own, _): &(_, String, _)| *owner == id && Some(&**own) == slot;
+            if slot.is_some_and(|name| name != DEFAULT_NAME)
+                && !self.is_old
+                && !state.passing.iter().any(is_own)
+            {
+                let message = "simulated server: no such temporary slot on this connection";
+                return Err(Error::new(Kind::NotFound, message));
+            }
             let user = state.slot_user;
             if !passing && user.is_some_and(|user| user != id && state.is_connected(user)) {
                 return Err(Error::new(Kind::Conflict, "simulated server: the slot is in use"));

@@ -84,7 +84,7 @@ pub(super) struct Engine<'a> {
     /// The permanent slot, once a session has used it.
     pub(super) left_slot: Option<LeftSlot>,
     /// Where a stream for one backup began: from there on its WAL has no hole.
-    began_at: Option<Lsn>,
+    pub(super) began_at: Option<Lsn>,
 }
 
 /// Whether the server keeps too much WAL for us.
@@ -313,16 +313,27 @@ impl<'a> Engine<'a> {
 
     /// Opens a connection for `attempt`, if `open` is not one, and stores the history of the timeline it
     /// begins on when the server has left that one: the histories of those that follow are stored as the
-    /// stream comes to them. The inner error is final.
+    /// stream comes to them. A slot that lives as long as a connection is made anew on another one. The inner
+    /// error is final.
     async fn open(
         &mut self,
         open: Option<Box<dyn Walsender>>,
         attempt: &Attempt,
         met: &Met,
+        slot: &mut OurSlot,
     ) -> Result<Result<Box<dyn Walsender>>> {
         let mut open = match open {
             Some(open) => open,
-            None => met.reconnect(&*self.stream.upstream, &self.clock).await?,
+            None => {
+                let mut again = met.reconnect(&*self.stream.upstream, &self.clock).await?;
+                let options = &self.stream.options;
+                if options.slot_life == SlotLife::Connection {
+                    let name = &options.slot_name;
+                    slot.name =
+                        server::renew_temporary_slot(&mut *again, name, &self.clock).await?;
+                }
+                again
+            }
         };
         if attempt.timeline == met.timeline {
             return Ok(Ok(open));
@@ -340,7 +351,7 @@ impl<'a> Engine<'a> {
         &mut self,
         begin: Begin,
         server: Server,
-        slot: OurSlot,
+        mut slot: OurSlot,
         cancel: &CancellationToken,
     ) -> Result<SessionEnd> {
         let older = self.older();
@@ -367,7 +378,7 @@ impl<'a> Engine<'a> {
                 biased;
                 () = cancel.cancelled() => return self.stop_without_server().await,
                 error = guard.lost() => return Ok(SessionEnd::Refused(error)),
-                opened = self.open(connection.take(), attempt, &met) => opened?,
+                opened = self.open(connection.take(), attempt, &met, &mut slot) => opened?,
             };
             let open = match opened {
                 Ok(open) => open,

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use super::cutter::{Cut, CutPolicy, CutReason, Cutter};
 use super::overlap::Overlap;
 use super::resume::Attempt;
+use super::tail::{Comparison, Suspects, Tail};
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize};
@@ -84,6 +85,8 @@ pub struct Unreadable {
     again: BTreeSet<Lsn>,
     /// The server's pages are of a version that is known: others are damaged.
     pages_are_known: bool,
+    /// What was stored of records that could not be read then.
+    suspects: Suspects,
 }
 
 impl Unreadable {
@@ -109,6 +112,11 @@ impl Unreadable {
         self.pages_are_known |= intake.unreadable.pages_are_known;
         let reached = intake.last_record_end().unwrap_or(intake.received_end());
         self.last = self.last.filter(|(at, _)| reached <= *at);
+        self.suspects.forget(intake.comparison.compared());
+        let has_failed = self.last.is_some_and(|(at, _)| intake.last_record_end() == Some(at));
+        if let Some(suspect) = intake.tail.suspect().filter(|_| has_failed) {
+            self.suspects.note(suspect);
+        }
     }
 
     /// In the WAL of a server whose pages are known, a page of another one is damaged.
@@ -148,6 +156,10 @@ pub struct Intake {
     barriers: Vec<Barrier>,
     /// Of a segment that is stored unread, what nothing is known of, until more of it is stored.
     unread: Option<LsnRange>,
+    /// What was stored of the record that is not whole yet.
+    tail: Tail,
+    /// What earlier connections stored of damaged records, and what the server has there now.
+    comparison: Comparison,
 }
 
 impl Intake {
@@ -161,6 +173,7 @@ impl Intake {
     ) -> Self {
         let before = LsnRange::new(attempt.stream_from, attempt.store_from);
         let before = before.filter(|range| !range.is_empty());
+        let comparison = Comparison::new(&unreadable.suspects);
         Self {
             policy,
             scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from).of_sent_wal()),
@@ -173,6 +186,8 @@ impl Intake {
             commit_times: Vec::new(),
             barriers: Vec::new(),
             unread: None,
+            tail: Tail::default(),
+            comparison,
         }
     }
 
@@ -228,6 +243,7 @@ impl Intake {
             let piece = data.split_to(len);
             self.decode(&piece, known, now, steps)?;
             if known.is_some() {
+                self.comparison.see(self.received_end, &piece);
                 self.skip(len as u64, steps);
                 self.overlap.end(self.received_end)?;
             } else {
@@ -285,8 +301,15 @@ impl Intake {
     }
 
     fn store(&mut self, piece: Bytes, now: Instant, steps: &mut Vec<Step>) {
-        if let Some(range) = self.unread.take() {
+        let segment_size = self.policy.segment_size;
+        let differing = self.comparison.take_differing().into_iter().filter_map(|range| {
+            rest_of_segment(segment_size, Lsn(range.end().0 - 1), range.start())
+        });
+        for range in differing.chain(self.unread.take()) {
             self.note_barrier(Barrier::damaged(range), steps);
+        }
+        if let Some(scanner) = &self.scanner {
+            self.tail.stored(self.received_end, &piece, scanner.last_record_end());
         }
         let (start, len_bytes) = (self.received_end, piece.len() as u64);
         self.received_end = Lsn(start.0 + len_bytes);
@@ -328,6 +351,9 @@ impl Intake {
             let from = self.known_end().unwrap_or(at);
             self.unread = rest_of_segment(self.policy.segment_size, at, from);
         }
+        // What is compared was stored of the timeline before.
+        self.unreadable.suspects = Suspects::default();
+        self.comparison = Comparison::default();
     }
 
     /// Lets the decoder see `piece`, which lies at `received_end` and in one extent, or is stored already
@@ -591,6 +617,45 @@ mod tests {
         let damaged = LsnRange::new(before.end(), Lsn(4 * SEGMENT)).map(Barrier::damaged);
         assert_eq!(marks, Vec::from_iter(damaged));
         assert_eq!(stored_end, Lsn(SEGMENT + wal.len() as u64));
+    }
+
+    /// The first half of a record is stored, the second one shows that it is damaged; then the server heals it,
+    /// and only the second half is stored.
+    #[test]
+    fn a_record_that_heals_is_marked_if_what_is_stored_of_it_was_the_damaged_part() {
+        let (sound, commits) = crafted(&[1000, 50_000, 1000]);
+        let at = commits[0].1.end();
+        let half = (at.0 - SEGMENT) as usize + 20_000;
+        let now = Clock::system().instant();
+        for (flipped, expected) in
+            [(half - 5000, vec![Barrier::damaged(range(at.0, 2 * SEGMENT))]), (half + 5000, vec![])]
+        {
+            let mut known = Unreadable::default();
+            let mut damaged = sound.clone();
+            damaged[flipped] ^= 1;
+            let mut intake = from_segment(known.clone());
+            let mut take = |bytes: &[u8]| {
+                let piece = Bytes::copy_from_slice(bytes);
+                intake.take(intake.received_end(), piece, now, &mut Vec::new())
+            };
+            take(&damaged[..half]).unwrap();
+            assert_eq!(take(&damaged[half..]).unwrap_err().kind(), Kind::Corrupt);
+            known.note(at, now);
+            known.learn(&intake);
+            // A connection that breaks before the comparison ends, and one that does not.
+            for (sent, expected) in [(half - 1000, &[][..]), (sound.len(), &expected[..])] {
+                let attempt = attempt(SEGMENT, SEGMENT + half as u64, &[]);
+                let mut intake = Intake::new(policy(), &attempt, Overlap::default(), known.clone());
+                let mut steps = Vec::new();
+                for bytes in sound[..sent].chunks(7000) {
+                    let piece = Bytes::copy_from_slice(bytes);
+                    intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
+                }
+                known.learn(&intake);
+                assert_eq!(told(&steps), expected, "{flipped} {sent}");
+            }
+            assert_eq!(known.suspects, Suspects::default(), "it is compared once");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@
 mod engine;
 mod merging;
 mod pump;
+mod tail;
 
 pub mod cutter;
 pub mod intake;
@@ -32,7 +33,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Kind, Result};
-use crate::pg::TimelineId;
+use crate::pg::{Lsn, TimelineId};
 use crate::repo::budget::STREAM_BYTES;
 use crate::repo::{Budget, Lease, Level, Writer};
 
@@ -173,6 +174,8 @@ struct Left {
     slot: Option<LeftSlot>,
     /// The newest timeline of a server that was streamed.
     newest_timeline: Option<TimelineId>,
+    /// Where the stream began, which for one backup must not leave a hole.
+    began_at: Option<Lsn>,
 }
 
 /// As [`run`], until the lease is lost.
@@ -186,9 +189,13 @@ async fn run_while_held(
         return Err(bad_slot_name(&stream.options));
     }
     let mut engine = engine::Engine::start(stream, lease)?;
-    engine.newest_timeline = left.newest_timeline;
+    (engine.newest_timeline, engine.began_at) = (left.newest_timeline, left.began_at);
     let outcome = engine.run(cancel).await;
-    *left = Left { slot: engine.left_slot.or(left.slot), newest_timeline: engine.newest_timeline };
+    *left = Left {
+        slot: engine.left_slot.or(left.slot),
+        newest_timeline: engine.newest_timeline,
+        began_at: engine.began_at,
+    };
     outcome
 }
 

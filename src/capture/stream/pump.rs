@@ -219,8 +219,10 @@ impl<'e, 'a> Pump<'e, 'a> {
         self.engine.status.update(|now| {
             (now.phase, now.connected) = (Phase::Streaming, true);
             if now.timeline != Some(timeline) {
-                // A server that took over may have had less WAL than the one before.
+                // A server that took over may have had less WAL than the one before; and what the other one, which
+                // may have gone on as well, was quiet about says nothing of this one's commits.
                 now.server_end_lsn = received_end_lsn;
+                (now.caught_up_at, now.all_stored_at) = (None, None);
             }
             now.timeline = Some(timeline);
             now.received_end_lsn = received_end_lsn;

@@ -275,9 +275,7 @@ pub async fn ensure_slot(
     let found = server.connection.read_slot(&name).await?;
     match (options.slot_life, found) {
         (SlotLife::Connection, standing) => {
-            let unique = u32::from_le_bytes(clock.random()?);
-            let name = format!("{}_{unique:08x}", name.get(..54).unwrap_or(&name));
-            let slot = make_slot(server, name, WireSlotLife::Temporary).await?;
+            let slot = make_temporary_slot(server, &name, clock).await?;
             let follows = |at: &Lsn| resume::touches(&server.history, stored, *at);
             let kept = standing.and_then(|slot| slot.restart_lsn).filter(follows);
             let kept_lsn = kept.unwrap_or(slot.restart_lsn).min(slot.restart_lsn);
@@ -333,6 +331,31 @@ async fn make_slot(server: &mut Server, name: String, life: WireSlotLife) -> Res
     // A server that cannot tell keeps at least what follows its newest checkpoint.
     let restart_lsn = made.and_then(|slot| slot.restart_lsn).unwrap_or(server.flushed_end_lsn);
     Ok(OurSlot::new(name, restart_lsn))
+}
+
+async fn make_temporary_slot(server: &mut Server, name: &str, clock: &Clock) -> Result<OurSlot> {
+    make_slot(server, temporary_name(name, clock)?, WireSlotLife::Temporary).await
+}
+
+/// Makes the slot of a stream for one backup anew on another connection, as it went with the one that it was made
+/// on; its name.
+///
+/// # Errors
+/// What the server says: `config` when no slot is free.
+pub async fn renew_temporary_slot(
+    connection: &mut dyn Walsender,
+    name: &str,
+    clock: &Clock,
+) -> Result<String> {
+    let name = temporary_name(name, clock)?;
+    connection.create_slot(&name, WireSlotLife::Temporary).await?;
+    Ok(name)
+}
+
+/// A name that nobody else has, and no longer than names may be.
+fn temporary_name(name: &str, clock: &Clock) -> Result<String> {
+    let unique = u32::from_le_bytes(clock.random()?);
+    Ok(format!("{}_{unique:08x}", name.get(..54).unwrap_or(name)))
 }
 
 /// A third of the server's `wal_sender_timeout`, at most ten seconds.
