@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
+use tidemark::capture::base::wal::for_one_backup;
 use tidemark::capture::stream::{self, Phase, Snapshot, Status, Stream, StreamOptions};
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
@@ -505,6 +506,37 @@ async fn a_standby_promises_nothing_about_the_commits_of_its_primary_until_it_is
     let now = running.until("caught up", |now| now.caught_up_at.is_some()).await;
     assert_eq!(now.timeline, TimelineId::new(2));
     assert!(now.caught_up_at >= Some(promoted.parse().unwrap()), "{promoted}: {now:#?}");
+    running.stop().await.unwrap();
+}
+
+/// The segment before the one that is streamed is gone by then, so the first way to begin again fails, and with
+/// its connection the slot that was made on it goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_for_one_backup_goes_on_with_what_the_server_still_has() {
+    let settings = Settings::default().segment_mib(1).conf("wal_keep_size = 0");
+    let server = Postgres::start(&Binaries::of_this_run(), &settings);
+    let place = Place::of(&server).await;
+    let running = Running::start(for_one_backup(place.stream(&server))).await;
+    running.streaming().await;
+    load(&server, 3000);
+    server.psql("select pg_switch_wal()");
+    load(&server, 10);
+    let end = wal_end(&server);
+    running.durable(end).await;
+    let current = server.psql(&format!("select pg_walfile_name('{end}')"));
+    server.wait_for(
+        &format!(
+            "select bool_and(pg_walfile_name(restart_lsn) = '{current}') from pg_replication_slots"
+        ),
+        "t",
+    );
+    server.psql("checkpoint");
+    server.wait_for(&format!("select count(*) from pg_ls_waldir() where name < '{current}'"), "0");
+    let before = running.status.snapshot().connection_count;
+    server.psql("select pg_terminate_backend(active_pid) from pg_replication_slots");
+    load(&server, 10);
+    let now = running.durable(wal_end(&server)).await;
+    assert!(now.connection_count > before && now.gaps.is_empty(), "{now:#?}");
     running.stop().await.unwrap();
 }
 
