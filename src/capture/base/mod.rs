@@ -401,12 +401,15 @@ impl<'a> Copy<'a> {
     }
 
     /// Ends a backup that could not be restored before it is copied: a standby, which cannot switch to a new
-    /// segment, begins one where its last restartpoint does, which may be in damaged WAL. What lies ahead may
+    /// segment, begins one where its last restartpoint does, which may be in damaged WAL or before a gap. What lies ahead may
     /// be behind its end, on a standby that replays late: that is asked at the end, and what is asked then may
     /// fail here.
     async fn ensure_leads_on(&self, start_lsn: Lsn) -> Result<()> {
         let repository = self.base.writer.repository();
         let history = &self.facts.as_ref().ok_or_else(out_of_order)?.history;
+        if let WalStreaming::InThisProcess(status) = &self.base.wal {
+            wal::ensure_no_gap_ahead(&status.snapshot().gaps, history, start_lsn)?;
+        }
         let behind_start = Lsn(start_lsn.0.saturating_add(1));
         match wal::ensure_leads_on(repository, history, start_lsn, behind_start).await {
             Err(error) if error.kind() != Kind::Conflict => {

@@ -24,7 +24,7 @@ use jiff::SignedDuration;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, resume};
+use crate::capture::stream::{self, OlderWal, Phase, SlotLife, Status, Stream, WalGap, resume};
 use crate::clock::{Clock, Instant};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::pg::{Lsn, LsnRange, SegmentSize, TimelineHistory, TimelineId};
@@ -415,11 +415,34 @@ pub(super) async fn ensure_leads_on(
     // Up to there, the end of a segment, no backup may begin; a checkpoint does not leave its segment.
     let end = damage_before(&path, barriers, Lsn(lsn.0.saturating_add(1)));
     let end = end.map_or(lsn, |end| end.max(lsn));
-    Err(Error::new(Kind::Conflict, message).hint(format!(
+    Err(Error::new(Kind::Conflict, message).hint(begin_behind(end)))
+}
+
+fn begin_behind(end: Lsn) -> String {
+    format!(
         "Take the backup again: it must begin behind {end}. On a standby it begins where the last \
          restartpoint does: run SELECT pg_switch_wal() and then CHECKPOINT on the primary, and CHECKPOINT on \
          the standby when that has replayed them."
-    )))
+    )
+}
+
+/// Refuses a backup that begins before the end of one of the `gaps` in what this process has streamed.
+///
+/// # Errors
+/// `conflict` when there is one: a backup that begins behind it succeeds.
+pub(super) fn ensure_no_gap_ahead(
+    gaps: &[WalGap],
+    history: &TimelineHistory,
+    start_lsn: Lsn,
+) -> Result<()> {
+    let is_ahead = |gap: &&WalGap| {
+        gap.end_lsn > start_lsn && history.timeline_at(gap.start_lsn) == gap.timeline
+    };
+    let Some(WalGap { end_lsn, reason, .. }) = gaps.iter().rfind(is_ahead) else { return Ok(()) };
+    let message = format!(
+        "the WAL of the backup, which begins at {start_lsn}, is missing up to {end_lsn}: {reason}"
+    );
+    Err(Error::new(Kind::Conflict, message).hint(begin_behind(*end_lsn)))
 }
 
 /// How far the needed WAL is stored without a hole, by the repository's listing; its start when its
@@ -475,6 +498,28 @@ mod tests {
         async fn connect(&self, _: Session, _: &Clock) -> Result<Box<dyn Walsender>> {
             Err(Error::new(Kind::Unavailable, "the server is closed today"))
         }
+    }
+
+    #[test]
+    fn a_backup_that_begins_before_a_known_gap_ends_is_refused_at_once() {
+        let history =
+            TimelineHistory::decode(TimelineId::new(2).unwrap(), b"1\t0/5000\tx\n").unwrap();
+        let gap = |timeline, start, end| WalGap {
+            timeline: TimelineId::new(timeline).unwrap(),
+            start_lsn: Lsn(start),
+            end_lsn: Lsn(end),
+            reason: "it was removed on the server".to_owned(),
+            noticed_at: simulated().now(),
+        };
+        // Of a branch that was left, the second.
+        let gaps = [gap(1, 0x1000, 0x2000), gap(1, 0x6000, 0x9000), gap(2, 0x6000, 0x7000)];
+        for (start, refused) in [(0x1500, true), (0x6500, true), (0x7000, false)] {
+            let outcome = ensure_no_gap_ahead(&gaps, &history, Lsn(start));
+            assert_eq!(outcome.is_err(), refused, "{start:x}: {outcome:?}");
+        }
+        let error = ensure_no_gap_ahead(&gaps[..1], &history, Lsn(0x1500)).unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict);
+        assert!(error.message().contains("missing up to 0/2000"), "{error}");
     }
 
     fn simulated() -> Clock {
