@@ -166,6 +166,30 @@ async fn alone_on_a_silent_database_it_completes_and_holds_every_file() {
     assert_eq!(progress.id, Some(public.id));
 }
 
+/// As after a reboot without that file system: the link is there, and the server sends an empty archive.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_whose_directory_is_missing_fails_the_backup() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings().conf("autovacuum = off"));
+    let location = Account::current().make_dir(server.home(), "space");
+    server.psql(&format!("create tablespace space location '{}'", location.display()));
+    server.psql("create table far tablespace space as select 1 as one");
+    server.psql("checkpoint");
+    let oid = server.psql("select oid from pg_tablespace where spcname = 'space'");
+    let place = Place::of(&server).await;
+    let away = location.with_extension("away");
+    std::fs::rename(&location, &away).unwrap();
+    let error = take(&alone(&place, &server)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.message().contains(&format!("unable to back up tablespace {oid}")), "{error}");
+    assert!(error.message().contains(&location.display().to_string()), "{error}");
+    assert!(error.hint_text().unwrap().contains("Mount its file system"), "{error}");
+    assert!(stored_names(&place, "main/base/").await.is_empty());
+
+    std::fs::rename(&away, &location).unwrap();
+    let report = take(&alone(&place, &server)).await.unwrap();
+    assert!(files(&place, &report.manifest).await.keys().any(|path| path.contains(&oid)));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn beside_a_running_stream_it_leaves_the_wal_to_that() {
     let server = Postgres::start(&Binaries::of_this_run(), &settings());

@@ -366,7 +366,8 @@ impl<'a> Copy<'a> {
                 }
                 BaseBackupEvent::Archive { index } => {
                     let oid = self.oids.get(index).copied().flatten();
-                    self.files.begin_archive(oid)?;
+                    let tablespace = self.tablespaces.iter().find(|one| Some(one.oid) == oid);
+                    self.files.begin_archive(tablespace.cloned())?;
                 }
                 BaseBackupEvent::Data(bytes) => {
                     let backup = self.backup.as_mut().ok_or_else(out_of_order)?;
