@@ -243,6 +243,10 @@ async fn is_damaged(
 /// The two maps are changed without a position of their own (a bit of the visibility map is cleared, the
 /// free space map is kept by a standby), so they may be torn and look untouched. They need no image: a
 /// page of theirs whose checksum is wrong is read as zeros, which say nothing that is not so.
+///
+/// Garbage in the place of a page's position stays a mismatch however often it is read; a server that
+/// mends such a page by writing it gives it a position of its own. The first write of a new page may be
+/// torn like any other, and the page has a position once it is complete.
 fn is_mended(verdict: PageVerdict, fork: Fork) -> bool {
     match verdict {
         PageVerdict::ChangedSinceStart => true,
@@ -316,6 +320,16 @@ mod tests {
         bytes[5000] ^= 1;
         let pages = Pages::new(Lsn(1), Check::Every);
         assert!(pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[])).is_empty());
+    }
+
+    #[test]
+    fn a_new_page_that_is_not_all_zeros_is_a_suspect() {
+        let pages = Pages::new(Lsn(1 << 40), Check::Every);
+        let torn = [[0; BLCKSZ / 2], [7; BLCKSZ / 2]].concat();
+        for (bytes, count) in [(vec![0; BLCKSZ], 0), (torn, 1)] {
+            let found = pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[]));
+            assert_eq!(found.len(), count);
+        }
     }
 
     #[test]
