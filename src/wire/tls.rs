@@ -32,6 +32,9 @@ use crate::file;
 /// some megabytes.
 const PEM_FILE_BYTES_MAX: u64 = 64 << 20;
 
+/// First byte of a certificate or a list that is not in PEM form.
+const DER_SEQUENCE: u8 = 0x30;
+
 /// How much encryption and proof is demanded, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SslMode {
@@ -292,27 +295,66 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
         .map_err(|error| config(format!("certificate file '{}': {error}", path.display())))
 }
 
+/// Lists of revoked certificates. What is named holds some: without any nothing would be looked up, and
+/// nobody would know. The default may be absent, and goes with root certificates of our own only.
 fn revocations(options: &TlsOptions) -> Result<Vec<CertificateRevocationListDer<'static>>> {
-    let mut paths: Vec<PathBuf> = options.crl.iter().cloned().collect();
+    let mut lists = Vec::new();
+    if let Some(path) = &options.crl {
+        lists.extend(revocation_lists("sslcrl", path, std::slice::from_ref(path))?);
+    }
     if let Some(folder) = &options.crl_folder {
         let what = || format!("unable to read sslcrldir '{}'", folder.display());
+        let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).context(what)? {
             paths.push(entry.context(what)?.path());
         }
+        paths.sort();
+        lists.extend(revocation_lists("sslcrldir", folder, &paths)?);
     }
-    if paths.is_empty() {
-        paths.extend(options.crl_default.iter().filter(|path| path.exists()).cloned());
+    let named = options.crl.is_some() || options.crl_folder.is_some();
+    let default = options.crl_default.as_ref();
+    let usable = |path: &&PathBuf| !named && options.root != RootSource::System && path.exists();
+    if let Some(path) = default.filter(usable) {
+        lists.extend(revocation_lists("revocation list", path, std::slice::from_ref(path))?);
     }
+    Ok(lists)
+}
+
+/// The lists in the files `paths` of `place`, which `what` is the name of: at least one. Other files may be
+/// among them, for a certificate whose authority has no list is refused.
+fn revocation_lists(
+    what: &str,
+    place: &Path,
+    paths: &[PathBuf],
+) -> Result<Vec<CertificateRevocationListDer<'static>>> {
     let mut lists = Vec::new();
+    let mut in_der = None;
     for path in paths {
-        let pem = read(&path, "revocation list")?;
+        let pem = read(path, "revocation list")?;
         for list in CertificateRevocationListDer::pem_slice_iter(&pem) {
             lists.push(list.map_err(|error| {
                 config(format!("revocation list '{}': {error}", path.display()))
             })?);
         }
+        if pem.first() == Some(&DER_SEQUENCE) {
+            in_der.get_or_insert(path.display());
+        }
     }
-    Ok(lists)
+    if !lists.is_empty() {
+        return Ok(lists);
+    }
+    let place = place.display();
+    Err(match in_der {
+        Some(path) => config(format!(
+            "{what} '{place}' holds no revocation list in PEM form, but '{path}' in DER form"
+        ))
+        .hint(format!("Convert it: openssl crl -inform DER -in '{path}' -out '{path}.pem'.")),
+        None => config(format!(
+            "{what} '{place}' holds no revocation list in PEM form ({} files)",
+            paths.len()
+        ))
+        .hint("Put one there, which begins with 'BEGIN X509 CRL', or leave it out."),
+    })
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
@@ -631,6 +673,61 @@ mod tests {
             let secured = shake_hands(&options, NAME, &chain, &key).await;
             assert_eq!(secured.is_ok(), accepted, "{serial_numbers:?} {next_update_year}");
         }
+    }
+
+    #[tokio::test]
+    async fn revocations_that_are_asked_for_and_not_there_are_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let list = revoked(&authority, &[7], 2900);
+        let der = folder.path().join("list.der");
+        std::fs::write(&der, &list).unwrap();
+        let (empty, mixed) = (folder.path().join("empty"), folder.path().join("mixed"));
+        std::fs::create_dir(&empty).unwrap();
+        std::fs::create_dir(&mixed).unwrap();
+        let pem = write_pem(&mixed, "X509 CRL", &list);
+        std::fs::copy(&der, mixed.join("other")).unwrap();
+        let tried = |text: &str| {
+            let options = options(&format!("sslmode=verify-ca sslrootcert={}", root.display()));
+            let named = self::options(&format!("sslmode=verify-ca {text}"));
+            revocations(&TlsOptions { crl: named.crl, crl_folder: named.crl_folder, ..options })
+        };
+        assert_eq!(tried(&format!("sslcrl={}", pem.display())).unwrap(), [list]);
+        // Beside a list other files may lie, as 'openssl rehash' leaves them.
+        assert_eq!(tried(&format!("sslcrldir={}", mixed.display())).unwrap().len(), 1);
+        std::fs::remove_file(pem).unwrap();
+        for (text, message, hint) in [
+            (format!("sslcrl={}", der.display()), "in DER form", "openssl crl -inform DER"),
+            (format!("sslcrl={}", root.display()), "(1 files)", "X509 CRL"),
+            (format!("sslcrl={}", mixed.join("none").display()), "unable to read", ""),
+            (format!("sslcrldir={}", empty.display()), "no revocation list", "X509 CRL"),
+            (format!("sslcrldir={}", mixed.display()), "in DER form", "openssl crl -inform DER"),
+        ] {
+            let refused = tried(&text).unwrap_err();
+            assert_eq!(refused.kind(), Kind::Config, "{text}");
+            assert!(refused.message().contains(message), "{text}: {refused}");
+            assert!(refused.hint_text().unwrap_or_default().contains(hint), "{text}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn the_default_list_may_be_absent_and_is_none_of_the_systems_roots() {
+        let home = tempfile::tempdir().unwrap();
+        let ours = home.path().join(".postgresql");
+        std::fs::create_dir(&ours).unwrap();
+        let env = |name: &str| (name == "HOME").then(|| home.path().display().to_string());
+        let found = |text: &str| {
+            let tls = ConnectOptions::parse(&format!("user=u {text}"), &env).unwrap().tls;
+            revocations(&tls).map(|lists| lists.len())
+        };
+        assert_eq!(found("sslmode=verify-ca").unwrap(), 0);
+        let list = write_pem(&ours, "X509 CRL", &revoked(&authority(), &[8], 2900));
+        std::fs::rename(list, ours.join("root.crl")).unwrap();
+        assert_eq!(found("sslmode=verify-ca").unwrap(), 1);
+        assert_eq!(found("sslrootcert=system").unwrap(), 0);
+        std::fs::write(ours.join("root.crl"), "").unwrap();
+        assert_eq!(found("sslmode=verify-ca").unwrap_err().kind(), Kind::Config);
     }
 
     #[tokio::test]
