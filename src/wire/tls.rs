@@ -234,20 +234,13 @@ fn verifier(
     let Some(trusted) = trusted_roots(options)? else {
         return Ok(Verifier::new(Certainty::Encryption, algorithms));
     };
-    let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(trusted.iter().cloned());
-    if added == 0 {
+    if !trusted.iter().any(|one| certificate::is_readable(one)) {
         return Err(config("unable to use any of the trusted root certificates".to_owned())
             .hint("sslrootcert must be a file of certificates in PEM form, or 'system'."));
     }
     let lists = revocations(options)?;
     let revocations = if lists.is_empty() { Revocations::None } else { Revocations::Listed };
-    let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-        .with_crls(lists)
-        // A list that is out of date does not know who was revoked since.
-        .enforce_revocation_expiration()
-        .build()
-        .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))?;
+    let chain = chain_verifier(&trusted, lists, provider)?;
     let roots = Roots { chain, trusted, revocations };
     let certainty = if options.mode == SslMode::VerifyFull {
         Certainty::ChainAndName(roots)
@@ -255,6 +248,28 @@ fn verifier(
         Certainty::Chain(roots)
     };
     Ok(Verifier::new(certainty, algorithms))
+}
+
+/// Follows chains to the authorities among `trusted`; `None` without any. WebPKI asks of no root whether it
+/// is an authority's, and a server's own certificate, trusted for itself, must not vouch for others.
+fn chain_verifier(
+    trusted: &[CertificateDer<'static>],
+    lists: Vec<CertificateRevocationListDer<'static>>,
+    provider: &Arc<rustls::crypto::CryptoProvider>,
+) -> Result<Option<Arc<WebPkiServerVerifier>>> {
+    let mut roots = RootCertStore::empty();
+    let authorities = trusted.iter().filter(|one| certificate::may_issue(one));
+    roots.add_parsable_certificates(authorities.cloned());
+    if roots.is_empty() {
+        return Ok(None);
+    }
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+        .with_crls(lists)
+        // A list that is out of date does not know who was revoked since.
+        .enforce_revocation_expiration()
+        .build()
+        .map(Some)
+        .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))
 }
 
 /// The trusted roots, or `None` when the chain is not to be looked at.
@@ -593,6 +608,42 @@ mod tests {
         let options = options(&format!("sslmode=verify-full sslrootcert={}", root.display()));
         shake_hands(&options, NAME, &chain, &key).await.unwrap();
         assert!(shake_hands(&options, "other.example.org", &chain, &key).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_is_trusted_itself_vouches_for_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let authority_pem = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let authority_pem = std::fs::read_to_string(authority_pem).unwrap();
+        for is_ca in [IsCa::NoCa, IsCa::ExplicitNoCa] {
+            let own_key = KeyPair::generate().unwrap();
+            let mut own = named();
+            own.is_ca = is_ca;
+            let own_der = own.self_signed(&own_key).unwrap().der().clone();
+            let own = Issuer::new(own, &own_key);
+            let key = KeyPair::generate().unwrap();
+            let forged = named().signed_by(&key, &own).unwrap().der().clone();
+            let issued = named().signed_by(&key, &authority.issuer).unwrap().der().clone();
+            let root = write_pem(folder.path(), "CERTIFICATE", &own_der);
+            let options = options(&format!("sslmode=verify-full sslrootcert={}", root.display()));
+            let own_pem = std::fs::read_to_string(&root).unwrap();
+            // Alone, and beside an authority.
+            for (pem, accepts_issued) in
+                [(own_pem.clone(), false), (own_pem + &authority_pem, true)]
+            {
+                std::fs::write(&root, pem).unwrap();
+                shake_hands(&options, NAME, std::slice::from_ref(&own_der), &own_key)
+                    .await
+                    .unwrap();
+                let chain = [forged.clone(), own_der.clone()];
+                let refused = shake_hands(&options, NAME, &chain, &key).await.err().unwrap();
+                assert_eq!(refused.kind(), Kind::Denied, "{refused:?}");
+                let secured =
+                    shake_hands(&options, NAME, std::slice::from_ref(&issued), &key).await;
+                assert_eq!(secured.is_ok(), accepts_issued);
+            }
+        }
     }
 
     #[test]
