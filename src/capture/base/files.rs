@@ -6,7 +6,7 @@
 use bytes::{Bytes, BytesMut};
 
 use super::names::{Names, Node};
-use super::tar::{Member, MemberKind, Splitter, TarEvent};
+use super::tar::{ArchiveEnd, Member, MemberKind, Splitter, TarEvent};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::backup_label::BACKUP_LABEL_BYTES_MAX;
 use crate::pg::{BackupLabel, ControlFile};
@@ -27,6 +27,8 @@ pub(super) struct Found {
 /// The archives in their order.
 #[derive(Debug)]
 pub(super) struct Files {
+    /// How each archive ends.
+    archive_end: ArchiveEnd,
     /// `None` between archives.
     splitter: Option<Splitter>,
     /// Whose archive it is; `None` for the data directory.
@@ -44,15 +46,16 @@ pub(super) struct Files {
 
 impl Default for Files {
     fn default() -> Self {
-        Self::new()
+        Self::new(ArchiveEnd::default())
     }
 }
 
 impl Files {
     /// Before the first archive.
     #[must_use]
-    pub(super) fn new() -> Self {
+    pub(super) fn new(archive_end: ArchiveEnd) -> Self {
         Self {
+            archive_end,
             splitter: None,
             tablespace: None,
             prefix: String::new(),
@@ -83,7 +86,7 @@ impl Files {
     /// without members and no error, for the tablespace may have been dropped meanwhile.
     fn end_archive(&mut self) -> Result<()> {
         let Some(splitter) = self.splitter.take() else { return Ok(()) };
-        splitter.finish()?;
+        splitter.finish(self.archive_end)?;
         match self.tablespace.take() {
             Some(tablespace) if self.member_count == 0 => Err(missing_tablespace(&tablespace)),
             _ => Ok(()),
@@ -211,7 +214,7 @@ mod tests {
         let budget = Budget::backup(64 << 20, 1, level);
         let options = PackOptions { budget, level, pack_bytes: 1 << 20 };
         let mut backup = writer.backup(id, options, Arc::new(NoInspection)).unwrap();
-        let mut files = Files::new();
+        let mut files = Files::new(ArchiveEnd::Bare);
         for archive in [Some(tablespace()), None] {
             files.begin_archive(archive).unwrap();
             for path in ["base/1", "base/2"] {
@@ -227,7 +230,7 @@ mod tests {
 
     #[test]
     fn an_archive_of_a_tablespace_is_never_empty() {
-        let mut files = Files::new();
+        let mut files = Files::new(ArchiveEnd::Bare);
         files.begin_archive(Some(tablespace())).unwrap();
         let error = files.begin_archive(None).unwrap_err();
         assert_eq!(error.kind(), Kind::Unavailable);

@@ -45,6 +45,7 @@ use agreement::Ends;
 use files::Files;
 use pages::Pages;
 use settings::ServerFacts;
+use tar::ArchiveEnd;
 use wal::{Feed, NeededWal};
 
 pub use progress::{BaseBackupPhase, BaseBackupProgress, Progress};
@@ -342,11 +343,13 @@ struct Copy<'a> {
 
 impl<'a> Copy<'a> {
     fn new(base: &'a Base, facts: ServerFacts) -> Self {
+        let archive_end =
+            if facts.version.major() >= 15 { ArchiveEnd::Marked } else { ArchiveEnd::Bare };
         Self {
             base,
             facts: Some(facts),
             backup: None,
-            files: Files::new(),
+            files: Files::new(archive_end),
             oids: Vec::new(),
             tablespaces: Vec::new(),
             begun: None,
