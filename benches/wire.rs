@@ -12,7 +12,7 @@ use std::thread;
 
 use bytes::Bytes;
 use criterion::{BenchmarkId, Throughput};
-use tidemark::capture::base::tar::{Splitter, TarEvent};
+use tidemark::capture::base::tar::{ArchiveEnd, Splitter, TarEvent};
 use tidemark::clock::Clock;
 use tidemark::pg::{Lsn, TimelineId};
 use tidemark::wire::{ConnectOptions, Connection, Session, WalEvent, WalStream};
@@ -162,7 +162,7 @@ fn split(pieces: &[Bytes]) -> u64 {
             }
         }
     }
-    splitter.finish().unwrap();
+    splitter.finish(ArchiveEnd::Bare).unwrap();
     content
 }
 

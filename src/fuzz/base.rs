@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::input::{Input, pieces};
-use crate::capture::base::tar::{Member, MemberKind, Splitter, TarEvent};
+use crate::capture::base::tar::{ArchiveEnd, Member, MemberKind, Splitter, TarEvent};
 
 /// A member as two readings of an archive are compared: its header and content.
 type Read = (Member, Vec<u8>, bool);
@@ -58,5 +58,5 @@ fn split(archive: impl Iterator<Item = Bytes>) -> (Vec<Read>, Result<(), String>
             }
         }
     }
-    (members, splitter.finish().map_err(|error| error.to_string()))
+    (members, splitter.finish(ArchiveEnd::Bare).map_err(|error| error.to_string()))
 }

@@ -11,7 +11,9 @@ use crate::pg::backup_label::{
 use crate::pg::backup_manifest::{BackupManifest, ManifestFile};
 use crate::pg::control::{CHECKPOINT_BYTES, PG_CONTROL_FILE_SIZE};
 use crate::pg::data_dir::RelationFile;
-use crate::pg::page::{BLCKSZ, PageHeader, PageVerdict, page_checksum, verify_page};
+use crate::pg::page::{
+    BLCKSZ, CHANGE_BYTES_MAX, PageHeader, PageVerdict, page_checksum, verify_page,
+};
 use crate::pg::{
     BackupLabel, Checkpoint, ControlFile, Lsn, LsnRange, SegmentSize, SystemId, TimelineHistory,
     TimelineId, Version, crc32c,
@@ -157,8 +159,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A page with the checksum it must carry is right or new or changed since the start, and the
-/// checksum is what the simplest reading of PostgreSQL's source gives.
+/// A page with the checksum it must carry is right or changed since the start, unless it says that it
+/// was never initialised, and the checksum is what the simplest reading of PostgreSQL's source gives.
 pub(super) fn data_page(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     let block_number = input.u32();
@@ -171,13 +173,25 @@ pub(super) fn data_page(bytes: &[u8]) {
     assert_eq!(page_checksum(&page, block_number), checksum, "the checksum covers itself");
     let header = PageHeader::decode(&page);
     assert_eq!(header.checksum, checksum);
-    let expected = if header.is_new() { PageVerdict::New } else { PageVerdict::Ok };
+    let refused = PageVerdict::Mismatch { expected: checksum, found: checksum };
+    let expected = if header.is_new() { refused } else { PageVerdict::Ok };
     if header.lsn < Lsn(u64::MAX) {
         assert_eq!(verify_page(&page, block_number, Lsn(u64::MAX)), expected);
     }
     page[8] ^= 1;
-    let verdict = verify_page(&page, block_number, header.lsn);
-    assert!(matches!(verdict, PageVerdict::New | PageVerdict::ChangedSinceStart));
+    let found = PageHeader::decode(&page).checksum;
+    let refused = PageVerdict::Mismatch { expected: checksum, found };
+    let expected = match header.is_new() {
+        true if page == [0; BLCKSZ] => PageVerdict::New,
+        true => refused,
+        false => PageVerdict::ChangedSinceStart,
+    };
+    assert_eq!(verify_page(&page, block_number, header.lsn), expected);
+    if let Some(too_far) = header.lsn.0.checked_sub(CHANGE_BYTES_MAX + 1)
+        && !header.is_new()
+    {
+        assert_eq!(verify_page(&page, block_number, Lsn(too_far)), refused);
+    }
 }
 
 /// `pg_checksum_page` one word after the other.

@@ -4,7 +4,8 @@
 //! `PageHeaderData` in `src/include/storage/bufpage.h`, `pg_checksum_page` in
 //! `src/include/storage/checksum_impl.h`, `verify_page_checksum` in
 //! `src/backend/backup/basebackup.c` (13: `src/backend/replication/basebackup.c`); the same rules
-//! in 13 to 18.
+//! in 13 to 18. `PageIsVerified` in `src/backend/storage/page/bufpage.c`, which is stricter than that
+//! check about pages that were never initialised, and so are we.
 
 use super::bytes::{u16_at, u32_at};
 use super::lsn::Lsn;
@@ -14,6 +15,10 @@ pub const BLCKSZ: usize = 8192;
 
 /// Pages in a full segment file of a relation (`RELSEG_SIZE` of every packaged server): 1 GiB.
 pub const RELSEG_SIZE: u32 = 131_072;
+
+/// Farthest behind the start of a backup that a page may say it was changed: 16 TiB, as no server writes
+/// more WAL while a backup runs. Garbage in the place of the position nearly always lies farther.
+pub const CHANGE_BYTES_MAX: u64 = 1 << 44;
 
 const N_SUMS: usize = 32;
 const FNV_PRIME: u32 = 16_777_619;
@@ -108,12 +113,13 @@ fn add_row(sums: &mut [u32; N_SUMS], row: &[u8; ROW_BYTES]) {
 pub enum PageVerdict {
     /// The checksum is right.
     Ok,
-    /// Never initialised (`pd_upper` is 0): such a page carries no checksum.
+    /// Never initialised: all zeros, so without a checksum.
     New,
     /// Changed since the backup started: it may be torn, and replay will write it anew from its
     /// full-page image.
     ChangedSinceStart,
-    /// The checksum is wrong.
+    /// The checksum is wrong, or the page says that it was never initialised and is not all zeros: no
+    /// checksum is right for such a page, `expected` is what any other with these bytes must carry.
     ///
     /// A page that was being written while it was read can look like this too when the half with
     /// the LSN is the old one; PostgreSQL reads such a block a second time. Whoever cannot do that
@@ -133,17 +139,23 @@ pub enum PageVerdict {
 pub fn verify_page(page: &[u8; BLCKSZ], block_number: u32, backup_start_lsn: Lsn) -> PageVerdict {
     let header = PageHeader::decode(page);
     if header.is_new() {
-        return PageVerdict::New;
-    }
-    if header.lsn >= backup_start_lsn {
+        if *page == [0; BLCKSZ] {
+            return PageVerdict::New;
+        }
+    } else if is_changed_since(header.lsn, backup_start_lsn) {
         return PageVerdict::ChangedSinceStart;
     }
     let expected = page_checksum(page, block_number);
-    if expected == header.checksum {
+    if expected == header.checksum && !header.is_new() {
         PageVerdict::Ok
     } else {
         PageVerdict::Mismatch { expected, found: header.checksum }
     }
+}
+
+/// Whether a page with this position was changed by WAL of the backup.
+fn is_changed_since(page_lsn: Lsn, backup_start_lsn: Lsn) -> bool {
+    page_lsn.0.checked_sub(backup_start_lsn.0).is_some_and(|bytes| bytes <= CHANGE_BYTES_MAX)
 }
 
 #[cfg(test)]
@@ -192,6 +204,38 @@ mod tests {
         assert_eq!(verify_page(&page, 9, start), PageVerdict::Ok);
         assert_ne!(verify_page(&page, 10, start), PageVerdict::Ok, "a block in another's place");
         assert_eq!(PageHeader::decode(&page).lsn, Lsn(start.0 - 1));
+    }
+
+    #[test]
+    fn a_page_is_new_only_if_it_is_all_zeros() {
+        let start = Lsn(0x1_0000_0010);
+        for at in [0, 5, 8, 16, 4096, BLCKSZ - 1] {
+            let mut page = [0; BLCKSZ];
+            page[at] = 1;
+            let mismatch = |page: &[u8; BLCKSZ]| {
+                matches!(verify_page(page, 3, start), PageVerdict::Mismatch { .. })
+            };
+            assert!(mismatch(&page), "byte {at}");
+            // Whatever its checksum and its position say.
+            page[..8].copy_from_slice(&[1, 0, 0, 0, 0xff, 0, 0, 0]);
+            let sum = page_checksum(&page, 3);
+            page[8..10].copy_from_slice(&sum.to_le_bytes());
+            assert!(mismatch(&page), "byte {at}, with a checksum");
+        }
+    }
+
+    #[test]
+    fn a_position_that_no_backup_reaches_does_not_excuse_a_wrong_checksum() {
+        let start = Lsn(0x1_0000_0010);
+        let verdict = |lsn| verify_page(&page_with(lsn, 8000, 3), 9, start);
+        assert_eq!(verdict(start.0 + CHANGE_BYTES_MAX), PageVerdict::ChangedSinceStart);
+        for lsn in [start.0 + CHANGE_BYTES_MAX + 1, 0x7f3a_0000_1234_5678, u64::MAX] {
+            assert!(matches!(verdict(lsn), PageVerdict::Mismatch { .. }), "{lsn:X}");
+        }
+        let mut page = page_with(u64::MAX, 8000, 3);
+        let sum = page_checksum(&page, 9);
+        page[8..10].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(verify_page(&page, 9, start), PageVerdict::Ok);
     }
 
     proptest! {

@@ -23,6 +23,10 @@ use super::message::AuthRequest;
 use super::options::Password;
 use crate::error::{Error, Kind, Result};
 
+/// Most iterations of SCRAM that `postgres-protocol` computes (its `MAX_ITERATION_COUNT`); a password set by
+/// PostgreSQL has 4096, from 16 on as many as `scram_iterations` says.
+const ITERATIONS_MAX: u32 = 100_000;
+
 /// Whether the authentication is bound to the TLS connection (`channel_binding`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ChannelBindingMode {
@@ -294,8 +298,14 @@ fn broken(error: &std::io::Error) -> Error {
 fn scram_failed(error: &std::io::Error) -> Error {
     let text = error.to_string();
     if text.contains("iteration count") {
-        return Error::new(Kind::Unsupported, format!("unable to authenticate: {text}: 100000"))
-            .hint("Lower scram_iterations on the server to 100000 and set the password again.");
+        let message = format!(
+            "unable to authenticate with SCRAM: the server asks for more than {ITERATIONS_MAX} \
+             iterations for this role's password"
+        );
+        return Error::new(Kind::Unsupported, message).hint(format!(
+            "Set scram_iterations on the server to {ITERATIONS_MAX} or less, then set the role's \
+             password again."
+        ));
     }
     let why = text.strip_prefix("SCRAM error: ").unwrap_or(&text);
     Error::new(Kind::Denied, format!("unable to authenticate with SCRAM: {why}")).hint(
@@ -399,6 +409,26 @@ mod tests {
                 exchange(Some(&password), &any, ChannelBindingMode::Require, Some(b"hash"));
             assert_eq!(kind(exchange.answer(request, &mut out)), Kind::Denied);
             assert!(out.is_empty());
+        }
+    }
+
+    #[test]
+    fn too_many_iterations_are_refused_with_what_to_do_about_them() {
+        let (password, any) = (password(), RequiredAuth::parse(None).unwrap());
+        for (count, refused) in [(ITERATIONS_MAX, false), (ITERATIONS_MAX + 1, true)] {
+            let mut out = BytesMut::new();
+            let mut exchange = exchange(Some(&password), &any, ChannelBindingMode::Prefer, None);
+            exchange.answer(sasl(&[SCRAM_SHA_256]), &mut out).unwrap();
+            let sent = String::from_utf8_lossy(&out).into_owned();
+            let (_, nonce) = sent.split_once("r=").unwrap();
+            let asked = format!("r={nonce}server,s=c2FsdA==,i={count}");
+            let answer = exchange.answer(AuthRequest::SaslContinue(asked.into()), &mut out);
+            assert_eq!(answer.is_err(), refused, "{count}: {answer:?}");
+            if let Err(error) = answer {
+                assert_eq!(error.kind(), Kind::Unsupported);
+                assert!(error.message().contains("more than 100000 iterations"), "{error}");
+                assert!(error.hint_text().unwrap().contains("scram_iterations"), "{error:?}");
+            }
         }
     }
 

@@ -3,7 +3,8 @@
 //! # Source
 //! `tls-server-end-point` in RFC 5929 and `pgtls_get_peer_certificate_hash` in
 //! `src/interfaces/libpq/fe-secure-openssl.c`; common names in
-//! `pq_verify_peer_name_matches_certificate_name`, `src/interfaces/libpq/fe-secure-common.c`.
+//! `pq_verify_peer_name_matches_certificate_name`, `src/interfaces/libpq/fe-secure-common.c`; who may
+//! issue certificates in `check_ca`, OpenSSL's `crypto/x509/v3_purp.c`.
 
 use ring::digest::{Algorithm, SHA256, SHA384, SHA512, digest};
 use rustls::CertificateError;
@@ -104,6 +105,25 @@ pub(super) fn check_validity(der: &[u8], now: UnixTime) -> Result<(), Certificat
 /// Whether a certificate names itself as its issuer.
 pub(super) fn is_self_issued(der: &[u8]) -> bool {
     parse(der).is_some_and(|one| one.issuer().as_raw() == one.subject().as_raw())
+}
+
+/// Whether it can be read at all.
+pub(super) fn is_readable(der: &[u8]) -> bool {
+    parse(der).is_some()
+}
+
+/// Whether the certificate may be that of an authority: by its basic constraints; without them by a key
+/// usage that says so, or as a root of X.509 version 1, which has no extensions.
+pub(super) fn may_issue(der: &[u8]) -> bool {
+    let Some(certificate) = parse(der) else { return false };
+    let Ok(usage) = certificate.key_usage() else { return false };
+    let may_sign = usage.map(|usage| usage.value.key_cert_sign());
+    match certificate.basic_constraints() {
+        Ok(Some(constraints)) => constraints.value.ca && may_sign != Some(false),
+        Ok(None) if certificate.version() == X509Version::V1 => is_self_issued(der),
+        Ok(None) => may_sign == Some(true),
+        Err(_unreadable) => false,
+    }
 }
 
 /// Whether the certificate limits the names of those it leads to. One that cannot be read may.
@@ -234,6 +254,36 @@ pub(super) mod tests {
         assert_eq!(matches(&[host("10.0.0.3"), address.clone()], "10.0.0.3"), Some(true));
         assert_eq!(matches(&[address], "10.0.0.1"), None);
         assert_eq!(matches(&[host("db.example.org")], "other.example.org"), None);
+    }
+
+    #[test]
+    fn an_authority_says_that_it_is_one_or_is_too_old_to() {
+        use rcgen::{BasicConstraints, IsCa, KeyUsagePurpose};
+        let key = rcgen::KeyPair::generate().unwrap();
+        let made = |is_ca, key_usages: &[KeyUsagePurpose]| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = is_ca;
+            params.key_usages = key_usages.to_vec();
+            params.self_signed(&key).unwrap().der().to_vec()
+        };
+        let ca = || IsCa::Ca(BasicConstraints::Unconstrained);
+        let sign = [KeyUsagePurpose::KeyCertSign];
+        let other = [KeyUsagePurpose::DigitalSignature];
+        for (is_ca, key_usages, expected) in [
+            (ca(), &[][..], true),
+            (ca(), &sign, true),
+            (ca(), &other, false),
+            (IsCa::ExplicitNoCa, &[], false),
+            (IsCa::ExplicitNoCa, &sign, false),
+            (IsCa::NoCa, &[], false),
+            (IsCa::NoCa, &other, false),
+            (IsCa::NoCa, &sign, true),
+        ] {
+            let der = made(is_ca, key_usages);
+            assert_eq!(may_issue(&der), expected, "{is_ca:?} {key_usages:?}");
+        }
+        assert!(may_issue(&version_1(&made(IsCa::NoCa, &[]), &key)));
+        assert!(!may_issue(b"no certificate"));
     }
 
     #[test]

@@ -234,8 +234,10 @@ pub(crate) fn base_backup(form: Form, bytes: &[u8]) {
     assert!(data_bytes <= bytes.len());
 }
 
-/// A certificate has a hash of a known length or none, one span of validity, and no letter case.
+/// A certificate has a hash of a known length or none, one span of validity, and no letter case; an
+/// authority's can be read.
 pub(crate) fn certificate(der: &[u8]) {
+    assert!(certificate::is_readable(der) || !certificate::may_issue(der));
     let hash = certificate::end_point_hash(der);
     assert!(hash.as_ref().is_none_or(|hash| matches!(hash.len(), 32 | 48 | 64)));
     let valid = |unix_s| {

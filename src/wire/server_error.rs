@@ -252,6 +252,14 @@ fn judge_identity(error: &ServerError, asked: Asked<'_>) -> Option<(Kind, String
              user (chown, chmod), or move it out of the data directory."
                 .to_owned(),
         ),
+        // A function's name is in every translation of the message.
+        ("42501", _) if error.message.contains("pg_read_binary_file") => (
+            Kind::Denied,
+            format!(
+                "Run on the server, as a superuser, in the database of the connection string: GRANT \
+                 EXECUTE ON FUNCTION pg_read_binary_file(text, bigint, bigint, boolean) TO \"{user}\";"
+            ),
+        ),
         ("42501", _) => (
             Kind::Denied,
             format!("Grant role '{user}' what it lacks; REPLICATION and pg_monitor are enough."),
@@ -377,6 +385,15 @@ mod tests {
             assert!(hint("42501", routine).contains("may not read that file"), "{routine}");
         }
         assert!(hint("42501", "aclcheck_error").contains("Grant"));
+        let reading = ServerError {
+            sqlstate: "42501".to_owned(),
+            message: "keine Berechtigung für Funktion pg_read_binary_file".to_owned(),
+            routine: "aclcheck_error".to_owned(),
+            ..ServerError::default()
+        };
+        let reading = reading.into_error(Asked { session: Session::Database, user: "u" });
+        let grant = "pg_read_binary_file(text, bigint, bigint, boolean) TO \"u\";";
+        assert!(reading.hint_text().unwrap().ends_with(grant), "{reading:?}");
         assert!(hint("53300", "InitializeSessionUserId").contains("CONNECTION LIMIT"));
         assert_eq!(hint("55000", "do_pg_backup_start"), "Theirs.");
         let level = ServerError {

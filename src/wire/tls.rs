@@ -32,6 +32,9 @@ use crate::file;
 /// some megabytes.
 const PEM_FILE_BYTES_MAX: u64 = 64 << 20;
 
+/// First byte of a certificate or a list that is not in PEM form.
+const DER_SEQUENCE: u8 = 0x30;
+
 /// How much encryption and proof is demanded, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SslMode {
@@ -231,20 +234,13 @@ fn verifier(
     let Some(trusted) = trusted_roots(options)? else {
         return Ok(Verifier::new(Certainty::Encryption, algorithms));
     };
-    let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(trusted.iter().cloned());
-    if added == 0 {
+    if !trusted.iter().any(|one| certificate::is_readable(one)) {
         return Err(config("unable to use any of the trusted root certificates".to_owned())
             .hint("sslrootcert must be a file of certificates in PEM form, or 'system'."));
     }
     let lists = revocations(options)?;
     let revocations = if lists.is_empty() { Revocations::None } else { Revocations::Listed };
-    let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-        .with_crls(lists)
-        // A list that is out of date does not know who was revoked since.
-        .enforce_revocation_expiration()
-        .build()
-        .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))?;
+    let chain = chain_verifier(&trusted, lists, provider)?;
     let roots = Roots { chain, trusted, revocations };
     let certainty = if options.mode == SslMode::VerifyFull {
         Certainty::ChainAndName(roots)
@@ -252,6 +248,28 @@ fn verifier(
         Certainty::Chain(roots)
     };
     Ok(Verifier::new(certainty, algorithms))
+}
+
+/// Follows chains to the authorities among `trusted`; `None` without any. WebPKI asks of no root whether it
+/// is an authority's, and a server's own certificate, trusted for itself, must not vouch for others.
+fn chain_verifier(
+    trusted: &[CertificateDer<'static>],
+    lists: Vec<CertificateRevocationListDer<'static>>,
+    provider: &Arc<rustls::crypto::CryptoProvider>,
+) -> Result<Option<Arc<WebPkiServerVerifier>>> {
+    let mut roots = RootCertStore::empty();
+    let authorities = trusted.iter().filter(|one| certificate::may_issue(one));
+    roots.add_parsable_certificates(authorities.cloned());
+    if roots.is_empty() {
+        return Ok(None);
+    }
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+        .with_crls(lists)
+        // A list that is out of date does not know who was revoked since.
+        .enforce_revocation_expiration()
+        .build()
+        .map(Some)
+        .map_err(|error| config(format!("unable to use the trusted root certificates: {error}")))
 }
 
 /// The trusted roots, or `None` when the chain is not to be looked at.
@@ -292,27 +310,66 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
         .map_err(|error| config(format!("certificate file '{}': {error}", path.display())))
 }
 
+/// Lists of revoked certificates. What is named holds some: without any nothing would be looked up, and
+/// nobody would know. The default may be absent, and goes with root certificates of our own only.
 fn revocations(options: &TlsOptions) -> Result<Vec<CertificateRevocationListDer<'static>>> {
-    let mut paths: Vec<PathBuf> = options.crl.iter().cloned().collect();
+    let mut lists = Vec::new();
+    if let Some(path) = &options.crl {
+        lists.extend(revocation_lists("sslcrl", path, std::slice::from_ref(path))?);
+    }
     if let Some(folder) = &options.crl_folder {
         let what = || format!("unable to read sslcrldir '{}'", folder.display());
+        let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).context(what)? {
             paths.push(entry.context(what)?.path());
         }
+        paths.sort();
+        lists.extend(revocation_lists("sslcrldir", folder, &paths)?);
     }
-    if paths.is_empty() {
-        paths.extend(options.crl_default.iter().filter(|path| path.exists()).cloned());
+    let named = options.crl.is_some() || options.crl_folder.is_some();
+    let default = options.crl_default.as_ref();
+    let usable = |path: &&PathBuf| !named && options.root != RootSource::System && path.exists();
+    if let Some(path) = default.filter(usable) {
+        lists.extend(revocation_lists("revocation list", path, std::slice::from_ref(path))?);
     }
+    Ok(lists)
+}
+
+/// The lists in the files `paths` of `place`, which `what` is the name of: at least one. Other files may be
+/// among them, for a certificate whose authority has no list is refused.
+fn revocation_lists(
+    what: &str,
+    place: &Path,
+    paths: &[PathBuf],
+) -> Result<Vec<CertificateRevocationListDer<'static>>> {
     let mut lists = Vec::new();
+    let mut in_der = None;
     for path in paths {
-        let pem = read(&path, "revocation list")?;
+        let pem = read(path, "revocation list")?;
         for list in CertificateRevocationListDer::pem_slice_iter(&pem) {
             lists.push(list.map_err(|error| {
                 config(format!("revocation list '{}': {error}", path.display()))
             })?);
         }
+        if pem.first() == Some(&DER_SEQUENCE) {
+            in_der.get_or_insert(path.display());
+        }
     }
-    Ok(lists)
+    if !lists.is_empty() {
+        return Ok(lists);
+    }
+    let place = place.display();
+    Err(match in_der {
+        Some(path) => config(format!(
+            "{what} '{place}' holds no revocation list in PEM form, but '{path}' in DER form"
+        ))
+        .hint(format!("Convert it: openssl crl -inform DER -in '{path}' -out '{path}.pem'.")),
+        None => config(format!(
+            "{what} '{place}' holds no revocation list in PEM form ({} files)",
+            paths.len()
+        ))
+        .hint("Put one there, which begins with 'BEGIN X509 CRL', or leave it out."),
+    })
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
@@ -553,6 +610,42 @@ mod tests {
         assert!(shake_hands(&options, "other.example.org", &chain, &key).await.is_err());
     }
 
+    #[tokio::test]
+    async fn a_certificate_that_is_trusted_itself_vouches_for_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let authority_pem = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let authority_pem = std::fs::read_to_string(authority_pem).unwrap();
+        for is_ca in [IsCa::NoCa, IsCa::ExplicitNoCa] {
+            let own_key = KeyPair::generate().unwrap();
+            let mut own = named();
+            own.is_ca = is_ca;
+            let own_der = own.self_signed(&own_key).unwrap().der().clone();
+            let own = Issuer::new(own, &own_key);
+            let key = KeyPair::generate().unwrap();
+            let forged = named().signed_by(&key, &own).unwrap().der().clone();
+            let issued = named().signed_by(&key, &authority.issuer).unwrap().der().clone();
+            let root = write_pem(folder.path(), "CERTIFICATE", &own_der);
+            let options = options(&format!("sslmode=verify-full sslrootcert={}", root.display()));
+            let own_pem = std::fs::read_to_string(&root).unwrap();
+            // Alone, and beside an authority.
+            for (pem, accepts_issued) in
+                [(own_pem.clone(), false), (own_pem + &authority_pem, true)]
+            {
+                std::fs::write(&root, pem).unwrap();
+                shake_hands(&options, NAME, std::slice::from_ref(&own_der), &own_key)
+                    .await
+                    .unwrap();
+                let chain = [forged.clone(), own_der.clone()];
+                let refused = shake_hands(&options, NAME, &chain, &key).await.err().unwrap();
+                assert_eq!(refused.kind(), Kind::Denied, "{refused:?}");
+                let secured =
+                    shake_hands(&options, NAME, std::slice::from_ref(&issued), &key).await;
+                assert_eq!(secured.is_ok(), accepts_issued);
+            }
+        }
+    }
+
     #[test]
     fn a_client_certificate_of_version_1_is_used_when_its_key_fits() {
         let folder = tempfile::tempdir().unwrap();
@@ -631,6 +724,61 @@ mod tests {
             let secured = shake_hands(&options, NAME, &chain, &key).await;
             assert_eq!(secured.is_ok(), accepted, "{serial_numbers:?} {next_update_year}");
         }
+    }
+
+    #[tokio::test]
+    async fn revocations_that_are_asked_for_and_not_there_are_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = authority();
+        let root = write_pem(folder.path(), "CERTIFICATE", &authority.der);
+        let list = revoked(&authority, &[7], 2900);
+        let der = folder.path().join("list.der");
+        std::fs::write(&der, &list).unwrap();
+        let (empty, mixed) = (folder.path().join("empty"), folder.path().join("mixed"));
+        std::fs::create_dir(&empty).unwrap();
+        std::fs::create_dir(&mixed).unwrap();
+        let pem = write_pem(&mixed, "X509 CRL", &list);
+        std::fs::copy(&der, mixed.join("other")).unwrap();
+        let tried = |text: &str| {
+            let options = options(&format!("sslmode=verify-ca sslrootcert={}", root.display()));
+            let named = self::options(&format!("sslmode=verify-ca {text}"));
+            revocations(&TlsOptions { crl: named.crl, crl_folder: named.crl_folder, ..options })
+        };
+        assert_eq!(tried(&format!("sslcrl={}", pem.display())).unwrap(), [list]);
+        // Beside a list other files may lie, as 'openssl rehash' leaves them.
+        assert_eq!(tried(&format!("sslcrldir={}", mixed.display())).unwrap().len(), 1);
+        std::fs::remove_file(pem).unwrap();
+        for (text, message, hint) in [
+            (format!("sslcrl={}", der.display()), "in DER form", "openssl crl -inform DER"),
+            (format!("sslcrl={}", root.display()), "(1 files)", "X509 CRL"),
+            (format!("sslcrl={}", mixed.join("none").display()), "unable to read", ""),
+            (format!("sslcrldir={}", empty.display()), "no revocation list", "X509 CRL"),
+            (format!("sslcrldir={}", mixed.display()), "in DER form", "openssl crl -inform DER"),
+        ] {
+            let refused = tried(&text).unwrap_err();
+            assert_eq!(refused.kind(), Kind::Config, "{text}");
+            assert!(refused.message().contains(message), "{text}: {refused}");
+            assert!(refused.hint_text().unwrap_or_default().contains(hint), "{text}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn the_default_list_may_be_absent_and_is_none_of_the_systems_roots() {
+        let home = tempfile::tempdir().unwrap();
+        let ours = home.path().join(".postgresql");
+        std::fs::create_dir(&ours).unwrap();
+        let env = |name: &str| (name == "HOME").then(|| home.path().display().to_string());
+        let found = |text: &str| {
+            let tls = ConnectOptions::parse(&format!("user=u {text}"), &env).unwrap().tls;
+            revocations(&tls).map(|lists| lists.len())
+        };
+        assert_eq!(found("sslmode=verify-ca").unwrap(), 0);
+        let list = write_pem(&ours, "X509 CRL", &revoked(&authority(), &[8], 2900));
+        std::fs::rename(list, ours.join("root.crl")).unwrap();
+        assert_eq!(found("sslmode=verify-ca").unwrap(), 1);
+        assert_eq!(found("sslrootcert=system").unwrap(), 0);
+        std::fs::write(ours.join("root.crl"), "").unwrap();
+        assert_eq!(found("sslmode=verify-ca").unwrap_err().kind(), Kind::Config);
     }
 
     #[tokio::test]

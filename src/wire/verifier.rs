@@ -2,7 +2,8 @@
 //!
 //! WebPKI's rules apply, with two allowances that OpenSSL and so libpq make and that real PostgreSQL
 //! servers need: a certificate that is itself in the root file is trusted (the self-signed server
-//! certificate of PostgreSQL's own manual), and a certificate without a subject alternative name of
+//! certificate of PostgreSQL's own manual; unless it is an authority's, it vouches for no other), and a
+//! certificate without a subject alternative name of
 //! the right type is matched by its common name, unless an authority limits the names it
 //! may vouch for. WebPKI does not read certificates of X.509 version 1,
 //! which `openssl x509 -req` makes when it is given no extensions; they encrypt like any other, but only
@@ -45,7 +46,8 @@ pub(super) enum Revocations {
 /// Where a chain must lead.
 #[derive(Debug)]
 pub(super) struct Roots {
-    pub(super) chain: Arc<WebPkiServerVerifier>,
+    /// To the authorities among the trusted ones; `None` without any.
+    pub(super) chain: Option<Arc<WebPkiServerVerifier>>,
     pub(super) trusted: Vec<CertificateDer<'static>>,
     pub(super) revocations: Revocations,
 }
@@ -101,8 +103,9 @@ impl ServerCertVerifier for Verifier {
         if roots.hold(end_entity) {
             certificate::check_validity(end_entity, now)?;
         } else {
+            let chain = roots.chain.as_ref().ok_or(CertificateError::UnknownIssuer)?;
             // WebPKI looks at the name last: with a name error everything else was in order.
-            let verified = roots.chain.verify_server_cert(
+            let verified = chain.verify_server_cert(
                 end_entity,
                 intermediates,
                 server_name,

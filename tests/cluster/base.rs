@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark::capture::base::{
-    self, BackupReport, Base, BaseOptions, PageChecksums, Progress, WalStreaming, pages,
+    self, BackupReport, Base, BaseOptions, PageChecksums, Progress, WalStreaming,
+    pages::{self, Rechecked},
 };
 use tidemark::clock::Clock;
 use tidemark::error::{Kind, Result};
@@ -22,11 +23,12 @@ use tidemark::repo::{
 use tidemark::restore::Target;
 use tidemark::store::Store;
 use tidemark::store::memory::{Call, Outcome};
-use tidemark::wire::CheckpointMode;
+use tidemark::wire::{CheckpointMode, ConnectOptions};
 use tokio_util::sync::CancellationToken;
 
 use super::restore;
 use super::stream::{Place, Running, connect_options, never_idle, settings, wal_end};
+use crate::harness::proxy::{Fault, Proxy};
 use crate::harness::{Account, Binaries, Postgres, Settings};
 
 fn options() -> BaseOptions {
@@ -164,6 +166,30 @@ async fn alone_on_a_silent_database_it_completes_and_holds_every_file() {
     let progress = base.progress.snapshot();
     assert_eq!(progress.file_count, files.len() as u64);
     assert_eq!(progress.id, Some(public.id));
+}
+
+/// As after a reboot without that file system: the link is there, and the server sends an empty archive.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_whose_directory_is_missing_fails_the_backup() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings().conf("autovacuum = off"));
+    let location = Account::current().make_dir(server.home(), "space");
+    server.psql(&format!("create tablespace space location '{}'", location.display()));
+    server.psql("create table far tablespace space as select 1 as one");
+    server.psql("checkpoint");
+    let oid = server.psql("select oid from pg_tablespace where spcname = 'space'");
+    let place = Place::of(&server).await;
+    let away = location.with_extension("away");
+    std::fs::rename(&location, &away).unwrap();
+    let error = take(&alone(&place, &server)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.message().contains(&format!("unable to back up tablespace {oid}")), "{error}");
+    assert!(error.message().contains(&location.display().to_string()), "{error}");
+    assert!(error.hint_text().unwrap().contains("Mount its file system"), "{error}");
+    assert!(stored_names(&place, "main/base/").await.is_empty());
+
+    std::fs::rename(&away, &location).unwrap();
+    let report = take(&alone(&place, &server)).await.unwrap();
+    assert!(files(&place, &report.manifest).await.keys().any(|path| path.contains(&oid)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -325,10 +351,51 @@ async fn a_page_that_was_copied_badly_is_forgiven_only_if_it_was_changed_since_o
     let (postgres, clock) = (connect_options(&server), Clock::system());
     let recheck = || pages::recheck(&suspects, &origin, &postgres, &clock);
     // It was never written since, so no replay mends what was copied, whatever that was.
-    assert_eq!(recheck().await, [data]);
+    let damaged = Rechecked { damaged: vec![data], unread: Vec::new() };
+    assert_eq!(recheck().await, damaged);
     server.psql("update t set body = '' where ctid = '(0,1)'");
     server.psql("checkpoint");
-    assert_eq!(recheck().await, []);
+    assert_eq!(recheck().await, Rechecked::default());
+}
+
+/// A verdict is kept, and what breaks in between is tried again.
+#[tokio::test(flavor = "multi_thread")]
+async fn suspects_are_gone_on_with_when_the_connection_breaks_between_them() {
+    let server = Postgres::start(&Binaries::of_this_run(), &settings());
+    fill(&server, 3000);
+    server.psql("vacuum (freeze) t");
+    server.psql("checkpoint");
+    let start_lsn: Lsn = server.psql("select pg_current_wal_insert_lsn()").parse().unwrap();
+    let id = server.psql("select system_identifier from pg_control_system()");
+    let (system_id, timeline) = (id.parse().unwrap(), TimelineId::FIRST);
+    let origin = pages::Origin { system_id, timeline, start_lsn };
+    let path = server.psql("select pg_relation_filepath('t')");
+    let suspect = |block| ChecksumFailure { path: path.clone(), block, expected: 1, found: 2 };
+    let suspects: Vec<ChecksumFailure> = (0..20).map(suspect).collect();
+    server.psql("update t set body = reverse(body) where ctid >= '(4,1)' and ctid < '(5,1)'");
+    server.psql("checkpoint");
+
+    // About ten of these pages pass in hexadecimal before each reset.
+    let proxy = Proxy::start(([127, 0, 0, 1], server.port()).into()).await;
+    let text = format!(
+        "host=127.0.0.1 port={} user=postgres dbname=postgres sslmode=disable",
+        proxy.address().port()
+    );
+    let postgres = ConnectOptions::parse(&text, &|_| None).unwrap();
+    let clock = Clock::system();
+    proxy.set(Fault::ResetAfter(500 << 10));
+    let known = pages::recheck(&suspects, &origin, &postgres, &clock).await;
+    assert!(proxy.hits() > 0);
+    assert_eq!(known.unread, []);
+    assert_eq!(known.damaged.len(), 19);
+    assert!(!known.damaged.contains(&suspects[4]));
+
+    // One that never gets through leaves what is known, and says what is not.
+    let few = &suspects[5..17];
+    proxy.set(Fault::ResetAfter(60 << 10));
+    let known = pages::recheck(few, &origin, &postgres, &clock).await;
+    assert!(!known.damaged.is_empty() && !known.unread.is_empty(), "{known:?}");
+    assert_eq!(known.damaged.len() + known.unread.len(), few.len());
 }
 
 /// Of several hosts another one may answer than the one that was copied: a file that it lacks says nothing.
@@ -345,19 +412,20 @@ async fn a_page_is_forgiven_by_no_server_that_lacks_what_was_copied() {
     let origin = pages::Origin { system_id, timeline, start_lsn };
     let gone = ChecksumFailure { path: "base/1/987654".into(), block: 0, expected: 1, found: 2 };
     let suspects = [gone];
+    let unread = Rechecked { damaged: Vec::new(), unread: suspects.to_vec() };
     let clock = Clock::system();
     let recheck = async |server: &Postgres, origin| {
         pages::recheck(&suspects, &origin, &connect_options(server), &clock).await
     };
     for host in [&server, &standby] {
-        assert_eq!(recheck(host, origin).await, []);
+        assert_eq!(recheck(host, origin).await, Rechecked::default());
         let ahead = Lsn(start_lsn.0 + (1 << 30));
-        assert_eq!(recheck(host, pages::Origin { start_lsn: ahead, ..origin }).await, suspects);
+        assert_eq!(recheck(host, pages::Origin { start_lsn: ahead, ..origin }).await, unread);
         let another = SystemId(system_id.0 ^ 1);
-        assert_eq!(recheck(host, pages::Origin { system_id: another, ..origin }).await, suspects);
+        assert_eq!(recheck(host, pages::Origin { system_id: another, ..origin }).await, unread);
     }
     let timeline = TimelineId::new(2).unwrap();
-    assert_eq!(recheck(&server, pages::Origin { timeline, ..origin }).await, suspects);
+    assert_eq!(recheck(&server, pages::Origin { timeline, ..origin }).await, unread);
 }
 
 #[tokio::test(flavor = "multi_thread")]

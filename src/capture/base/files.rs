@@ -6,11 +6,11 @@
 use bytes::{Bytes, BytesMut};
 
 use super::names::{Names, Node};
-use super::tar::{Member, MemberKind, Splitter, TarEvent};
+use super::tar::{ArchiveEnd, Member, MemberKind, Splitter, TarEvent};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pg::backup_label::BACKUP_LABEL_BYTES_MAX;
 use crate::pg::{BackupLabel, ControlFile};
-use crate::repo::{BackupWriter, FileMeta, FilePath};
+use crate::repo::{BackupWriter, FileMeta, FilePath, Tablespace};
 
 /// Largest of the files kept: `pg_control` has 8 KiB, a label 200 bytes.
 const KEPT_BYTES_MAX: u64 = BACKUP_LABEL_BYTES_MAX as u64;
@@ -27,10 +27,16 @@ pub(super) struct Found {
 /// The archives in their order.
 #[derive(Debug)]
 pub(super) struct Files {
+    /// How each archive ends.
+    archive_end: ArchiveEnd,
     /// `None` between archives.
     splitter: Option<Splitter>,
+    /// Whose archive it is; `None` for the data directory.
+    tablespace: Option<Tablespace>,
     /// Put in front of each member's path: the tablespace.
     prefix: String,
+    /// Members of this archive so far.
+    member_count: u64,
     /// Path and content of the file being kept.
     keeping: Option<(String, BytesMut)>,
     in_file: bool,
@@ -40,17 +46,20 @@ pub(super) struct Files {
 
 impl Default for Files {
     fn default() -> Self {
-        Self::new()
+        Self::new(ArchiveEnd::default())
     }
 }
 
 impl Files {
     /// Before the first archive.
     #[must_use]
-    pub(super) fn new() -> Self {
+    pub(super) fn new(archive_end: ArchiveEnd) -> Self {
         Self {
+            archive_end,
             splitter: None,
+            tablespace: None,
             prefix: String::new(),
+            member_count: 0,
             keeping: None,
             in_file: false,
             found: Found::default(),
@@ -58,22 +67,29 @@ impl Files {
         }
     }
 
-    /// The archive of the tablespace `oid`, or of the data directory itself, begins.
+    /// The archive of `tablespace`, or of the data directory itself, begins.
     ///
     /// # Errors
-    /// `corrupt` when the archive before ended inside a member.
-    pub(super) fn begin_archive(&mut self, oid: Option<u32>) -> Result<()> {
+    /// As [`Self::finish`], for the archive before.
+    pub(super) fn begin_archive(&mut self, tablespace: Option<Tablespace>) -> Result<()> {
         self.end_archive()?;
         self.splitter = Some(Splitter::new());
         self.names = Names::default();
-        self.prefix = oid.map(|oid| format!("pg_tblspc/{oid}/")).unwrap_or_default();
+        self.member_count = 0;
+        let prefix = tablespace.as_ref().map(|one| format!("pg_tblspc/{}/", one.oid));
+        self.prefix = prefix.unwrap_or_default();
+        self.tablespace = tablespace;
         Ok(())
     }
 
+    /// A tablespace has a folder of its version at least. Where the server finds none it sends an archive
+    /// without members and no error, for the tablespace may have been dropped meanwhile.
     fn end_archive(&mut self) -> Result<()> {
-        match self.splitter.take() {
-            Some(splitter) => splitter.finish(),
-            None => Ok(()),
+        let Some(splitter) = self.splitter.take() else { return Ok(()) };
+        splitter.finish(self.archive_end)?;
+        match self.tablespace.take() {
+            Some(tablespace) if self.member_count == 0 => Err(missing_tablespace(&tablespace)),
+            _ => Ok(()),
         }
     }
 
@@ -111,6 +127,7 @@ impl Files {
             return Err(Error::new(Kind::Corrupt, message)
                 .hint("Check the server's file system, then take the backup again."));
         }
+        self.member_count += 1;
         let mtime = i64::try_from(member.mtime_seconds).unwrap_or(i64::MAX);
         match member.kind {
             MemberKind::File => {
@@ -147,7 +164,8 @@ impl Files {
     /// Ends the last archive and gives what was found.
     ///
     /// # Errors
-    /// `corrupt` when it ended inside a member, or a file that every backup has was not in it.
+    /// `corrupt` when it ended inside a member, or a file that every backup has was not in it;
+    /// `unavailable` when it was a tablespace's and empty.
     pub(super) fn finish(mut self) -> Result<(BackupLabel, ControlFile)> {
         self.end_archive()?;
         let missing = |name: &str| {
@@ -157,6 +175,17 @@ impl Files {
         let control = self.found.control.ok_or_else(|| missing("global/pg_control"))?;
         Ok((label, control))
     }
+}
+
+fn missing_tablespace(tablespace: &Tablespace) -> Error {
+    let Tablespace { oid, location } = tablespace;
+    let message = format!(
+        "unable to back up tablespace {oid}: the server finds none of its files in '{location}'"
+    );
+    Error::new(Kind::Unavailable, message).hint(
+        "Mount its file system on the server, or put its directory back; if the tablespace was \
+         dropped just now, take the backup again.",
+    )
 }
 
 #[cfg(test)]
@@ -171,6 +200,10 @@ mod tests {
     use crate::repo::packing::NoInspection;
     use crate::repo::{BackupId, Encryption, PackOptions, Repository};
 
+    fn tablespace() -> Tablespace {
+        Tablespace { oid: 16_400, location: "/mnt/far".to_owned() }
+    }
+
     #[tokio::test]
     async fn a_path_may_come_once_in_each_archive() {
         let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 7);
@@ -181,8 +214,8 @@ mod tests {
         let budget = Budget::backup(64 << 20, 1, level);
         let options = PackOptions { budget, level, pack_bytes: 1 << 20 };
         let mut backup = writer.backup(id, options, Arc::new(NoInspection)).unwrap();
-        let mut files = Files::new();
-        for archive in [Some(16_400), None] {
+        let mut files = Files::new(ArchiveEnd::Bare);
+        for archive in [Some(tablespace()), None] {
             files.begin_archive(archive).unwrap();
             for path in ["base/1", "base/2"] {
                 files.write(Bytes::from(member(path, b"x")), &mut backup).await.unwrap();
@@ -193,5 +226,15 @@ mod tests {
         assert_eq!(error.kind(), Kind::Corrupt, "{error}");
         assert!(error.message().contains("has 'base/1' twice"), "{error}");
         backup.abort().await;
+    }
+
+    #[test]
+    fn an_archive_of_a_tablespace_is_never_empty() {
+        let mut files = Files::new(ArchiveEnd::Bare);
+        files.begin_archive(Some(tablespace())).unwrap();
+        let error = files.begin_archive(None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.message().contains("tablespace 16400"), "{error}");
+        assert!(error.message().contains("in '/mnt/far'"), "{error}");
     }
 }

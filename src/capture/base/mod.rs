@@ -45,6 +45,7 @@ use agreement::Ends;
 use files::Files;
 use pages::Pages;
 use settings::ServerFacts;
+use tar::ArchiveEnd;
 use wal::{Feed, NeededWal};
 
 pub use progress::{BaseBackupPhase, BaseBackupProgress, Progress};
@@ -247,12 +248,12 @@ async fn make_ready(
     let suspect_count = packed.checksum_failure_count();
     let (start_lsn, timeline) = (ended.id.start_lsn(), ended.id.timeline());
     let origin = pages::Origin { system_id: repository.system_id(), timeline, start_lsn };
-    let damaged = pages::recheck(&suspects, &origin, &base.postgres, repository.clock()).await;
-    packed.forgive(|suspect| !damaged.contains(suspect));
+    let known = pages::recheck(&suspects, &origin, &base.postgres, repository.clock()).await;
+    packed.forgive(|suspect| !known.damaged.contains(suspect) && !known.unread.contains(suspect));
     let damage = Damage {
         named: packed.checksum_failures(),
         count: packed.checksum_failure_count(),
-        unread_count: suspect_count - suspects.len() as u64,
+        unread_count: suspect_count - suspects.len() as u64 + known.unread.len() as u64,
     };
     damage.judge(base.options.page_checksums)?;
     base.progress.enter(BaseBackupPhase::WaitingForWal);
@@ -269,7 +270,8 @@ struct Damage<'a> {
     named: &'a [ChecksumFailure],
     /// All of them.
     count: u64,
-    /// Those of all that were not read again, as only so many are remembered; torn pages may be among them.
+    /// Those of all that were not read again, as only so many are remembered or the server did not let us;
+    /// torn pages may be among them.
     unread_count: u64,
 }
 
@@ -279,15 +281,21 @@ impl Damage<'_> {
         for failure in self.named {
             let ChecksumFailure { path, block, expected, found } = failure;
             tracing::warn!(
-                "block {block} of '{path}' is damaged: checksum {found:04X}, expected {expected:04X}"
+                "block {block} of '{path}' has a wrong checksum: {found:04X}, expected {expected:04X}"
             );
         }
         let unread = match self.unread_count {
             0 => String::new(),
-            count => format!("; {count} of them were too many to be read again"),
+            count => format!(
+                "; {count} of them were not read again and may only have been being written"
+            ),
+        };
+        let found = match self.unread_count {
+            0 => "pages on the server are damaged",
+            _ => "pages have a wrong checksum",
         };
         if self.unread_count > 0 {
-            tracing::warn!("{} pages have a wrong checksum{unread}", self.count);
+            tracing::warn!("{} {found}{unread}", self.count);
         }
         if self.count == 0 || wanted != PageChecksums::Fail {
             return Ok(());
@@ -299,8 +307,7 @@ impl Damage<'_> {
             if self.count > named.len() as u64 && !named.is_empty() { ", and more" } else { "" };
         let colon = if named.is_empty() { "" } else { ": " };
         let (count, named) = (self.count, named.join(", "));
-        let message =
-            format!("{count} pages on the server are damaged{colon}{named}{more}{unread}");
+        let message = format!("{count} {found}{colon}{named}{more}{unread}");
         Err(Error::new(Kind::Corrupt, message).hint(
             "Repair the tables from an older backup, or take this one with damage as a warning only \
              (--page-checksums warn).",
@@ -336,11 +343,13 @@ struct Copy<'a> {
 
 impl<'a> Copy<'a> {
     fn new(base: &'a Base, facts: ServerFacts) -> Self {
+        let archive_end =
+            if facts.version.major() >= 15 { ArchiveEnd::Marked } else { ArchiveEnd::Bare };
         Self {
             base,
             facts: Some(facts),
             backup: None,
-            files: Files::new(),
+            files: Files::new(archive_end),
             oids: Vec::new(),
             tablespaces: Vec::new(),
             begun: None,
@@ -366,7 +375,8 @@ impl<'a> Copy<'a> {
                 }
                 BaseBackupEvent::Archive { index } => {
                     let oid = self.oids.get(index).copied().flatten();
-                    self.files.begin_archive(oid)?;
+                    let tablespace = self.tablespaces.iter().find(|one| Some(one.oid) == oid);
+                    self.files.begin_archive(tablespace.cloned())?;
                 }
                 BaseBackupEvent::Data(bytes) => {
                     let backup = self.backup.as_mut().ok_or_else(out_of_order)?;
@@ -510,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_were_too_many_to_be_read_again_fail_a_backup_as_well() {
+    fn pages_that_were_not_read_again_fail_a_backup_as_well() {
         let failure =
             |block| ChecksumFailure { path: "base/5/1".to_owned(), block, expected: 1, found: 2 };
         let said = |named: &[ChecksumFailure], count, unread_count| {
@@ -528,7 +538,8 @@ mod tests {
         // All that were read again were fine, which says nothing of the others.
         assert_eq!(
             said(&[], 4, 4).unwrap(),
-            "4 pages on the server are damaged; 4 of them were too many to be read again"
+            "4 pages have a wrong checksum; 4 of them were not read again and may only have been \
+             being written"
         );
         let message = said(&[failure(7)], 3, 2).unwrap();
         assert!(message.contains("block 7 of 'base/5/1', and more; 2 of them"), "{message}");

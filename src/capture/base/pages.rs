@@ -12,6 +12,7 @@
 //! (a hint is a change with an image and a position too, where there are checksums);
 //! `visibilitymap_clear`, `vm_readbuf`, `fsm_readbuf` (13 to 18).
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,6 +29,10 @@ use crate::wire::{ConnectOptions, Connection, Session};
 const READS_MAX: u32 = 3;
 /// Between two reads of a suspect.
 const READ_PAUSE: Duration = Duration::from_millis(100);
+/// How often suspects are gone on with after what may pass: a restart of the server takes some seconds.
+const TRIES_MAX: u32 = 5;
+/// Before they are gone on with.
+const TRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Checks pages while they are packed.
 #[derive(Debug)]
@@ -121,9 +126,18 @@ pub struct Origin {
     pub start_lsn: Lsn,
 }
 
-/// Reads suspects again and returns those that are damaged indeed; all of them when the server does
-/// not let us read (that takes the right to execute this `pg_read_binary_file`, which
-/// `pg_read_server_files` does not give, or being superuser).
+/// What reading the suspects again told; those that are in neither list are fine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rechecked {
+    /// Damaged indeed.
+    pub damaged: Vec<ChecksumFailure>,
+    /// Could not be read again, so torn pages may be among them.
+    pub unread: Vec<ChecksumFailure>,
+}
+
+/// Reads suspects again. Unread are all of them when the server does not let us read (that takes the right
+/// to execute this `pg_read_binary_file`, which `pg_read_server_files` does not give, or being superuser),
+/// and those that are left when it stops answering for longer than a few tries.
 ///
 /// The suspects are read on a connection of their own, and of several hosts another one may answer it than
 /// the one that was copied. Any that has the WAL up to the start will do; on one that has not, a file may
@@ -136,48 +150,69 @@ pub async fn recheck(
     origin: &Origin,
     postgres: &ConnectOptions,
     clock: &Clock,
-) -> Vec<ChecksumFailure> {
-    if suspects.is_empty() {
-        return Vec::new();
-    }
-    match recheck_each(suspects, origin, postgres, clock).await {
-        Ok(damaged) => damaged,
-        Err(error) => {
-            tracing::warn!(
-                "pages whose checksum is wrong could not be read a second time, so pages that were \
-                 only being written may be among them: {error}"
-            );
-            suspects.to_vec()
-        }
-    }
-}
-
-async fn recheck_each(
-    suspects: &[ChecksumFailure],
-    origin: &Origin,
-    postgres: &ConnectOptions,
-    clock: &Clock,
-) -> Result<Vec<ChecksumFailure>> {
-    let mut connection = Connection::connect(postgres, Session::Database, clock).await?;
-    check_origin(&mut connection, origin).await?;
+) -> Rechecked {
     let mut damaged = Vec::new();
-    for suspect in suspects {
-        let mut bad = true;
-        for attempt in 0..READS_MAX {
-            if attempt > 0 {
-                tokio::time::sleep(READ_PAUSE).await;
+    let mut left: VecDeque<ChecksumFailure> = suspects.iter().cloned().collect();
+    for attempt in 1.. {
+        match recheck_each(&mut left, &mut damaged, origin, (postgres, clock)).await {
+            Ok(()) => break,
+            Err(error) if error.kind() == Kind::Unavailable && attempt < TRIES_MAX => {
+                tracing::info!("unable to read suspect pages a second time for now: {error}");
+                tokio::time::sleep(TRY_PAUSE).await;
             }
-            bad = is_damaged(&mut connection, suspect, origin.start_lsn).await?;
-            if !bad {
+            Err(error) => {
+                tracing::warn!(
+                    "pages whose checksum is wrong could not be read a second time, so pages that \
+                     were only being written may be among them: {error}"
+                );
                 break;
             }
         }
-        if bad {
-            damaged.push(suspect.clone());
+    }
+    Rechecked { damaged, unread: left.into() }
+}
+
+/// Takes each suspect off `left` once there is a verdict on it. One that cannot be read goes to the back,
+/// so that it does not keep the others from theirs.
+async fn recheck_each(
+    left: &mut VecDeque<ChecksumFailure>,
+    damaged: &mut Vec<ChecksumFailure>,
+    origin: &Origin,
+    (postgres, clock): (&ConnectOptions, &Clock),
+) -> Result<()> {
+    if left.is_empty() {
+        return Ok(());
+    }
+    let mut connection = Connection::connect(postgres, Session::Database, clock).await?;
+    check_origin(&mut connection, origin).await?;
+    while let Some(suspect) = left.pop_front() {
+        match is_damaged_each_time(&mut connection, &suspect, origin.start_lsn).await {
+            Ok(true) => damaged.push(suspect),
+            Ok(false) => {}
+            Err(error) => {
+                left.push_back(suspect);
+                return Err(error);
+            }
         }
     }
     connection.close().await;
-    Ok(damaged)
+    Ok(())
+}
+
+async fn is_damaged_each_time(
+    connection: &mut Connection,
+    suspect: &ChecksumFailure,
+    start_lsn: Lsn,
+) -> Result<bool> {
+    for attempt in 0..READS_MAX {
+        if attempt > 0 {
+            tokio::time::sleep(READ_PAUSE).await;
+        }
+        if !is_damaged(connection, suspect, start_lsn).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Refuses a server that has not come to where the backup started: another cluster, a standby that lags, or
@@ -243,6 +278,10 @@ async fn is_damaged(
 /// The two maps are changed without a position of their own (a bit of the visibility map is cleared, the
 /// free space map is kept by a standby), so they may be torn and look untouched. They need no image: a
 /// page of theirs whose checksum is wrong is read as zeros, which say nothing that is not so.
+///
+/// Garbage in the place of a page's position stays a mismatch however often it is read; a server that
+/// mends such a page by writing it gives it a position of its own. The first write of a new page may be
+/// torn like any other, and the page has a position once it is complete.
 fn is_mended(verdict: PageVerdict, fork: Fork) -> bool {
     match verdict {
         PageVerdict::ChangedSinceStart => true,
@@ -316,6 +355,16 @@ mod tests {
         bytes[5000] ^= 1;
         let pages = Pages::new(Lsn(1), Check::Every);
         assert!(pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[])).is_empty());
+    }
+
+    #[test]
+    fn a_new_page_that_is_not_all_zeros_is_a_suspect() {
+        let pages = Pages::new(Lsn(1 << 40), Check::Every);
+        let torn = [[0; BLCKSZ / 2], [7; BLCKSZ / 2]].concat();
+        for (bytes, count) in [(vec![0; BLCKSZ], 0), (torn, 1)] {
+            let found = pages.block(&file("base/5/1234"), 0, &cut(&bytes, &[]));
+            assert_eq!(found.len(), count);
+        }
     }
 
     #[test]

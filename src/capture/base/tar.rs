@@ -6,8 +6,8 @@
 //!
 //! # Shape
 //! A member is a 512-byte header, its content, and zero bytes up to the next multiple of 512. Two
-//! zero blocks end the archive; PostgreSQL 15 and later leave them out of `BASE_BACKUP`, so the end
-//! of the bytes on a member's edge is an end too.
+//! zero blocks end the archive; PostgreSQL 13 and 14 leave them out of `BASE_BACKUP`, so the end of the
+//! bytes on a member's edge is an end too, unless an [`ArchiveEnd`] is asked for.
 //!
 //! # Source
 //! POSIX.1-1988 ustar as `tarCreateHeader` in PostgreSQL's `src/port/tar.c` writes it (13 to 18):
@@ -28,6 +28,17 @@ const EXTENSION_BYTES_MAX: u64 = 64 * 1024;
 /// Greatest size of a member: PostgreSQL's files are segments of at most 64 TiB even when built
 /// with the greatest segment size; this guards the arithmetic.
 const MEMBER_BYTES_MAX: u64 = 1 << 50;
+
+/// How an archive ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ArchiveEnd {
+    /// Where its bytes end, with zero blocks or without (PostgreSQL 13 and 14).
+    #[default]
+    Bare,
+    /// With zero blocks, without which it is cut short (`perform_base_backup` of 15 to 18: "Properly
+    /// terminate the tarfile").
+    Marked,
+}
 
 /// What a member is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -191,19 +202,21 @@ impl Splitter {
     /// Checks that the archive may end here.
     ///
     /// # Errors
-    /// `corrupt` inside a member.
-    pub fn finish(self) -> Result<()> {
+    /// `corrupt` inside a member, and before the end mark of an archive that has one.
+    pub fn finish(self, end: ArchiveEnd) -> Result<()> {
         let on_edge = match self.state {
             State::Header => self.header.is_empty(),
             State::Ended => true,
             State::Padding { left } => left == 0,
             State::Content { .. } | State::Extension { .. } => false,
         };
-        if on_edge && self.pieces.is_empty() {
-            Ok(())
-        } else {
-            Err(self.damaged("the archive ends inside a member"))
+        if !on_edge || !self.pieces.is_empty() {
+            return Err(self.damaged("the archive ends inside a member"));
         }
+        if end == ArchiveEnd::Marked && !matches!(self.state, State::Ended) {
+            return Err(self.damaged("the archive ends without its end mark"));
+        }
+        Ok(())
     }
 
     /// Collects a header; whether it is complete.
@@ -444,9 +457,28 @@ pub(super) mod tests {
                 }
             }
         }
-        splitter.finish()?;
+        splitter.finish(ArchiveEnd::Bare)?;
         assert!(!open);
         Ok(members)
+    }
+
+    #[test]
+    fn an_archive_that_has_an_end_mark_is_cut_short_without_it() {
+        let archive = member("file", &[1; 700]);
+        for (end_blocks, end, accepted) in [
+            (0, ArchiveEnd::Bare, true),
+            (2, ArchiveEnd::Bare, true),
+            (0, ArchiveEnd::Marked, false),
+            (2, ArchiveEnd::Marked, true),
+        ] {
+            let mut archive = archive.clone();
+            archive.resize(archive.len() + end_blocks * BLOCK_BYTES, 0);
+            let mut splitter = Splitter::new();
+            splitter.push(archive.into());
+            while splitter.next().unwrap().is_some() {}
+            let finished = splitter.finish(end);
+            assert_eq!(finished.is_ok(), accepted, "{end_blocks} {end:?}: {finished:?}");
+        }
     }
 
     #[test]
