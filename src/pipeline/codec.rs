@@ -53,8 +53,8 @@ pub fn parameters(level: Level) -> impl Iterator<Item = CParameter> {
         1 => &[CParameter::MinMatch(5), CParameter::HashLog(13)],
         _ => &[],
     };
-    let common = [CParameter::CompressionLevel(level.0), CParameter::ContentSizeFlag(true)];
-    common.into_iter().chain(own.iter().copied())
+    let everywhere = [CParameter::CompressionLevel(level.0), CParameter::ContentSizeFlag(true)];
+    everywhere.into_iter().chain(own.iter().copied())
 }
 
 /// How the payload of a frame is written.
