@@ -19,7 +19,7 @@ use crate::repo::{BackupId, Budget, Manifest, Reader};
 
 use super::advised;
 use super::chain::Piece;
-use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
+use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace, Token};
 use super::files::{self, Files};
 use super::handover::{Folder, Settings};
 use super::limits;
@@ -146,7 +146,8 @@ pub async fn run(
     let manifest = reader.manifest(plan.backup.id).await.map_err(advised)?;
     let places = places_of(&manifest, options)?;
     let owner = owner_of(options)?;
-    let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places);
+    let token = Token::draw(clock)?;
+    let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places, token);
     let claimed = Directory::claim(&options.into, &marker, owner)?;
     let fill = async {
         progress.begin(Phase::Files, manifest.public.plain_bytes);

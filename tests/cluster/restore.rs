@@ -212,7 +212,7 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
         assert_eq!(report.wal, WalDelivery::InPlace);
         verify_backup(&binaries, &folder.data());
         assert_eq!(rows(&binaries, &folder.data()), (1..=last).collect::<Vec<_>>(), "{target}");
-        assert!(side.read_dir().unwrap().next().is_some());
+        assert_eq!(side.read_dir().unwrap().count(), 1, "PostgreSQL's folder and nothing of ours");
         if binaries.brings("pg_checksums", "on a restore") {
             let checked = binaries
                 .command("pg_checksums")
