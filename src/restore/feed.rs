@@ -447,7 +447,7 @@ impl Ahead<'_> {
         let unfinished = self.folder.unfinished(&name, std::process::id());
         let plan = (self.settings, &*self.folder.data());
         self.feeder.write_planned(plan, number, &unfinished).await?;
-        self.folder.put_whole(&unfinished, &name)
+        self.folder.put_whole(unfinished, &name).await
     }
 }
 
