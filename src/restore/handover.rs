@@ -334,6 +334,11 @@ impl Folder {
         blocking(move || as_account(account, put)).await?
     }
 
+    /// Removes a segment that nobody will ask for any more.
+    pub(crate) fn drop_whole(&self, name: &str) -> Result<()> {
+        self.remove_if_there(&self.spooled(name))
+    }
+
     /// Says which segment PostgreSQL waits for.
     pub(crate) fn want(&self, name: &str, pid: u32) -> Result<()> {
         let place = self.0.join(SPOOL).join(WANTED);
@@ -341,6 +346,15 @@ impl Folder {
         let attempted = || format!("unable to write '{}'", place.display());
         fs::write(&new, name).context(attempted)?;
         fs::rename(&new, &place).context(attempted)
+    }
+
+    /// Takes the note of [`Folder::want`] back, if it is still there: `name` was handed over. One that stays
+    /// all the same costs no more than a segment fetched in vain.
+    pub(crate) fn want_no_more(&self, name: &str) {
+        let place = self.0.join(SPOOL).join(WANTED);
+        if matches!(read_note(&place, NOTE_BYTES_MAX), Ok(Some(wanted)) if wanted == name) {
+            drop(fs::remove_file(&place));
+        }
     }
 
     /// Takes the note of [`Folder::want`].
@@ -524,7 +538,10 @@ pub(crate) mod tests {
         assert_eq!(folder.spool().unwrap(), Some(Vec::new()));
 
         folder.want("b", 1).unwrap();
+        folder.want_no_more("a");
         assert_eq!(folder.take_wanted().unwrap().as_deref(), Some("b"));
+        folder.want("b", 1).unwrap();
+        folder.want_no_more("b");
         assert_eq!(folder.take_wanted().unwrap(), None);
 
         // No process has so great a number; the one that started this one lives.
