@@ -9,6 +9,8 @@
 //! (`KeepFileRestoredFromArchive` in `xlogarchive.c`, 13 to 18). That file may have more than the repository:
 //! WAL that was streamed since, or saved from the lost server. So who would be given less than a whole segment,
 //! and has the same already, is told that there is none: then PostgreSQL takes its own (`XLogFileReadAnyTLI`).
+//! What is beyond the repository in it is replayed by a standby, and by a recovery without a target. A planned
+//! restore has one, be it the last record that the repository has: PostgreSQL ends there.
 
 use std::fs;
 use std::future::Future;
