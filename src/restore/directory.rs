@@ -6,9 +6,10 @@
 //!   `global/pg_control`, without which no PostgreSQL starts. The marker *becomes* `global/pg_control`
 //!   by one rename as the last step: at every instant exactly one of the two exists, so a directory
 //!   that looks finished is finished, and one that does not can be cleared without asking.
-//! - The marker names the tablespace directories of its restore, which were empty when it was written.
-//!   Of those the next restore clears, together with the data directory, what its own plan names too;
-//!   `remains` says what else makes it believe a marker.
+//! - The marker names the tablespace directories of its restore, which were empty when it was written,
+//!   and carries a `token` that is put into each of them. Of those the next restore clears, together with
+//!   the data directory, what its own plan names too and what holds that token; `remains` says what else
+//!   makes it believe a marker.
 //! - The marker is locked while its restore runs: two never write into one directory.
 //! - What root fills for another account is root's, and closed to all others, until it is whole
 //!   (`Directory::give`): nobody can put a link there that root would follow. From then on nothing in it
@@ -26,21 +27,27 @@ use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat, unlinkat};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
 
 mod remains;
 mod syncing;
+mod token;
 
 pub(crate) use remains::interrupted_for;
+pub use token::Token;
 
 /// Name of the file that marks an unfinished restore.
 pub const MARKER: &str = "tidemark.restoring";
 
 /// The file without which PostgreSQL does not start.
 pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// What the marker says, while that is about to become [`CONTROL_FILE`]. Not in the data directory itself:
+/// what is left in `pg_wal` gets into no backup, and `pg_verifybackup` passes it over.
+const LAST_WORDS: [&str; 2] = ["pg_wal", MARKER];
 
 /// Mode of a directory that root fills.
 const TAKEN_MODE: u32 = 0o700;
@@ -251,15 +258,18 @@ pub struct Marker {
     pub backup: String,
     /// Tablespace directories outside the data directory, empty when this was written.
     pub tablespace_directories: Vec<PathBuf>,
+    /// What is put into each of those; versions before it was had none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
     /// Who it is restored for, if not for who wrote this: the directories do not tell until the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
 }
 
 impl Marker {
-    /// A marker for the restore of `backup` of `cluster`.
+    /// A marker for the restore of `backup` of `cluster`; no other one has the same `token`.
     #[must_use]
-    pub fn new(cluster: &str, backup: &str, places: &[TablespacePlace]) -> Self {
+    pub fn new(cluster: &str, backup: &str, places: &[TablespacePlace], token: Token) -> Self {
         let outside = places.iter().map(|place| &place.new).filter(|path| path.is_absolute());
         Self {
             note: "An interrupted restore left this directory incomplete. It cannot be started. \
@@ -268,6 +278,7 @@ impl Marker {
             cluster: cluster.to_owned(),
             backup: backup.to_owned(),
             tablespace_directories: outside.cloned().collect(),
+            token: Some(token),
             owner: None,
         }
     }
@@ -279,8 +290,9 @@ pub struct Directory {
     path: PathBuf,
     folder: File,
     marker: File,
+    words: Marker,
     owner: Option<Owner>,
-    /// The data directory and those of tablespaces.
+    /// The data directory and, behind it, those of tablespaces.
     written: Vec<syncing::Written>,
 }
 
@@ -312,13 +324,17 @@ impl Directory {
             }
         };
         lock(&file, &path)?;
+        let words = Marker { owner, ..marker.clone() };
         let mut this =
-            Self { path: path.clone(), folder, marker: file, owner, written: Vec::new() };
-        this.write_marker(&Marker { owner, ..marker.clone() })?;
+            Self { path: path.clone(), folder, marker: file, words, owner, written: Vec::new() };
+        this.write_marker()?;
         this.begin(&path)?;
         for place in &marker.tablespace_directories {
             make_directory(place, owner)?;
             this.begin(place)?;
+            if let (Some(token), Some(written)) = (&marker.token, this.written.last()) {
+                token.put(written.folder(), place)?;
+            }
         }
         Ok(this)
     }
@@ -408,12 +424,16 @@ impl Directory {
         self.marker.try_clone().context(|| self.describe("hold the lock of"))
     }
 
-    fn write_marker(&mut self, marker: &Marker) -> Result<()> {
-        let text = serde_json::to_vec_pretty(marker).map_err(|error| {
-            Error::new(Kind::Bug, format!("unable to write the marker: {error}"))
-        })?;
+    fn write_marker(&mut self) -> Result<()> {
+        let text = self.text()?;
         self.fill_marker(&text)?;
         self.folder.sync_all().context(|| self.describe("sync"))
+    }
+
+    /// What the marker says.
+    fn text(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec_pretty(&self.words)
+            .map_err(|error| Error::new(Kind::Bug, format!("unable to write the marker: {error}")))
     }
 
     fn fill_marker(&mut self, bytes: &[u8]) -> Result<()> {
@@ -437,6 +457,7 @@ impl Directory {
     /// As the file system says; the directory is then still marked as incomplete.
     pub fn finish(mut self, control: &[u8], control_mode: u32) -> Result<()> {
         self.written.iter().try_for_each(syncing::Written::sync)?;
+        self.keep_last_words()?;
         self.fill_marker(control)?;
         let attempted = || format!("unable to make '{}'", self.path.join(CONTROL_FILE).display());
         if let Some(Owner { uid, gid }) = self.owner {
@@ -449,16 +470,62 @@ impl Directory {
         let (Some(folder), Some(name)) = (control.parent(), control.file_name()) else {
             return Err(Error::new(Kind::Bug, attempted()));
         };
-        // By descriptors: a link of the owner's there would make root move a file elsewhere.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let finish = || -> std::io::Result<()> {
-            let global = File::from(openat(&self.folder, folder, flags, Mode::empty())?);
+            let global = open_in(&self.folder, folder)?;
             renameat(&self.folder, MARKER, &global, name)?;
             global.sync_all()?;
             self.folder.sync_all()
         };
-        finish().context(attempted)
+        finish().context(attempted)?;
+        self.forget();
+        Ok(())
     }
+
+    /// Keeps what the marker says of tablespaces where it is found while the marker says nothing.
+    fn keep_last_words(&self) -> Result<()> {
+        if self.words.tablespace_directories.is_empty() {
+            return Ok(());
+        }
+        let text = self.text()?;
+        let [folder, name] = LAST_WORDS;
+        let keep = || -> std::io::Result<()> {
+            let folder = open_in(&self.folder, Path::new(folder))?;
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            let mode = Mode::RUSR | Mode::WUSR;
+            let mut words = File::from(openat(&folder, name, flags | OFlags::CLOEXEC, mode)?);
+            words.write_all(&text)?;
+            words.sync_all()?;
+            folder.sync_all()
+        };
+        keep().context(|| format!("unable to write '{folder}/{name}' in '{}'", self.path.display()))
+    }
+
+    /// Removes what the restore alone needed, now that it is finished. What stays is in nobody's way: no
+    /// marker names it any more.
+    fn forget(&self) {
+        let (Some(token), false) = (self.words.token, self.words.tablespace_directories.is_empty())
+        else {
+            return;
+        };
+        let [folder, name] = LAST_WORDS;
+        let words = || -> std::io::Result<()> {
+            let folder = open_in(&self.folder, Path::new(folder))?;
+            Ok(unlinkat(&folder, name, AtFlags::empty())?)
+        };
+        let spaces = self.written.iter().skip(1).map(syncing::Written::folder);
+        for removed in spaces.map(|folder| token.remove(folder)).chain([words()]) {
+            if let Err(error) = removed {
+                let path = self.path.display();
+                tracing::warn!("unable to tidy up after the restore into '{path}': {error}");
+            }
+        }
+    }
+}
+
+/// The folder `name` in `folder`. By its descriptor: a link of the owner's there would lead root elsewhere.
+fn open_in(folder: &File, name: &Path) -> std::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(folder, name, flags, Mode::empty())?.into())
 }
 
 fn open_directory(path: &Path) -> Result<File> {
@@ -577,13 +644,14 @@ fn lock(marker: &File, path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Clock;
 
     fn marker(places: &[&Path]) -> Marker {
         let places: Vec<TablespacePlace> = places
             .iter()
             .map(|path| TablespacePlace { oid: 1, old: "/x".into(), new: path.to_path_buf() })
             .collect();
-        Marker::new("main", "b", &places)
+        Marker::new("main", "b", &places, Token::draw(&Clock::system()).unwrap())
     }
 
     #[test]
@@ -689,17 +757,25 @@ mod tests {
         drop(again);
 
         // Interrupted between filling the marker with pg_control and renaming it.
-        fs::create_dir(data.join("pg_tblspc")).unwrap();
-        std::os::unix::fs::symlink(&space, data.join("pg_tblspc/16400")).unwrap();
+        let mut again = Directory::claim(&data, &marker(&[&space]), None).unwrap();
+        fs::create_dir(data.join("pg_wal")).unwrap();
         fs::write(space.join("left"), "x").unwrap();
-        fs::write(data.join(MARKER), [0xff; 8192]).unwrap();
+        again.keep_last_words().unwrap();
+        again.fill_marker(&[0xff; 8192]).unwrap();
+        drop(again);
         let again = Directory::claim(&data, &marker(&[&space]), None).unwrap();
-        assert!(!space.join("left").exists());
-        fs::create_dir(data.join("global")).unwrap();
+        assert!(!space.join("left").exists() && !data.join("pg_wal").exists());
+        for folder in ["global", "pg_wal"] {
+            fs::create_dir(data.join(folder)).unwrap();
+        }
         assert!(!data.join(CONTROL_FILE).exists());
         again.finish(b"control", 0o600).unwrap();
         assert_eq!(fs::read(data.join(CONTROL_FILE)).unwrap(), b"control");
         assert!(!data.join(MARKER).exists());
+        // Nothing of ours stays.
+        for folder in [&space, &data.join("pg_wal")] {
+            assert_eq!(fs::read_dir(folder).unwrap().count(), 0, "{}", folder.display());
+        }
 
         // Complete now: never cleared again.
         let error = Directory::claim(&data, &marker(&[]), None).unwrap_err();

@@ -9,6 +9,8 @@
 //! (`KeepFileRestoredFromArchive` in `xlogarchive.c`, 13 to 18). That file may have more than the repository:
 //! WAL that was streamed since, or saved from the lost server. So who would be given less than a whole segment,
 //! and has the same already, is told that there is none: then PostgreSQL takes its own (`XLogFileReadAnyTLI`).
+//! What is beyond the repository in it is replayed by a standby, and by a recovery without a target. A planned
+//! restore has one, be it the last record that the repository has: PostgreSQL ends there.
 
 use std::fs;
 use std::future::Future;
@@ -49,7 +51,7 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const START_MAX: Duration = Duration::from_secs(20);
 /// Pause between two looks into the spool by who waits for a segment; a rename is seen this late.
 const LOOK_EVERY: Duration = Duration::from_millis(3);
-/// Pause between two looks whether the server is still there.
+/// Pause between two looks whether the server is still there, and two notes of what it waits for.
 const LOOK_FOR_SERVER_EVERY: Duration = Duration::from_secs(1);
 /// Who waits for so long says so in the server's log, where else there would be nothing.
 const SILENT_MAX: Duration = Duration::from_secs(10);
@@ -193,11 +195,14 @@ impl Planned<'_> {
             // Looked at in this order: who fetches ahead hands over first and ends then.
             let is_fetched_ahead = folder.is_fetched_ahead()?;
             if let Some(given) = self.give(number, &spooled)? {
+                folder.want_no_more(name);
                 return Ok(Some(given));
             }
             let now = clock.instant();
             if now.saturating_duration_since(looked) >= LOOK_FOR_SERVER_EVERY {
                 asked.still_waits()?;
+                // Again, for who fetches ahead passes over what it takes for an old note.
+                folder.want(name, std::process::id())?;
                 looked = now;
             }
             if is_silent && now.saturating_duration_since(begun) >= SILENT_MAX {
@@ -393,19 +398,25 @@ impl Ahead<'_> {
         let size = self.settings.wal_segment_bytes;
         let window = usize::try_from(AHEAD_BYTES / size.bytes()).unwrap_or(2).max(FETCHES);
         let mut next = first;
+        let mut just_fetched = first..first;
         let mut last_taken = self.clock.instant();
         let mut ready_before = 0;
         while let Some(spool) = self.folder.spool()? {
-            let ready = spool.iter().filter(|name| size.parse_file_name(name).is_some()).count();
+            let wanted = self.wanted()?;
+            let numbers = self.ready(&spool, wanted)?;
+            let ready = numbers.len();
             if ready < ready_before {
                 last_taken = self.clock.instant();
             }
             ready_before = ready;
-            // What PostgreSQL waits for comes first, wherever it is and however much is ready.
-            let asked = self.asked_for(&spool)?;
-            next = asked.unwrap_or(next);
+            // What PostgreSQL waits for comes first, wherever it is and however much is ready. A note for what
+            // was fetched a moment ago is an old one: it was written before that, and PostgreSQL has it.
+            let asked =
+                wanted.filter(|number| !just_fetched.contains(number) && !numbers.contains(number));
+            next = asked.unwrap_or_else(|| wanted.map_or(next, |wanted| next.max(wanted)));
             let room = window.saturating_sub(ready).min(FETCHES);
             let names = self.names_from(next, room.max(usize::from(asked.is_some())));
+            just_fetched = next..next + names.len() as u64;
             if names.is_empty() {
                 let idle = self.clock.instant().saturating_duration_since(last_taken) > IDLE_MAX;
                 if idle && self.when_idle == WhenIdle::End {
@@ -414,7 +425,7 @@ impl Ahead<'_> {
                 tokio::time::sleep(REST).await;
                 continue;
             }
-            next += names.len() as u64;
+            next = just_fetched.end;
             let mut fetches = futures::stream::iter(names)
                 .map(|(number, name)| self.fetch(number, name))
                 .buffered(FETCHES);
@@ -427,11 +438,26 @@ impl Ahead<'_> {
         Ok(())
     }
 
-    /// The segment that PostgreSQL waits for, unless it is ready.
-    fn asked_for(&self, spool: &[String]) -> Result<Option<SegmentNumber>> {
-        let wanted = self.folder.take_wanted()?.filter(|wanted| !spool.contains(wanted));
+    /// The segment that PostgreSQL waits for, or has waited for.
+    fn wanted(&self) -> Result<Option<SegmentNumber>> {
+        let wanted = self.folder.take_wanted()?;
         let size = self.settings.wal_segment_bytes;
         Ok(wanted.and_then(|wanted| size.parse_file_name(&wanted)).map(|(_, number)| number))
+    }
+
+    /// The segments in `spool`. Those before the one that is `wanted` are removed: on the way to the target
+    /// each number has one name ([`Settings::segment_name`]), and replay has passed them.
+    fn ready(&self, spool: &[String], wanted: Option<SegmentNumber>) -> Result<Vec<SegmentNumber>> {
+        let size = self.settings.wal_segment_bytes;
+        let mut ready = Vec::new();
+        for name in spool {
+            let Some((_, number)) = size.parse_file_name(name) else { continue };
+            match wanted.is_some_and(|wanted| number < wanted) {
+                true => self.folder.drop_whole(name)?,
+                false => ready.push(number),
+            }
+        }
+        Ok(ready)
     }
 
     /// The next segments to fetch, at most `count`.
@@ -447,7 +473,7 @@ impl Ahead<'_> {
         let unfinished = self.folder.unfinished(&name, std::process::id());
         let plan = (self.settings, &*self.folder.data());
         self.feeder.write_planned(plan, number, &unfinished).await?;
-        self.folder.put_whole(&unfinished, &name)
+        self.folder.put_whole(unfinished, &name).await
     }
 }
 

@@ -657,7 +657,7 @@ mod tests {
     use crate::repo::{
         BackupId, BackupWriter, Encryption, FileMeta, ManifestFacts, PackOptions, Repository, Span,
     };
-    use crate::restore::directory::Marker;
+    use crate::restore::directory::{Marker, Token};
     use crate::store::memory::{Faults, Memory};
 
     const SMALL: Budget = Budget {
@@ -713,7 +713,7 @@ mod tests {
         let (memory, reader, manifest) = backed_up(&content).await;
         let place = tempfile::tempdir().unwrap();
         let root = place.path().join("data");
-        let directory = Directory::claim(&root, &Marker::new("main", "b", &[]), None).unwrap();
+        let directory = Directory::claim(&root, &marker(), None).unwrap();
         let progress = Arc::default();
         memory.set_faults(Faults { seed: 5, before_ppm: 500_000, ..Faults::default() });
         let (places, budget) = (&[], &SMALL);
@@ -722,6 +722,10 @@ mod tests {
         let restored = restore(files).await.unwrap();
         assert_eq!((restored.file_count, restored.control[0]), (2, 1));
         assert!(fs::read(root.join("base/1/2")).unwrap() == content);
+    }
+
+    fn marker() -> Marker {
+        Marker::new("main", "b", &[], Token::draw(&Clock::system()).unwrap())
     }
 
     fn mode_of(path: &Path) -> u32 {
@@ -741,7 +745,7 @@ mod tests {
     fn modes_that_forbid_writing_are_set_when_all_is_written() {
         let place = tempfile::tempdir().unwrap();
         let root = place.path().join("data");
-        let claimed = Directory::claim(&root, &Marker::new("main", "b", &[]), None).unwrap();
+        let claimed = Directory::claim(&root, &marker(), None).unwrap();
         let tree = Tree::new(&claimed, &Arc::default()).unwrap();
         let directory = |path, mode| entry(path, mode, EntryKind::Directory);
         let footer = PackFooter {

@@ -26,8 +26,11 @@
 //!   comes later has another try made.
 //!
 //! # Durability
-//! None is needed: PostgreSQL syncs a segment when it takes it over (`KeepFileRestoredFromArchive`), and
-//! whatever is lost here is fetched again.
+//! A segment in the spool is durable before it gets its name: after a power failure one that has its name and
+//! its size might hold zeros, which recovery takes for the end of the WAL, and nobody fetches what is there.
+//! Who fetches ahead waits for the disk, PostgreSQL does not; that syncs a segment itself when it takes it
+//! over (`KeepFileRestoredFromArchive`). The names need no syncing: a segment that lost its name is fetched
+//! again, and a note that is lost is written again. `wal-get.json` is made durable with the restore.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
@@ -44,6 +47,7 @@ use crate::pg::{Lsn, LsnRange, SegmentNumber, SegmentSize, SystemId, TimelineId}
 
 use super::directory::Owner;
 use super::rights::as_account;
+use super::scan::blocking;
 
 /// The folder inside `pg_wal`.
 pub(crate) const FOLDER: &str = "tidemark";
@@ -319,11 +323,20 @@ impl Folder {
     }
 
     /// Puts a segment that was fetched into `unfinished` among those that are whole.
-    pub(crate) fn put_whole(&self, unfinished: &Path, name: &str) -> Result<()> {
-        as_account(self.1, || {
-            fs::rename(unfinished, self.spooled(name))
-                .context(|| format!("unable to rename '{}'", unfinished.display()))
-        })
+    pub(crate) async fn put_whole(&self, unfinished: PathBuf, name: &str) -> Result<()> {
+        let (account, whole) = (self.1, self.spooled(name));
+        let put = move || {
+            let attempted = |verb: &str| format!("unable to {verb} '{}'", unfinished.display());
+            let synced = File::open(&unfinished).and_then(|file| file.sync_data());
+            synced.context(|| attempted("sync"))?;
+            fs::rename(&unfinished, &whole).context(|| attempted("rename"))
+        };
+        blocking(move || as_account(account, put)).await?
+    }
+
+    /// Removes a segment that nobody will ask for any more.
+    pub(crate) fn drop_whole(&self, name: &str) -> Result<()> {
+        self.remove_if_there(&self.spooled(name))
     }
 
     /// Says which segment PostgreSQL waits for.
@@ -333,6 +346,15 @@ impl Folder {
         let attempted = || format!("unable to write '{}'", place.display());
         fs::write(&new, name).context(attempted)?;
         fs::rename(&new, &place).context(attempted)
+    }
+
+    /// Takes the note of [`Folder::want`] back, if it is still there: `name` was handed over. One that stays
+    /// all the same costs no more than a segment fetched in vain.
+    pub(crate) fn want_no_more(&self, name: &str) {
+        let place = self.0.join(SPOOL).join(WANTED);
+        if matches!(read_note(&place, NOTE_BYTES_MAX), Ok(Some(wanted)) if wanted == name) {
+            drop(fs::remove_file(&place));
+        }
     }
 
     /// Takes the note of [`Folder::want`].
@@ -516,7 +538,10 @@ pub(crate) mod tests {
         assert_eq!(folder.spool().unwrap(), Some(Vec::new()));
 
         folder.want("b", 1).unwrap();
+        folder.want_no_more("a");
         assert_eq!(folder.take_wanted().unwrap().as_deref(), Some("b"));
+        folder.want("b", 1).unwrap();
+        folder.want_no_more("b");
         assert_eq!(folder.take_wanted().unwrap(), None);
 
         // No process has so great a number; the one that started this one lives.
@@ -530,6 +555,23 @@ pub(crate) mod tests {
         fs::remove_dir_all(dir.path().join(FOLDER)).unwrap();
         assert_eq!(folder.spool().unwrap(), None);
         folder.clear_unfinished().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_segment_is_synced_before_it_gets_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::of(dir.path());
+        folder.create(&settings()).unwrap();
+        let unfinished = folder.unfinished("a", 1);
+        // A thing that can be opened and renamed, and not synced.
+        std::os::unix::fs::symlink("/dev/null", &unfinished).unwrap();
+        let error = folder.put_whole(unfinished.clone(), "a").await.unwrap_err();
+        assert!(error.message().contains("unable to sync"), "{error}");
+        assert!(folder.spooled("a").symlink_metadata().is_err());
+        fs::remove_file(&unfinished).unwrap();
+        fs::write(&unfinished, "wal").unwrap();
+        folder.put_whole(unfinished, "a").await.unwrap();
+        assert_eq!(fs::read(folder.spooled("a")).unwrap(), b"wal");
     }
 
     #[test]

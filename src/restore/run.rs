@@ -7,19 +7,20 @@ use std::os::unix::fs::{
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::file;
 use crate::pg::control::ControlFile;
 use crate::pg::timeline::PathPart;
-use crate::pg::{Lsn, LsnRange, SystemId};
+use crate::pg::{Lsn, LsnRange, SystemId, TimelineId};
 use crate::repo::patience::insist;
 use crate::repo::{BackupId, Budget, Manifest, Reader};
 
 use super::advised;
 use super::chain::Piece;
-use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace};
+use super::directory::{self, Directory, Marker, Owner, TablespaceMapping, TablespacePlace, Token};
 use super::files::{self, Files};
 use super::handover::{Folder, Settings};
 use super::limits;
@@ -146,7 +147,8 @@ pub async fn run(
     let manifest = reader.manifest(plan.backup.id).await.map_err(advised)?;
     let places = places_of(&manifest, options)?;
     let owner = owner_of(options)?;
-    let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places);
+    let token = Token::draw(clock)?;
+    let marker = Marker::new(&plan.cluster, &plan.backup.id.to_string(), &places, token);
     let claimed = Directory::claim(&options.into, &marker, owner)?;
     let fill = async {
         progress.begin(Phase::Files, manifest.public.plain_bytes);
@@ -165,6 +167,7 @@ pub async fn run(
                  have run: that line is a comment now"
             )
         }));
+        notes.extend(delivery.place_later_histories(wal).await?);
 
         progress.begin(Phase::Syncing, 0);
         restored.directory_modes.set()?;
@@ -383,13 +386,47 @@ impl Delivery<'_> {
         self.make_folder(&wal)?;
         self.make_folder(&wal.join("archive_status"))?;
         for timeline in &self.plan.histories {
-            let repository = self.reader.repository();
-            let content = insist(repository.clock(), || repository.history_file(*timeline)).await?;
-            let name = timeline.history_file_name();
-            self.write(&wal.join(&name), &content)?;
-            self.mark_archived(&name)?;
+            let content = self.history(*timeline).await?;
+            self.write_history(*timeline, &content)?;
         }
         Ok(())
+    }
+
+    async fn history(&self, timeline: TimelineId) -> Result<Bytes> {
+        let repository = self.reader.repository();
+        insist(repository.clock(), || repository.history_file(timeline)).await
+    }
+
+    fn write_history(&self, timeline: TimelineId, content: &[u8]) -> Result<()> {
+        let name = timeline.history_file_name();
+        self.write(&self.wal_directory().join(&name), content)?;
+        self.mark_archived(&name)
+    }
+
+    /// Places the histories that other servers have stored since the plan was made, for who has no `wal-get`
+    /// to look for them when it takes a number of its own. One number is looked for after the other until
+    /// there is none, as PostgreSQL does. Gives a note when the repository is away.
+    async fn place_later_histories(&self, wal: WalDelivery) -> Result<Option<String>> {
+        if wal != WalDelivery::InPlace {
+            return Ok(None);
+        }
+        let later = (self.plan.timeline.get()..u32::MAX).map(|number| number + 1);
+        for timeline in later.filter_map(TimelineId::new) {
+            if self.plan.histories.contains(&timeline) {
+                continue;
+            }
+            match self.history(timeline).await {
+                Ok(content) => self.write_history(timeline, &content)?,
+                Err(error) if error.kind() == Kind::NotFound => break,
+                Err(error) => {
+                    return Ok(Some(format!(
+                        "a server that was promoted since the plan was made may have the timeline that this \
+                         one takes: unable to look for it: {error}"
+                    )));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Places WAL, all of it when it is little, or prepares for handing it over.
@@ -516,7 +553,6 @@ impl Delivery<'_> {
 mod tests {
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::TimelineId;
     use crate::repo::Repository;
 
     #[tokio::test]

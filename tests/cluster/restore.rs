@@ -212,7 +212,7 @@ async fn every_kind_of_target_ends_at_exactly_that_commit() {
         assert_eq!(report.wal, WalDelivery::InPlace);
         verify_backup(&binaries, &folder.data());
         assert_eq!(rows(&binaries, &folder.data()), (1..=last).collect::<Vec<_>>(), "{target}");
-        assert!(side.read_dir().unwrap().next().is_some());
+        assert_eq!(side.read_dir().unwrap().count(), 1, "PostgreSQL's folder and nothing of ours");
         if binaries.brings("pg_checksums", "on a restore") {
             let checked = binaries
                 .command("pg_checksums")
@@ -289,6 +289,14 @@ async fn a_restored_cluster_never_reuses_a_timeline_of_the_repository() {
     run(&place, &point, &options(&folder.data())).await.unwrap();
     assert_eq!(rows(&binaries, &folder.data()), [1]);
     assert!(folder.data().join("pg_wal/00000003.history").exists());
+    // Another server was promoted after the plan was made.
+    let three = tidemark::pg::TimelineId::new(3).unwrap();
+    let history = format!("1\t{}\tno recovery target specified\n", point.applied_end_lsn);
+    place.writer.put_history(three, history.into()).await.unwrap();
+    let folder = Folder::new();
+    run(&place, &point, &options(&folder.data())).await.unwrap();
+    assert_eq!(rows(&binaries, &folder.data()), [1]);
+    assert!(folder.data().join("pg_wal/00000004.history").exists());
     let timeline = TimelineChoice::Exactly(tidemark::pg::TimelineId::FIRST);
     let old = plan(&place, &Request { timeline, ..Request::default() }).await.unwrap();
     assert_eq!((old.timeline.get(), old.stop), (1, Stop::EndOfWal));

@@ -197,16 +197,54 @@ async fn wal_that_a_server_has_and_the_repository_has_not_yet_is_kept() {
 
     // As the manual tells who restores: the dead server's WAL files are copied to where recovery finds them.
     std::fs::rename(by_hand.join("standby.signal"), by_hand.join("recovery.signal")).unwrap();
+    copy_wal(&server, &by_hand);
+    let recovered = Postgres::adopt(&binaries, &by_hand);
+    recovered.run();
+    recovered.wait_for("select pg_is_in_recovery()", "f");
+    assert_eq!(recovered.psql("select count(*) from t"), "3");
+}
+
+/// Copies the WAL of the dead `server` into the data directory `data`.
+fn copy_wal(server: &Postgres, data: &Path) {
     for entry in std::fs::read_dir(server.data().join("pg_wal")).unwrap() {
         let entry = entry.unwrap();
-        let copy = by_hand.join("pg_wal").join(entry.file_name());
+        let copy = data.join("pg_wal").join(entry.file_name());
         if entry.file_type().unwrap().is_file() {
             std::fs::copy(entry.path(), &copy).unwrap();
             Account::current().give(&copy);
         }
     }
-    let recovered = Postgres::adopt(&binaries, &by_hand);
-    recovered.run();
-    recovered.wait_for("select pg_is_in_recovery()", "f");
-    assert_eq!(recovered.psql("select count(*) from t"), "3");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_saved_from_the_lost_host_is_replayed_by_a_standby_and_not_by_a_planned_restore() {
+    let (server, tidemark, sidecar) = streamed_and_backed_up();
+    let binaries = Binaries::of_this_run();
+    server.psql("insert into t values (1)");
+    wait_durable(&server);
+    // The repository ends in the middle of a segment; two more commits are on the host alone.
+    assert_eq!(sidecar.terminate(), Some(0));
+    server.psql("insert into t values (2)");
+    server.psql("select pg_switch_wal()");
+    server.psql("insert into t values (3)");
+    server.stop(Stop::Immediate);
+
+    let restored = |name: &str, words: &[&str]| {
+        let target = tidemark.new_target(name);
+        tidemark.run(&[&["restore", "--into", target.to_str().unwrap()], words].concat()).ok();
+        copy_wal(&server, &target);
+        let restored = Postgres::adopt(&binaries, &target);
+        restored.run();
+        restored
+    };
+    let rows = "select string_agg(id::text, ',' order by id) from t";
+    let standby = restored("standby", &["--as-standby", "--primary", "none"]);
+    standby.wait_for(rows, "1,2,3");
+    standby.promote();
+    assert_eq!(standby.psql(rows), "1,2,3");
+    standby.psql("insert into t values (4)");
+    // The newest state of the repository is what was planned, and what it ends with.
+    let planned = restored("planned", &[]);
+    planned.wait_for("select pg_is_in_recovery()", "f");
+    assert_eq!(planned.psql(rows), "1");
 }

@@ -2,9 +2,11 @@
 //!
 //! # Invariants
 //! 1. Nothing is cleared on the word of a marker alone, for whoever may write to the directory can put
-//!    one there: cleared are the data directory, which the command line names, and the tablespace
-//!    directories that the marker *and* this restore's own plan name. While the marker names another
-//!    one that is not empty, everything is left alone.
+//!    one there, and an old one names directories that are another cluster's by now: cleared are the data
+//!    directory, which the command line names, and the tablespace directories that the marker *and* this
+//!    restore's own plan name *and* that hold the marker's [token](super::token). While one that holds it
+//!    is not planned, everything is left alone; one that does not hold it is not this restore's, and stays
+//!    as it is. A marker without a token, of an older version, has no say about tablespaces.
 //! 2. A marker counts when this account, root, or the account that is restored for wrote it. One of the
 //!    last, read by another, has a say only about directories of that account: with it nobody has
 //!    anything emptied that he could not empty himself.
@@ -12,8 +14,9 @@
 //!    nor one that takes its place meanwhile leads out of it.
 //!
 //! # Durability
-//! The marker stays until the end, so that being interrupted here is the same state again. Nothing of
-//! value can be lost: with the marker there and no `pg_control`, no server ever ran on these files.
+//! The marker stays until the end, and a token until its directory is empty, so that being interrupted here
+//! is the same state again. Nothing of value can be lost: with the marker there and no `pg_control`, no
+//! server ever ran on these files.
 
 use std::ffi::CStr;
 use std::fs::{self, File, Metadata};
@@ -22,10 +25,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, fstat, openat, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, fchmod, fstat, open, openat, statat, unlinkat,
+};
 use rustix::io::Errno;
 
-use super::{CONTROL_FILE, MARKER, Marker, Owner, lock, open_directory};
+use super::{
+    CONTROL_FILE, LAST_WORDS, MARKER, Marker, Owner, Token, lock, open_directory, open_in, token,
+};
 use crate::error::{Context, Error, Kind, Result};
 
 /// Longest marker read: paths of tablespaces and a few facts.
@@ -63,26 +70,20 @@ pub(super) fn clear(
         return Err(Error::new(Kind::Conflict, message)
             .hint("This is not what an interrupted restore leaves. Name another directory."));
     }
-    let named = named_places(&mut marker, path).context(attempted)?;
-    let strange = named.iter().find(|place| !planned.contains(place) && !is_empty(place));
-    if let Some(place) = strange {
-        return Err(strange_place(&attempted(), place));
-    }
+    let words = Words::of(&mut marker, word, (&data, path), owner).context(attempted)?;
     // All are opened and judged before the first is emptied.
-    let mut emptied = vec![(path, data)];
-    for place in named.iter().filter(|place| planned.contains(place) && place.is_dir()) {
-        emptied.push((place, open_directory(place)?));
-    }
-    for (place, folder) in &emptied {
+    let spaces = words.to_empty(planned, &attempted())?;
+    for (place, folder) in
+        spaces.iter().map(|(place, folder)| (*place, folder)).chain([(path, &data)])
+    {
         let found = folder.metadata().context(attempted)?;
-        word.counts_for(&found).map_err(|flaw| strange_owner(&attempted(), place, &flaw))?;
+        words.word.counts_for(&found).map_err(|flaw| strange_owner(&attempted(), place, &flaw))?;
     }
-    // The data directory last: until then its links say where the tablespaces are.
-    for (place, folder) in emptied.iter().rev() {
-        let emptying = || format!("unable to clear '{}'", place.display());
-        let folder = folder.try_clone().context(emptying)?;
-        empty(folder.into(), Some(MARKER), 0).context(emptying)?;
+    for (place, folder) in spaces {
+        words.empty_space(folder).context(|| format!("unable to clear '{}'", place.display()))?;
     }
+    // The data directory last: until then it says where the tablespaces are.
+    empty(data.into(), Some(MARKER), 0).context(attempted)?;
     Ok(Some(marker))
 }
 
@@ -91,25 +92,127 @@ pub(super) fn clear(
 pub(crate) fn interrupted_for(path: &Path) -> Option<Owner> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let marker = openat(open_directory(path).ok()?, MARKER, flags, Mode::empty()).ok()?;
-    let marker = File::from(marker);
+    let mut marker = File::from(marker);
     if Word::of(&marker.metadata().ok()?, None) != Ok(Word::Trusted) {
         return None;
     }
-    let mut text = Vec::new();
-    marker.take(MARKER_BYTES_MAX).read_to_end(&mut text).ok()?;
-    serde_json::from_slice::<Marker>(&text).ok()?.owner
+    read(&mut marker).ok()??.owner
 }
 
-/// The tablespace directories that the restore wrote to, as far as its marker tells.
-fn named_places(marker: &mut File, path: &Path) -> std::io::Result<Vec<PathBuf>> {
+/// What an interrupted restore says of tablespaces.
+struct Words {
+    word: Word,
+    /// The directories that it took.
+    places: Vec<PathBuf>,
+    token: Option<Token>,
+}
+
+/// What is in a directory that a marker names.
+enum Found {
+    Nothing,
+    /// What its restore has left, and the token.
+    Remains(File),
+    /// What does not hold the token.
+    Other,
+}
+
+impl Words {
+    /// Those of `marker`, which counts for `word`, in the data directory `data` at `path`.
+    fn of(
+        marker: &mut File,
+        word: Word,
+        (data, path): (&File, &Path),
+        owner: Option<Owner>,
+    ) -> std::io::Result<Self> {
+        if let Some(Marker { tablespace_directories: places, token, .. }) = read(marker)? {
+            return Ok(Self { word, places, token });
+        }
+        // A marker that is not readable was interrupted in the last step, when it holds pg_control and
+        // every link to a tablespace is there, or before anything was written.
+        let [folder, name] = LAST_WORDS;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let last = open_in(data, Path::new(folder))
+            .and_then(|folder| Ok(openat(&folder, name, flags, Mode::empty())?));
+        let last = last.map(File::from).ok().and_then(|mut file| {
+            let believed = Word::of(&file.metadata().ok()?, owner).ok()?;
+            Some((believed, read(&mut file).ok()??))
+        });
+        Ok(match last {
+            Some((believed, Marker { tablespace_directories: places, token, .. })) => {
+                Self { word: word.weaker(believed), places, token }
+            }
+            None => Self { word, places: linked_tablespaces(path), token: None },
+        })
+    }
+
+    /// The directories among `planned` that are to be emptied.
+    fn to_empty(&self, planned: &[PathBuf], attempted: &str) -> Result<Vec<(&Path, File)>> {
+        let mut found = Vec::new();
+        for place in &self.places {
+            let looked = self.found_in(place);
+            let looked =
+                looked.context(|| format!("{attempted}: unable to see '{}'", place.display()))?;
+            match (looked, planned.contains(place)) {
+                (Found::Nothing, _) => {}
+                (Found::Remains(folder), true) => found.push((place.as_path(), folder)),
+                (Found::Remains(_), false) => return Err(strange_place(attempted, place)),
+                (Found::Other, false) if self.token.is_some() => {}
+                (Found::Other, _) => return Err(self.unproven_place(attempted, place)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn found_in(&self, place: &Path) -> std::io::Result<Found> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = match open(place, flags, Mode::empty()) {
+            Ok(folder) => File::from(folder),
+            Err(Errno::NOENT) => return Ok(Found::Nothing),
+            Err(Errno::NOTDIR) => return Ok(Found::Other),
+            Err(error) => return Err(error.into()),
+        };
+        if token::first_but(&folder, "")?.is_none() {
+            return Ok(Found::Nothing);
+        }
+        let is_held = self.token.map_or(Ok(false), |token| token.is_in(&folder))?;
+        Ok(if is_held { Found::Remains(folder) } else { Found::Other })
+    }
+
+    /// Empties the directory of a tablespace, the token last.
+    fn empty_space(&self, folder: File) -> std::io::Result<()> {
+        let Some(token) = self.token else { return Ok(()) };
+        empty(folder.try_clone()?.into(), Some(&token.to_string()), 0)?;
+        folder.sync_all()?;
+        token.remove(&folder)?;
+        folder.sync_all()
+    }
+
+    fn unproven_place(&self, attempted: &str, place: &Path) -> Error {
+        let place = place.display();
+        let message = format!(
+            "{attempted}: its '{MARKER}' names '{place}', which is not empty, and nothing there shows that \
+             it is of that restore"
+        );
+        Error::new(Kind::Conflict, message).hint(match self.token {
+            Some(_) => format!(
+                "Nothing was removed. Another cluster may have its tablespace there by now: choose another \
+                 place with --tablespace OLD=NEW; or see what is in '{place}', and empty it yourself if it \
+                 is of no use."
+            ),
+            None => format!(
+                "Nothing was removed. A marker of an older version does not tell whether another cluster \
+                 has its tablespace there by now: see what is in '{place}', and empty it yourself if it is \
+                 of no use; or name another directory with --into."
+            ),
+        })
+    }
+}
+
+/// What `marker` says, if it says anything.
+fn read(marker: &mut File) -> std::io::Result<Option<Marker>> {
     let mut text = Vec::new();
     marker.take(MARKER_BYTES_MAX).read_to_end(&mut text)?;
-    // A marker that is not readable was interrupted in the last step, when it holds pg_control and
-    // every link to a tablespace is there, or before anything was written.
-    Ok(match serde_json::from_slice::<Marker>(&text) {
-        Ok(marker) => marker.tablespace_directories,
-        Err(_) => linked_tablespaces(path),
-    })
+    Ok(serde_json::from_slice(&text).ok())
 }
 
 fn linked_tablespaces(path: &Path) -> Vec<PathBuf> {
@@ -120,13 +223,12 @@ fn linked_tablespaces(path: &Path) -> Vec<PathBuf> {
 
 fn strange_place(attempted: &str, place: &Path) -> Error {
     let message = format!(
-        "{attempted}: its '{MARKER}' names '{}', which is not empty and where this restore puts \
-         no tablespace",
+        "{attempted}: it has left something in '{}', where this restore puts no tablespace",
         place.display()
     );
     Error::new(Kind::Conflict, message).hint(format!(
-        "Nothing was removed. Name it again with --tablespace OLD={0}; or see what is in '{0}', \
-         and empty it yourself if it is of no use.",
+        "Nothing was removed. To have it cleared name it again with --tablespace OLD={0}; or empty '{0}' \
+         yourself.",
         place.display()
     ))
 }
@@ -170,6 +272,11 @@ impl Word {
         }
     }
 
+    /// What may be believed of what both say.
+    fn weaker(self, other: Self) -> Self {
+        if self == Self::Trusted { other } else { self }
+    }
+
     /// Whether it may say that a directory is to be emptied; in the error why not.
     fn counts_for(self, directory: &Metadata) -> Result<(), String> {
         match self {
@@ -183,14 +290,6 @@ impl Word {
 
 fn is_there(folder: &File, name: &str) -> bool {
     statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
-}
-
-/// Whether there is certainly nothing in it.
-fn is_empty(place: &Path) -> bool {
-    match fs::read_dir(place) {
-        Ok(mut entries) => entries.next().is_none(),
-        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
-    }
 }
 
 /// Removes everything in `folder` but the file `keep`.

@@ -4,9 +4,10 @@ use super::*;
 use crate::pg::{SegmentSize, SystemId, TimelineHistory};
 use crate::repo::{Encryption, ExtentBuilder, Level};
 use crate::restore::handover::tests::settings;
+use crate::store::Store as _;
 use crate::store::memory::{Faults, Memory};
 
-/// A repository with two segments, and a data directory into which a plan hands them over.
+/// A repository with a few segments, and a data directory into which a plan hands them over.
 struct Scene {
     clock: Clock,
     memory: Memory,
@@ -19,10 +20,15 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
+        Self::with_segments(2).await
+    }
+
+    async fn with_segments(count: u64) -> Self {
         let clock = Clock::simulated("2026-11-22T10:00:00Z".parse().unwrap(), 3);
         let (memory, repository) = Repository::in_memory(&clock).await;
         let writer = repository.writer(&Encryption::None).await.unwrap();
-        for start in [0x300_0000, 0x310_0000] {
+        let end = 0x300_0000 + (count << 20);
+        for start in (0x300_0000..end).step_by(1 << 20) {
             let (first, level) = (TimelineId::FIRST, Level::default());
             let mut builder = ExtentBuilder::new(&writer, first, Lsn(start), level).unwrap();
             builder.push(vec![7; 1 << 20].into()).unwrap();
@@ -30,7 +36,7 @@ impl Scene {
         }
         let size = SegmentSize::new(1 << 20).unwrap();
         let path = TimelineHistory::first_timeline_only(TimelineId::FIRST).path();
-        let span = LsnRange::new(Lsn(0x300_0028), Lsn(0x320_0000)).unwrap();
+        let span = LsnRange::new(Lsn(0x300_0028), Lsn(end)).unwrap();
         let settings = Settings::new("main".into(), SystemId(7), size, &path, span);
         let data = tempfile::tempdir().unwrap();
         let folder = Folder::of(&data.path().join("pg_wal"));
@@ -157,6 +163,80 @@ async fn who_fetches_ahead_ends_when_its_folder_goes() {
         },
     );
     scene.ahead().run(0x30).await.unwrap();
+}
+
+/// Has all of `count` segments fetched ahead from a repository that is slow, while `take` takes them, and
+/// checks that each was fetched once and that nothing stays behind.
+async fn fetched_once(count: u64, take: impl AsyncFn(&Scene, String)) {
+    let scene = Scene::with_segments(count).await;
+    let delay_max = Duration::from_secs(7);
+    scene.memory.set_faults(Faults { seed: 3, delay_max, ..Faults::default() });
+    let before = scene.memory.requests();
+    let taking = async {
+        for number in 0x30..0x30 + count {
+            take(&scene, scene.settings.segment_name(number).unwrap()).await;
+            // Replay, in which it asks for nothing.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        }
+    };
+    let ahead = scene.ahead();
+    let (fetched, ()) = tokio::join!(ahead.run(0x30), taking);
+    fetched.unwrap();
+    assert_eq!(scene.folder.spool().unwrap(), Some(Vec::new()));
+    assert_eq!(scene.memory.requests().gets - before.gets, count);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_handed_over_is_not_fetched_again() {
+    fetched_once(20, async |scene, name| {
+        let request = WalGetRequest { name, path: scene.request.path.clone() };
+        let never = async || Err(Error::new(Kind::Bug, "the repository was opened"));
+        let given = wal_get(&request, &scene.clock, None, never).await.unwrap();
+        assert_eq!(given, WalGet::Found);
+    })
+    .await;
+    // Nor on the word of a note that its writer, who was killed for instance, has left.
+    fetched_once(20, async |scene, name| {
+        let take = || fs::rename(scene.folder.spooled(&name), &scene.request.path).is_ok();
+        if take() {
+            return;
+        }
+        scene.folder.want(&name, 1).unwrap();
+        while !take() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_replay_has_passed_does_not_stay_in_the_spool() {
+    let scene = Scene::with_segments(4).await;
+    let name = |number| scene.settings.segment_name(number).unwrap();
+    for number in [0x30, 0x31, 0x33] {
+        fs::write(scene.folder.spooled(&name(number)), "wal").unwrap();
+    }
+    scene.folder.want(&name(0x32), 1).unwrap();
+    scene.ahead().run(0x30).await.unwrap();
+    let mut left = scene.folder.spool().unwrap().unwrap();
+    left.sort();
+    assert_eq!(left, [name(0x32), name(0x33)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_says_again_what_for() {
+    let scene = Scene::new().await;
+    let (name, never) = (&scene.request.name, async || Err(Error::new(Kind::Bug, "opened")));
+    let held = scene.folder.lock().unwrap();
+    let (given, ()) = tokio::join!(wal_get(&scene.request, &scene.clock, None, never), async {
+        for _ in 0..3 {
+            tokio::time::sleep(LOOK_FOR_SERVER_EVERY + LOOK_EVERY * 2).await;
+            assert_eq!(scene.folder.take_wanted().unwrap().as_ref(), Some(name));
+        }
+        fs::write(scene.folder.spooled(name), "wal").unwrap();
+    });
+    assert_eq!(given.unwrap(), WalGet::Found);
+    drop(held);
 }
 
 #[tokio::test(start_paused = true)]

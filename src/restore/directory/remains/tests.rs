@@ -4,6 +4,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
 use super::super::{Directory, TablespacePlace};
 use super::*;
+use crate::clock::Clock;
 use crate::restore::rights::as_account;
 
 fn marker(places: &[&Path]) -> Marker {
@@ -11,7 +12,7 @@ fn marker(places: &[&Path]) -> Marker {
         .iter()
         .map(|path| TablespacePlace { oid: 1, old: "/x".into(), new: path.to_path_buf() })
         .collect();
-    Marker::new("main", "b", &places)
+    Marker::new("main", "b", &places, Token::draw(&Clock::system()).unwrap())
 }
 
 /// A data directory with a marker that names `places`, as an interrupted restore leaves it.
@@ -26,28 +27,114 @@ fn refusal(data: &Path, places: &[&Path], owner: Option<Owner>) -> Error {
     error
 }
 
+/// The name of the one file in `space` that a restore has put there itself.
+fn token_in(space: &Path) -> PathBuf {
+    let names = fs::read_dir(space).unwrap().map(|entry| entry.unwrap().path());
+    let of_ours = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(MARKER);
+    names.into_iter().find(of_ours).unwrap()
+}
+
 #[test]
 fn what_only_the_marker_names_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let (data, victim) = (dir.path().join("data"), dir.path().join("victim"));
     interrupted(&data, &[&victim]);
-    fs::write(victim.join("precious"), "x").unwrap();
+    fs::write(victim.join("left"), "x").unwrap();
+    let error = refusal(&data, &[&dir.path().join("space")], None);
+    assert!(error.message().contains(&format!("something in '{}'", victim.display())), "{error}");
+    assert!(error.hint_text().unwrap().contains("--tablespace"), "{error:?}");
+    assert!(victim.join("left").exists() && data.join("PG_VERSION").exists());
+    // Emptied by hand, or named again, it is in nobody's way.
+    drop(Directory::claim(&data, &marker(&[&victim]), None).unwrap());
+    assert!(!victim.join("left").exists() && !data.join("PG_VERSION").exists());
+    fs::remove_file(token_in(&victim)).unwrap();
+    drop(Directory::claim(&data, &marker(&[]), None).unwrap());
+}
+
+#[test]
+fn a_directory_that_is_another_clusters_by_now_is_not_emptied() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (old, space) = (path("old"), path("space"));
+    interrupted(&old, &[&space]);
+    fs::remove_dir_all(&space).unwrap();
+    // Another restore is writing there, is interrupted, has finished: it is never the old one's to clear.
+    let new = Directory::claim(&path("new"), &marker(&[&space]), None).unwrap();
+    fs::write(space.join("precious"), "x").unwrap();
+    for folder in ["global", "pg_wal"] {
+        fs::create_dir(path("new").join(folder)).unwrap();
+    }
+    refusal(&old, &[&space], None);
+    new.finish(b"control", 0o600).unwrap();
+    let error = refusal(&old, &[&space], None);
+    assert!(error.message().contains("nothing there shows"), "{error}");
+    assert!(error.hint_text().unwrap().contains("--tablespace OLD=NEW"), "{error:?}");
+    assert!(space.join("precious").exists() && old.join("PG_VERSION").exists());
+    // Nor is it in the way of who wants something else.
+    drop(Directory::claim(&old, &marker(&[&path("elsewhere")]), None).unwrap());
+    assert!(space.join("precious").exists() && !old.join("PG_VERSION").exists());
+}
+
+#[test]
+fn a_marker_without_a_token_has_no_say_about_tablespaces() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+    interrupted(&data, &[&space]);
+    fs::remove_file(token_in(&space)).unwrap();
+    let old = Marker { token: None, ..marker(&[&space]) };
+    fs::write(data.join(MARKER), serde_json::to_vec(&old).unwrap()).unwrap();
+    fs::write(space.join("precious"), "x").unwrap();
     for by_links in [false, true] {
         if by_links {
             // As after an interruption in the last step.
             fs::create_dir(data.join("pg_tblspc")).unwrap();
-            symlink(&victim, data.join("pg_tblspc/16400")).unwrap();
+            symlink(&space, data.join("pg_tblspc/16400")).unwrap();
             fs::write(data.join(MARKER), [0xff; 8192]).unwrap();
         }
-        let error = refusal(&data, &[&dir.path().join("space")], None);
-        assert!(error.message().contains(&format!("names '{}'", victim.display())), "{error}");
-        assert!(error.hint_text().unwrap().contains("--tablespace"), "{error:?}");
-        assert!(victim.join("precious").exists() && data.join("PG_VERSION").exists());
+        for planned in [&space, &dir.path().join("elsewhere")] {
+            let error = refusal(&data, &[planned], None);
+            assert!(error.message().contains(&format!("'{}'", space.display())), "{error}");
+            assert!(error.hint_text().unwrap().contains("empty it yourself"), "{error:?}");
+            assert!(space.join("precious").exists() && data.join("PG_VERSION").exists());
+        }
     }
-    // Emptied by hand, or named again, it is in nobody's way.
-    drop(Directory::claim(&data, &marker(&[&victim]), None).unwrap());
-    assert!(!victim.join("precious").exists() && !data.join("PG_VERSION").exists());
-    drop(Directory::claim(&data, &marker(&[]), None).unwrap());
+    fs::remove_file(space.join("precious")).unwrap();
+    drop(Directory::claim(&data, &marker(&[&space]), None).unwrap());
+    assert!(!data.join("PG_VERSION").exists());
+}
+
+#[test]
+fn wherever_a_restore_dies_the_next_one_can_clear_its_tablespaces() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+    let again = || drop(Directory::claim(&data, &marker(&[&space]), None).unwrap());
+    // Before the directory was made, and before the token was put into it.
+    interrupted(&data, &[&space]);
+    fs::remove_dir_all(&space).unwrap();
+    again();
+    fs::remove_file(token_in(&space)).unwrap();
+    again();
+    // Before the token had its name.
+    let token = token_in(&space);
+    fs::rename(&token, format!("{}.new", token.display())).unwrap();
+    again();
+    // While it was being cleared.
+    fs::create_dir_all(space.join("PG_15/1")).unwrap();
+    again();
+    assert_eq!(fs::read_dir(&space).unwrap().count(), 1);
+    // In the last step.
+    fs::write(space.join("left"), "x").unwrap();
+    fs::create_dir(data.join("pg_wal")).unwrap();
+    fs::copy(data.join(MARKER), LAST_WORDS.iter().fold(data.clone(), |path, name| path.join(name)))
+        .unwrap();
+    again();
+    assert!(!space.join("left").exists());
+    fs::write(space.join("left"), "x").unwrap();
+    fs::create_dir(data.join("pg_wal")).unwrap();
+    fs::copy(data.join(MARKER), data.join("pg_wal").join(MARKER)).unwrap();
+    fs::write(data.join(MARKER), [0xff; 8192]).unwrap();
+    again();
+    assert!(!space.join("left").exists());
 }
 
 #[test]
