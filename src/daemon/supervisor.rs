@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use tokio_util::sync::CancellationToken;
 
 use super::schedule::{self, ASK_PAUSE_MAX, BackupHistory, Failure};
@@ -27,6 +28,12 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest that a process waits before it sweeps and expires for the first time: one that is started anew
 /// more often than it is due must do so too.
 const UPKEEP_FIRST: Duration = Duration::from_secs(300);
+/// Where nobody was at work for so long, by this machine's clock, nothing is expired for as long: the clock may
+/// not be set yet, and one that is weeks ahead makes everything old. Over a store with a clock of its own that is
+/// found out; a folder's files are stamped by this one.
+const CLOCK_DOUBT: Duration = Duration::from_secs(24 * 3600);
+/// How far this machine's clock may be set between two runs that expire; after more the later one is left out.
+const CLOCK_SLACK: SignedDuration = SignedDuration::from_hours(1);
 
 /// A process that takes no backups asks so often whether the one that is needed was taken by somebody else.
 const OTHERS_BACKUP_PAUSE: Duration = Duration::from_secs(3600);
@@ -126,6 +133,8 @@ struct Chores<'a> {
     unanswered: Unanswered,
     /// When sweeping and expiring is due.
     upkeep_due: Option<Instant>,
+    /// Both clocks at one moment, to see when one of them was set.
+    clocks: (Timestamp, Instant),
 }
 
 /// A question that found no answer.
@@ -139,7 +148,18 @@ struct Unanswered {
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
-        let first = |interval: Duration| clock.instant() + interval.min(UPKEEP_FIRST);
+        let away = |since: Timestamp| clock.now().duration_since(since).unsigned_abs();
+        let away = supervisor.writing.lease.renewed_before().map(away);
+        let doubted = away.filter(|away| *away > CLOCK_DOUBT);
+        if let Some(away) = doubted {
+            let days = away.as_secs() / CLOCK_DOUBT.as_secs();
+            tracing::info!(
+                "nothing is expired for a day: by this clock nobody has written here for {days} days"
+            );
+        }
+        let first = |interval: Duration| {
+            clock.instant() + doubted.map_or(interval.min(UPKEEP_FIRST), |_| CLOCK_DOUBT)
+        };
         Self {
             supervisor,
             config,
@@ -150,6 +170,7 @@ impl<'a> Chores<'a> {
             failure: None,
             unanswered: Unanswered::default(),
             upkeep_due: supervisor.duties.upkeep_interval.map(first),
+            clocks: (clock.now(), clock.instant()),
         }
     }
 
@@ -331,6 +352,12 @@ impl<'a> Chores<'a> {
             return;
         }
         self.upkeep_due = duties.upkeep_interval.map(|interval| now + interval);
+        if self.was_clock_set() {
+            tracing::warn!(
+                "this machine's clock was set, or it was suspended: nothing is expired before the next time"
+            );
+            return;
+        }
         if let Some(options) = &duties.retention {
             let outcome = upkeep::expire(repository, options, self.clock).await;
             let refused =
@@ -353,6 +380,15 @@ impl<'a> Chores<'a> {
             (report.pack_count > 0)
                 .then(|| format!("swept {} packs of backups that were aborted", report.pack_count))
         });
+    }
+
+    /// Whether the calendar's clock has gone much further or less far than the other since this was last asked.
+    fn was_clock_set(&mut self) -> bool {
+        let now = (self.clock.now(), self.clock.instant());
+        let (before_time, before) = std::mem::replace(&mut self.clocks, now);
+        let by_calendar = now.0.duration_since(before_time);
+        let elapsed = SignedDuration::try_from(now.1.saturating_duration_since(before));
+        (by_calendar - elapsed.unwrap_or(SignedDuration::MAX)).abs() > CLOCK_SLACK
     }
 
     fn note_failed_upkeep(&self, has_failed: bool) {
@@ -528,6 +564,26 @@ mod tests {
         let look = scene.lists() - before;
         scene.run_for(Duration::from_secs(3500)).await;
         assert!(scene.lists() - before > 2 * look, "nothing was swept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_expired_by_a_clock_that_may_be_far_ahead() {
+        let mut scene = scene(Duties { upkeep_interval: DAY, ..Duties::default() }).await;
+        let (_, other) = Repository::in_memory(&scene.clock).await;
+        let take = async || Lease::acquire(&other, LeaseOptions::new("run")).await.unwrap();
+        take().await.release().await;
+        tokio::time::sleep(2 * CLOCK_DOUBT).await;
+        scene.supervisor.writing.lease = take().await;
+        let before = scene.lists();
+        scene.run_for(CLOCK_DOUBT - HOUR).await;
+        let look = scene.lists() - before;
+        scene.run_for(CLOCK_DOUBT + HOUR).await;
+        assert!(scene.lists() - before > 2 * look, "nothing was swept a day later");
+        let config = config();
+        let mut chores = Chores::new(&scene.supervisor, &config, &scene.clock);
+        assert!(!chores.was_clock_set());
+        scene.clock.suspend(SignedDuration::from_hours(24 * 40));
+        assert!(chores.was_clock_set() && !chores.was_clock_set());
     }
 
     #[tokio::test(start_paused = true)]

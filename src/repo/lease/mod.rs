@@ -39,6 +39,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -168,6 +169,7 @@ pub struct Lease {
     /// As whom and where it is taken again.
     candidate: Candidate,
     look_first: bool,
+    renewed_before: Option<Timestamp>,
 }
 
 /// One acquisition and the task that renews it.
@@ -179,7 +181,7 @@ struct Holding {
 
 impl Holding {
     fn begin(candidate: &Candidate, taken: Taken, look_first: bool) -> Self {
-        let Taken { contents, tag, term } = taken;
+        let Taken { contents, tag, term, .. } = taken;
         let ttl = candidate.options.ttl;
         tokens_held().insert(contents.token.clone());
         let shared = Arc::new(Shared {
@@ -271,8 +273,15 @@ impl Lease {
     }
 
     fn begin(taken: Taken, candidate: Candidate, look_first: bool) -> Self {
+        let renewed_before = taken.renewed_before;
         let holding = Mutex::new(Holding::begin(&candidate, taken, look_first));
-        Self { holding, candidate, look_first }
+        Self { holding, candidate, look_first, renewed_before }
+    }
+
+    /// When the holder before this one was last at work, by its own clock; `None` where there was none.
+    #[must_use]
+    pub fn renewed_before(&self) -> Option<Timestamp> {
+        self.renewed_before
     }
 
     fn holding(&self) -> MutexGuard<'_, Holding> {
