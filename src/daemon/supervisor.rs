@@ -19,6 +19,7 @@ use crate::clock::{Clock, Instant};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
+use crate::repo::lease::CLOCK_DOUBT;
 use crate::repo::retention::RetentionOptions;
 use crate::repo::{BackupSummary, Catalog};
 
@@ -28,12 +29,10 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest that a process waits before it sweeps and expires for the first time: one that is started anew
 /// more often than it is due must do so too.
 const UPKEEP_FIRST: Duration = Duration::from_secs(300);
-/// Where nobody was at work for so long, by this machine's clock, nothing is expired for as long: the clock may
-/// not be set yet, and one that is weeks ahead makes everything old. Over a store with a clock of its own that is
-/// found out; a folder's files are stamped by this one.
-const CLOCK_DOUBT: Duration = Duration::from_secs(24 * 3600);
 /// How far this machine's clock may be set between two runs that expire; after more the later one is left out.
 const CLOCK_SLACK: SignedDuration = SignedDuration::from_hours(1);
+/// How long is waited then.
+const CLOCK_SETTLES: Duration = Duration::from_secs(6 * 3600);
 
 /// A process that takes no backups asks so often whether the one that is needed was taken by somebody else.
 const OTHERS_BACKUP_PAUSE: Duration = Duration::from_secs(3600);
@@ -148,17 +147,20 @@ struct Unanswered {
 
 impl<'a> Chores<'a> {
     fn new(supervisor: &'a Supervisor, config: &'a Config, clock: &'a Clock) -> Self {
-        let away = |since: Timestamp| clock.now().duration_since(since).unsigned_abs();
-        let away = supervisor.writing.lease.renewed_before().map(away);
-        let doubted = away.filter(|away| *away > CLOCK_DOUBT);
-        if let Some(away) = doubted {
-            let days = away.as_secs() / CLOCK_DOUBT.as_secs();
+        // One that is weeks ahead makes everything old. Over a store with a clock of its own that is found out; the
+        // files of a folder are stamped by this machine's.
+        let doubted = supervisor.writing.lease.clock_doubted_since();
+        if doubted.is_some() {
             tracing::info!(
-                "nothing is expired for a day: by this clock nobody has written here for {days} days"
+                "nothing is expired for a day: by this clock nobody has written here for longer than that"
             );
         }
+        let doubted = doubted.map(|since| {
+            let passed = clock.now().duration_since(since).unsigned_abs();
+            clock.instant() + CLOCK_DOUBT.saturating_sub(passed)
+        });
         let first = |interval: Duration| {
-            clock.instant() + doubted.map_or(interval.min(UPKEEP_FIRST), |_| CLOCK_DOUBT)
+            doubted.unwrap_or_else(|| clock.instant() + interval.min(UPKEEP_FIRST))
         };
         Self {
             supervisor,
@@ -353,9 +355,13 @@ impl<'a> Chores<'a> {
         }
         self.upkeep_due = duties.upkeep_interval.map(|interval| now + interval);
         if self.was_clock_set() {
-            tracing::warn!(
-                "this machine's clock was set, or it was suspended: nothing is expired before the next time"
-            );
+            self.upkeep_due =
+                duties.upkeep_interval.map(|interval| now + interval.min(CLOCK_SETTLES));
+            let hours = CLOCK_SETTLES.as_secs() / 3600;
+            let message =
+                format!("this machine's clock was set, or it was suspended: {hours} h are waited");
+            self.note_failed_upkeep(true);
+            self.tell("expiring", Err::<(), _>(Error::new(Kind::Unavailable, message)), |()| None);
             return;
         }
         if let Some(options) = &duties.retention {
@@ -573,6 +579,10 @@ mod tests {
         let take = async || Lease::acquire(&other, LeaseOptions::new("run")).await.unwrap();
         take().await.release().await;
         tokio::time::sleep(2 * CLOCK_DOUBT).await;
+        // One more start in between does not end the doubt.
+        let lease = take().await;
+        tokio::time::sleep(HOUR).await;
+        lease.release().await;
         scene.supervisor.writing.lease = take().await;
         let before = scene.lists();
         scene.run_for(CLOCK_DOUBT - HOUR).await;

@@ -271,13 +271,16 @@ impl Marker {
     #[must_use]
     pub fn new(cluster: &str, backup: &str, places: &[TablespacePlace], token: Token) -> Self {
         let outside = places.iter().map(|place| &place.new).filter(|path| path.is_absolute());
+        let mut outside: Vec<PathBuf> = outside.cloned().collect();
+        // One may be inside of another, whose directory is taken first then, while it is empty.
+        outside.sort();
         Self {
             note: "An interrupted restore left this directory incomplete. It cannot be started. \
                    Run the same restore again: it clears the directory and starts over."
                 .to_owned(),
             cluster: cluster.to_owned(),
             backup: backup.to_owned(),
-            tablespace_directories: outside.cloned().collect(),
+            tablespace_directories: outside,
             token: Some(token),
             owner: None,
         }
@@ -494,6 +497,10 @@ impl Directory {
             let mode = Mode::RUSR | Mode::WUSR;
             let mut words = File::from(openat(&folder, name, flags | OFlags::CLOEXEC, mode)?);
             words.write_all(&text)?;
+            if let Some(Owner { uid, gid }) = self.owner {
+                // Whose the marker is, which may run the restore again.
+                fchown(&words, Some(uid), Some(gid))?;
+            }
             words.sync_all()?;
             folder.sync_all()
         };

@@ -415,7 +415,8 @@ impl Delivery<'_> {
             if self.plan.histories.contains(&timeline) {
                 continue;
             }
-            match self.history(timeline).await {
+            // Once: everything is written, and waiting for a store that is away may cost all of it.
+            match self.reader.repository().history_file(timeline).await {
                 Ok(content) => self.write_history(timeline, &content)?,
                 Err(error) if error.kind() == Kind::NotFound => break,
                 Err(error) => {

@@ -210,7 +210,9 @@ impl Connection {
         self.session
     }
 
-    pub(super) fn options(&self) -> &ConnectOptions {
+    /// How it was connected, with the one host that answered.
+    #[must_use]
+    pub fn options(&self) -> &ConnectOptions {
         &self.options
     }
 

@@ -311,28 +311,26 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
 }
 
 /// Lists of revoked certificates. What is named holds some: without any nothing would be looked up, and
-/// nobody would know. The default may be absent, and goes with root certificates of our own only.
+/// nobody would know. The default may be absent or no list, and goes with root certificates of our own only.
 fn revocations(options: &TlsOptions) -> Result<Vec<CertificateRevocationListDer<'static>>> {
-    let mut lists = Vec::new();
-    if let Some(path) = &options.crl {
-        lists.extend(revocation_lists("sslcrl", path, std::slice::from_ref(path))?);
-    }
+    let mut paths: Vec<PathBuf> = options.crl.iter().cloned().collect();
     if let Some(folder) = &options.crl_folder {
         let what = || format!("unable to read sslcrldir '{}'", folder.display());
-        let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).context(what)? {
             paths.push(entry.context(what)?.path());
         }
         paths.sort();
-        lists.extend(revocation_lists("sslcrldir", folder, &paths)?);
+        return revocation_lists("sslcrldir", folder, &paths);
     }
-    let named = options.crl.is_some() || options.crl_folder.is_some();
-    let default = options.crl_default.as_ref();
-    let usable = |path: &&PathBuf| !named && options.root != RootSource::System && path.exists();
-    if let Some(path) = default.filter(usable) {
-        lists.extend(revocation_lists("revocation list", path, std::slice::from_ref(path))?);
+    if let Some(path) = &options.crl {
+        return revocation_lists("sslcrl", path, &paths);
     }
-    Ok(lists)
+    let default = options.crl_default.as_ref().filter(|_| options.root != RootSource::System);
+    let Some(path) = default.filter(|path| path.exists()) else { return Ok(Vec::new()) };
+    revocation_lists("revocation list", path, std::slice::from_ref(path)).or_else(|error| {
+        tracing::warn!("nothing is looked up in it, as libpq has it: {error}");
+        Ok(Vec::new())
+    })
 }
 
 /// The lists in the files `paths` of `place`, which `what` is the name of: at least one. Other files may be
@@ -747,6 +745,8 @@ mod tests {
         assert_eq!(tried(&format!("sslcrl={}", pem.display())).unwrap(), [list]);
         // Beside a list other files may lie, as 'openssl rehash' leaves them.
         assert_eq!(tried(&format!("sslcrldir={}", mixed.display())).unwrap().len(), 1);
+        let both = format!("sslcrl={} sslcrldir={}", pem.display(), empty.display());
+        assert_eq!(tried(&both).unwrap().len(), 1);
         std::fs::remove_file(pem).unwrap();
         for (text, message, hint) in [
             (format!("sslcrl={}", der.display()), "in DER form", "openssl crl -inform DER"),
@@ -763,7 +763,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_list_may_be_absent_and_is_none_of_the_systems_roots() {
+    fn the_default_list_may_be_absent_or_none_and_does_not_go_with_the_systems_roots() {
         let home = tempfile::tempdir().unwrap();
         let ours = home.path().join(".postgresql");
         std::fs::create_dir(&ours).unwrap();
@@ -778,7 +778,7 @@ mod tests {
         assert_eq!(found("sslmode=verify-ca").unwrap(), 1);
         assert_eq!(found("sslrootcert=system").unwrap(), 0);
         std::fs::write(ours.join("root.crl"), "").unwrap();
-        assert_eq!(found("sslmode=verify-ca").unwrap_err().kind(), Kind::Config);
+        assert_eq!(found("sslmode=verify-ca").unwrap(), 0, "nobody has asked for it");
     }
 
     #[tokio::test]

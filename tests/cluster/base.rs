@@ -190,6 +190,11 @@ async fn a_tablespace_whose_directory_is_missing_fails_the_backup() {
     std::fs::rename(&away, &location).unwrap();
     let report = take(&alone(&place, &server)).await.unwrap();
     assert!(files(&place, &report.manifest).await.keys().any(|path| path.contains(&oid)));
+
+    // As after DROP TABLESPACE: a link, and no tablespace that it would be of.
+    let none = Account::current().make_dir(server.home(), "none");
+    std::os::unix::fs::symlink(none, server.data().join("pg_tblspc/4000000000")).unwrap();
+    take(&alone(&place, &server)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

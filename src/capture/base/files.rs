@@ -37,6 +37,8 @@ pub(super) struct Files {
     prefix: String,
     /// Members of this archive so far.
     member_count: u64,
+    /// The tablespace of which the server has just sent nothing.
+    absent: Option<Tablespace>,
     /// Path and content of the file being kept.
     keeping: Option<(String, BytesMut)>,
     in_file: bool,
@@ -60,6 +62,7 @@ impl Files {
             tablespace: None,
             prefix: String::new(),
             member_count: 0,
+            absent: None,
             keeping: None,
             in_file: false,
             found: Found::default(),
@@ -87,10 +90,13 @@ impl Files {
     fn end_archive(&mut self) -> Result<()> {
         let Some(splitter) = self.splitter.take() else { return Ok(()) };
         splitter.finish(self.archive_end)?;
-        match self.tablespace.take() {
-            Some(tablespace) if self.member_count == 0 => Err(missing_tablespace(&tablespace)),
-            _ => Ok(()),
-        }
+        self.absent = self.tablespace.take().filter(|_| self.member_count == 0);
+        Ok(())
+    }
+
+    /// The tablespace of which the server has just sent nothing, once.
+    pub(super) fn take_absent(&mut self) -> Option<Tablespace> {
+        self.absent.take()
     }
 
     /// The next bytes of the archive, into `backup`.
@@ -168,6 +174,9 @@ impl Files {
     /// `unavailable` when it was a tablespace's and empty.
     pub(super) fn finish(mut self) -> Result<(BackupLabel, ControlFile)> {
         self.end_archive()?;
+        if let Some(absent) = self.take_absent() {
+            return Err(missing_tablespace(&absent));
+        }
         let missing = |name: &str| {
             Error::new(Kind::Corrupt, format!("the server sent a base backup without '{name}'"))
         };
@@ -177,15 +186,14 @@ impl Files {
     }
 }
 
-fn missing_tablespace(tablespace: &Tablespace) -> Error {
+/// What is wrong when `tablespace` still exists and the server has sent nothing of it.
+pub(super) fn missing_tablespace(tablespace: &Tablespace) -> Error {
     let Tablespace { oid, location } = tablespace;
     let message = format!(
         "unable to back up tablespace {oid}: the server finds none of its files in '{location}'"
     );
-    Error::new(Kind::Unavailable, message).hint(
-        "Mount its file system on the server, or put its directory back; if the tablespace was \
-         dropped just now, take the backup again.",
-    )
+    Error::new(Kind::Unavailable, message)
+        .hint("Mount its file system on the server, or put its directory back.")
 }
 
 #[cfg(test)]
@@ -232,7 +240,10 @@ mod tests {
     fn an_archive_of_a_tablespace_is_never_empty() {
         let mut files = Files::new(ArchiveEnd::Bare);
         files.begin_archive(Some(tablespace())).unwrap();
-        let error = files.begin_archive(None).unwrap_err();
+        files.begin_archive(Some(tablespace())).unwrap();
+        assert_eq!(files.take_absent(), Some(tablespace()));
+        assert_eq!(files.take_absent(), None);
+        let error = files.finish().unwrap_err();
         assert_eq!(error.kind(), Kind::Unavailable);
         assert!(error.message().contains("tablespace 16400"), "{error}");
         assert!(error.message().contains("in '/mnt/far'"), "{error}");

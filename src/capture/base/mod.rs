@@ -39,6 +39,7 @@ use crate::repo::{
 };
 use crate::wire::{
     BaseBackup, BaseBackupEvent, BaseBackupOptions, CheckpointMode, ConnectOptions, Connection,
+    Session,
 };
 
 use agreement::Ends;
@@ -365,6 +366,7 @@ impl<'a> Copy<'a> {
             checkpoint: options.checkpoint,
             rate_max_kib: options.rate_max_kib,
         };
+        let here = connection.options().clone();
         let mut source: BaseBackup = connection.base_backup(&asked).await?;
         let mut end = None;
         while let Some(event) = source.next().await? {
@@ -377,6 +379,9 @@ impl<'a> Copy<'a> {
                     let oid = self.oids.get(index).copied().flatten();
                     let tablespace = self.tablespaces.iter().find(|one| Some(one.oid) == oid);
                     self.files.begin_archive(tablespace.cloned())?;
+                    if let Some(absent) = self.files.take_absent() {
+                        self.ensure_dropped(&absent, &here).await?;
+                    }
                 }
                 BaseBackupEvent::Data(bytes) => {
                     let backup = self.backup.as_mut().ok_or_else(out_of_order)?;
@@ -408,6 +413,30 @@ impl<'a> Copy<'a> {
         facts.history =
             ends.history(&facts.history, facts.system_id, &self.base.postgres, clock).await?;
         Ok(ended)
+    }
+
+    /// Fails unless the `tablespace` of which the server has sent nothing was dropped meanwhile, as replay will.
+    async fn ensure_dropped(&self, tablespace: &Tablespace, server: &ConnectOptions) -> Result<()> {
+        let missing = files::missing_tablespace(tablespace);
+        let clock = self.base.writer.repository().clock();
+        let sql = format!("select 1 from pg_catalog.pg_tablespace where oid = {}", tablespace.oid);
+        let ask = async {
+            let mut connection = Connection::connect(server, Session::Database, clock).await?;
+            let found = connection.query(&sql).await?;
+            connection.close().await;
+            Ok(found.is_empty())
+        };
+        match ask.await {
+            Ok(true) => {
+                tracing::info!("tablespace {} was dropped while it was copied", tablespace.oid);
+                Ok(())
+            }
+            Ok(false) => Err(missing),
+            Err(error) => {
+                let error: Error = error;
+                Err(error.context(format!("{missing}; whether it was dropped cannot be asked")))
+            }
+        }
     }
 
     /// Ends a backup that could not be restored before it is copied: a standby, which cannot switch to a new

@@ -172,8 +172,8 @@ pub async fn recheck(
     Rechecked { damaged, unread: left.into() }
 }
 
-/// Takes each suspect off `left` once there is a verdict on it. One that cannot be read goes to the back,
-/// so that it does not keep the others from theirs.
+/// Takes each suspect off `left` once there is a verdict on it. One that cannot be read for now goes to the
+/// back, so that it does not keep the others from theirs the next time.
 async fn recheck_each(
     left: &mut VecDeque<ChecksumFailure>,
     damaged: &mut Vec<ChecksumFailure>,
@@ -281,7 +281,8 @@ async fn is_damaged(
 ///
 /// Garbage in the place of a page's position stays a mismatch however often it is read; a server that
 /// mends such a page by writing it gives it a position of its own. The first write of a new page may be
-/// torn like any other, and the page has a position once it is complete.
+/// torn like any other, and the page has a position once it is complete (but one of a GIN, GiST or SP-GiST index
+/// that is being built, which gets its own at the end of that, and counts as damaged until then).
 fn is_mended(verdict: PageVerdict, fork: Fork) -> bool {
     match verdict {
         PageVerdict::ChangedSinceStart => true,

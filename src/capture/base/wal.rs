@@ -435,14 +435,20 @@ pub(super) fn ensure_no_gap_ahead(
     history: &TimelineHistory,
     start_lsn: Lsn,
 ) -> Result<()> {
-    let is_ahead = |gap: &&WalGap| {
-        gap.end_lsn > start_lsn && history.timeline_at(gap.start_lsn) == gap.timeline
+    // Of its timeline a gap lacks what is on the way: that may have left it before the gap ends.
+    let end_of = |gap: &WalGap| {
+        let own = history.path().into_iter().find(|part| part.timeline == gap.timeline)?;
+        let end_lsn = own.end.map_or(gap.end_lsn, |switch| switch.min(gap.end_lsn));
+        (gap.start_lsn < end_lsn).then_some(end_lsn)
     };
-    let Some(WalGap { end_lsn, reason, .. }) = gaps.iter().rfind(is_ahead) else { return Ok(()) };
+    let mut ends = gaps.iter().filter_map(|gap| Some((end_of(gap)?, &gap.reason)));
+    let Some((end_lsn, reason)) = ends.rfind(|(end_lsn, _)| *end_lsn > start_lsn) else {
+        return Ok(());
+    };
     let message = format!(
         "the WAL of the backup, which begins at {start_lsn}, is missing up to {end_lsn}: {reason}"
     );
-    Err(Error::new(Kind::Conflict, message).hint(begin_behind(*end_lsn)))
+    Err(Error::new(Kind::Conflict, message).hint(begin_behind(end_lsn)))
 }
 
 /// How far the needed WAL is stored without a hole, by the repository's listing; its start when its
@@ -511,12 +517,18 @@ mod tests {
             reason: "it was removed on the server".to_owned(),
             noticed_at: simulated().now(),
         };
-        // Of a branch that was left, the second.
-        let gaps = [gap(1, 0x1000, 0x2000), gap(1, 0x6000, 0x9000), gap(2, 0x6000, 0x7000)];
+        // The second of a branch that was left, the third before and behind where it was.
+        let gaps = [
+            gap(1, 0x1000, 0x2000),
+            gap(1, 0x6000, 0x9000),
+            gap(1, 0x4000, 0x9000),
+            gap(2, 0x6000, 0x7000),
+        ];
         for (start, refused) in [(0x1500, true), (0x6500, true), (0x7000, false)] {
             let outcome = ensure_no_gap_ahead(&gaps, &history, Lsn(start));
             assert_eq!(outcome.is_err(), refused, "{start:x}: {outcome:?}");
         }
+        ensure_no_gap_ahead(&gaps[..3], &history, Lsn(0x5000)).unwrap();
         let error = ensure_no_gap_ahead(&gaps[..1], &history, Lsn(0x1500)).unwrap_err();
         assert_eq!(error.kind(), Kind::Conflict);
         assert!(error.message().contains("missing up to 0/2000"), "{error}");

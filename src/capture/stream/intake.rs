@@ -21,7 +21,7 @@ use super::resume::Attempt;
 use super::tail::{Comparison, Suspects, Tail};
 use crate::clock::Instant;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
 use crate::repo::marks::Barrier;
 use crate::wal::{CheckpointKind, Landmark, Scanner, holds_known_page};
 
@@ -112,9 +112,9 @@ impl Unreadable {
         self.pages_are_known |= intake.unreadable.pages_are_known;
         let reached = intake.last_record_end().unwrap_or(intake.received_end());
         self.last = self.last.filter(|(at, _)| reached <= *at);
-        self.suspects.forget(intake.comparison.compared());
+        self.suspects.forget(&intake.comparison, reached);
         let has_failed = self.last.is_some_and(|(at, _)| intake.last_record_end() == Some(at));
-        if let Some(suspect) = intake.tail.suspect().filter(|_| has_failed) {
+        if let Some(suspect) = intake.tail.suspect(intake.timeline).filter(|_| has_failed) {
             self.suspects.note(suspect);
         }
     }
@@ -140,6 +140,7 @@ impl Unreadable {
 #[derive(Debug)]
 pub struct Intake {
     policy: CutPolicy,
+    timeline: TimelineId,
     /// `None` while a damaged segment is stored unread.
     scanner: Option<Scanner>,
     /// Where the decoder began: perhaps in the middle of a record.
@@ -173,9 +174,10 @@ impl Intake {
     ) -> Self {
         let before = LsnRange::new(attempt.stream_from, attempt.store_from);
         let before = before.filter(|range| !range.is_empty());
-        let comparison = Comparison::new(&unreadable.suspects);
+        let comparison = Comparison::new(&unreadable.suspects, attempt.timeline);
         Self {
             policy,
+            timeline: attempt.timeline,
             scanner: Some(Scanner::new(policy.segment_size, attempt.stream_from).of_sent_wal()),
             decoded_from: attempt.stream_from,
             unreadable,
@@ -342,18 +344,17 @@ impl Intake {
         self.scanner.as_ref().map(Scanner::last_record_end)
     }
 
-    /// A timeline begins at `received_end`. What its server sends of a segment that is stored unread is not
+    /// `timeline` begins at `received_end`. What its server sends of a segment that is stored unread is not
     /// read either, and no backup that begins in there is one to rely on. What is stored of it already was
     /// marked by whoever stored it, or was sound then.
-    pub fn timeline_begins(&mut self) {
+    pub fn timeline_begins(&mut self, timeline: TimelineId) {
         if self.scanner.is_none() {
             let at = self.received_end;
             let from = self.known_end().unwrap_or(at);
             self.unread = rest_of_segment(self.policy.segment_size, at, from);
         }
-        // What is compared was stored of the timeline before.
-        self.unreadable.suspects = Suspects::default();
-        self.comparison = Comparison::default();
+        self.timeline = timeline;
+        self.comparison = Comparison::new(&self.unreadable.suspects, timeline);
     }
 
     /// Lets the decoder see `piece`, which lies at `received_end` and in one extent, or is stored already
@@ -462,7 +463,7 @@ mod tests {
     use super::super::resume::{OlderWal, Situation, attempts};
     use super::*;
     use crate::clock::Clock;
-    use crate::pg::{TimelineHistory, TimelineId};
+    use crate::pg::TimelineHistory;
     use crate::wal::craft::Craft;
     use proptest::prelude::*;
 
@@ -626,9 +627,11 @@ mod tests {
         let (sound, commits) = crafted(&[1000, 50_000, 1000]);
         let at = commits[0].1.end();
         let half = (at.0 - SEGMENT) as usize + 20_000;
+        // In the last piece, which is refused and not stored.
+        let behind = (commits[1].1.start().0 - SEGMENT) as usize - 100;
         let now = Clock::system().instant();
         for (flipped, expected) in
-            [(half - 5000, vec![Barrier::damaged(range(at.0, 2 * SEGMENT))]), (half + 5000, vec![])]
+            [(half - 5000, vec![Barrier::damaged(range(at.0, 2 * SEGMENT))]), (behind, vec![])]
         {
             let mut known = Unreadable::default();
             let mut damaged = sound.clone();
@@ -642,16 +645,28 @@ mod tests {
             assert_eq!(take(&damaged[half..]).unwrap_err().kind(), Kind::Corrupt);
             known.note(at, now);
             known.learn(&intake);
-            // A connection that breaks before the comparison ends, and one that does not.
-            for (sent, expected) in [(half - 1000, &[][..]), (sound.len(), &expected[..])] {
-                let attempt = attempt(SEGMENT, SEGMENT + half as u64, &[]);
+            let mut stored_end = intake.received_end();
+            // A connection on which the server still sends the same; one that breaks before the comparison
+            // ends; one of another timeline; and one on which it has healed.
+            let second = TimelineId::new(2).unwrap();
+            for (timeline, wal, sent, expected) in [
+                (TimelineId::FIRST, &damaged, damaged.len(), &[][..]),
+                (TimelineId::FIRST, &sound, half - 1000, &[]),
+                (second, &sound, half + 500, &[]),
+                (TimelineId::FIRST, &sound, sound.len(), &expected),
+            ] {
+                let attempt = Attempt { timeline, ..attempt(SEGMENT, stored_end.0, &[]) };
                 let mut intake = Intake::new(policy(), &attempt, Overlap::default(), known.clone());
                 let mut steps = Vec::new();
-                for bytes in sound[..sent].chunks(7000) {
+                let mut outcome = Ok(());
+                for bytes in wal[..sent].chunks(7000) {
                     let piece = Bytes::copy_from_slice(bytes);
-                    intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
+                    let end = intake.received_end();
+                    outcome = outcome.and_then(|()| intake.take(end, piece, now, &mut steps));
                 }
+                assert_eq!(outcome.is_err(), *wal == damaged);
                 known.learn(&intake);
+                stored_end = stored_end.max(intake.received_end());
                 assert_eq!(told(&steps), expected, "{flipped} {sent}");
             }
             assert_eq!(known.suspects, Suspects::default(), "it is compared once");
@@ -674,7 +689,7 @@ mod tests {
             for bytes in [before, after] {
                 let piece = Bytes::copy_from_slice(bytes);
                 intake.take(intake.received_end(), piece, now, &mut steps).unwrap();
-                intake.timeline_begins();
+                intake.timeline_begins(TimelineId::new(2).unwrap());
             }
             let marked = Barrier::damaged(range(from, 2 * SEGMENT));
             assert_eq!(told(&steps).last(), Some(&marked));

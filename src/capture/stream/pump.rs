@@ -290,7 +290,7 @@ impl<'e, 'a> Pump<'e, 'a> {
             self.engine.note_history(timeline, content);
         }
         self.timeline = timeline;
-        self.intake.timeline_begins();
+        self.intake.timeline_begins(timeline);
         self.engine.note_timeline(timeline);
         Ok(None)
     }

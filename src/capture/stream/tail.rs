@@ -5,12 +5,15 @@
 //! WAL sends the record once more; those bytes are known then and not stored again, so they are compared.
 //!
 //! # Invariants
-//! What is remembered is of this process only: one that is started in between compares nothing.
+//! - What is compared is of one timeline: another one has other WAL at the same positions.
+//! - A server that sends the same again has not healed yet. That it is sound is believed when the record could be
+//!   read.
+//! - What is remembered is of this process only: one that is started in between compares nothing.
 
 use bytes::Bytes;
 
 use crate::pg::crc::Crc32c;
-use crate::pg::{Lsn, LsnRange};
+use crate::pg::{Lsn, LsnRange, TimelineId};
 
 /// Most damaged records whose beginnings are remembered at a time.
 const SUSPECTS_MAX: usize = 16;
@@ -40,17 +43,19 @@ impl Tail {
         self.crc.restart();
     }
 
-    /// The beginning of a record of which the rest cannot be read; `None` where nothing of it was stored.
-    pub(super) fn suspect(&self) -> Option<Suspect> {
+    /// The beginning of a record of `timeline` of which the rest cannot be read; `None` where nothing of it was
+    /// stored.
+    pub(super) fn suspect(&self, timeline: TimelineId) -> Option<Suspect> {
         let range = LsnRange::new(self.start, self.end).filter(|range| !range.is_empty())?;
-        Some(Suspect { range, stored: self.crc.value() })
+        Some(Suspect { timeline, range, stored: self.crc.value() })
     }
 }
 
 /// A range that was stored, and may be damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Suspect {
-    pub(super) range: LsnRange,
+    timeline: TimelineId,
+    range: LsnRange,
     /// CRC-32C of what was stored.
     stored: u32,
 }
@@ -60,17 +65,26 @@ pub(super) struct Suspect {
 pub(super) struct Suspects(Vec<Suspect>);
 
 impl Suspects {
-    /// Notes one more; what is known of a range already was noted when it was stored.
+    /// Notes one more, instead of the oldest if there are too many; what is known of a range already was noted
+    /// when it was stored.
     pub(super) fn note(&mut self, suspect: Suspect) {
-        let is_known = self.0.iter().any(|known| known.range.start() == suspect.range.start());
-        if !is_known && self.0.len() < SUSPECTS_MAX {
-            self.0.push(suspect);
+        let place = |suspect: &Suspect| (suspect.timeline, suspect.range.start());
+        if self.0.iter().any(|known| place(known) == place(&suspect)) {
+            return;
         }
+        if self.0.len() == SUSPECTS_MAX {
+            self.0.remove(0);
+        }
+        self.0.push(suspect);
     }
 
-    /// Drops those that were compared.
-    pub(super) fn forget(&mut self, compared: &[LsnRange]) {
-        self.0.retain(|suspect| !compared.contains(&suspect.range));
+    /// Drops those that `comparison` found to be different, which is marked by now, and those that it found to be
+    /// the same, of records that could be read: the last one of those ends at `record_end`.
+    pub(super) fn forget(&mut self, comparison: &Comparison, record_end: Lsn) {
+        self.0.retain(|suspect| {
+            let is_sound = comparison.same.contains(suspect) && suspect.range.start() < record_end;
+            !is_sound && !comparison.marked.contains(suspect)
+        });
     }
 }
 
@@ -78,14 +92,17 @@ impl Suspects {
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
     open: Vec<(Suspect, Lsn, Crc32c)>,
-    compared: Vec<LsnRange>,
-    differing: Vec<LsnRange>,
+    same: Vec<Suspect>,
+    differing: Vec<Suspect>,
+    marked: Vec<Suspect>,
 }
 
 impl Comparison {
-    pub(super) fn new(suspects: &Suspects) -> Self {
+    /// Of those of `timeline`.
+    pub(super) fn new(suspects: &Suspects, timeline: TimelineId) -> Self {
+        let own = suspects.0.iter().filter(|suspect| suspect.timeline == timeline);
         let begin = |suspect: &Suspect| (*suspect, suspect.range.start(), Crc32c::new());
-        Self { open: suspects.0.iter().map(begin).collect(), ..Self::default() }
+        Self { open: own.map(begin).collect(), ..Self::default() }
     }
 
     /// The server has sent `piece` at `at`, which is stored already.
@@ -100,26 +117,21 @@ impl Comparison {
                 *seen = until;
             }
         }
-        let (compared, differing) = (&mut self.compared, &mut self.differing);
+        let (same, differing) = (&mut self.same, &mut self.differing);
         self.open.retain(|(suspect, seen, sum)| {
             let is_open = *seen < suspect.range.end();
             if !is_open && sum.value() == suspect.stored {
-                compared.push(suspect.range);
+                same.push(*suspect);
             } else if !is_open {
-                differing.push(suspect.range);
+                differing.push(*suspect);
             }
             is_open
         });
     }
 
-    /// Gives away the ranges that were stored and are damaged; who takes them sees to it that this is known.
+    /// Gives away the ranges that were stored and are damaged; who takes them sees to it that they are marked.
     pub(super) fn take_differing(&mut self) -> Vec<LsnRange> {
-        self.compared.extend(&self.differing);
-        std::mem::take(&mut self.differing)
-    }
-
-    /// Those about which nothing is left to be done.
-    pub(super) fn compared(&self) -> &[LsnRange] {
-        &self.compared
+        self.marked.extend(&self.differing);
+        self.differing.drain(..).map(|suspect| suspect.range).collect()
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 
 use super::contents::{Contents, LEASE_FORMAT, Standing};
 use super::guard::{Term, lost};
@@ -33,8 +33,6 @@ pub(super) struct Taken {
     pub(super) contents: Contents,
     pub(super) tag: VersionTag,
     pub(super) term: Term,
-    /// When the holder before was last at work, by its own clock; `None` where there was none.
-    pub(super) renewed_before: Option<Timestamp>,
 }
 
 /// What the one who wants the lease has seen so far.
@@ -53,19 +51,16 @@ pub(super) struct Look {
 struct Tried {
     /// The version; `None`: no object.
     expected: Option<VersionTag>,
-    /// When that was last renewed.
-    renewed_time: Option<Timestamp>,
     /// When they were sent, the first [`TRIES_MAX`].
     terms: Vec<Term>,
 }
 
 impl Tried {
     /// Notes one more. Those that named another version lost: that one is gone.
-    fn add(&mut self, expected: &Option<VersionTag>, before: Option<&Contents>, term: Term) {
+    fn add(&mut self, expected: &Option<VersionTag>, term: Term) {
         if self.expected != *expected {
-            *self = Self { expected: expected.clone(), ..Self::default() };
+            *self = Self { expected: expected.clone(), terms: Vec::new() };
         }
-        self.renewed_time = before.map(|before| before.renewed_time);
         if self.terms.len() < TRIES_MAX {
             self.terms.push(term);
         }
@@ -113,8 +108,7 @@ impl Candidate {
         if contents.token == self.token
             && let Some(term) = look.tried.term_of(&contents)
         {
-            let renewed_before = look.tried.renewed_time;
-            return Ok(Some(Taken { contents, tag, term, renewed_before }));
+            return Ok(Some(Taken { contents, tag, term }));
         }
         if let Some(before) = &self.follows {
             return match contents.token == *before && !contents.is_free() {
@@ -246,11 +240,12 @@ impl Candidate {
             // What the holder before us had reached stays true until we know more.
             progress: before.and_then(|before| before.progress),
             key_id: self.options.key_id.clone(),
+            clock_doubted_since: before
+                .and_then(|before| before.clock_doubted_since(term.sent_time)),
         };
-        tried.add(&expected, before, term);
-        let renewed_before = tried.renewed_time;
+        tried.add(&expected, term);
         match self.store.replace_if(&self.name, contents.encode()?, expected).await {
-            Ok(Replace::Done(tag)) => Ok(Some(Taken { contents, tag, term, renewed_before })),
+            Ok(Replace::Done(tag)) => Ok(Some(Taken { contents, tag, term })),
             Ok(Replace::Lost) => {
                 // A short rest, so that rivals never spin.
                 tokio::time::sleep(self.options.ttl / 100).await;
@@ -262,9 +257,7 @@ impl Candidate {
                     Some((body, tag)) => {
                         let found = Contents::decode(&self.name, &body)?;
                         match tried.term_of(&found).filter(|_| found.token == self.token) {
-                            Some(term) => {
-                                Ok(Some(Taken { contents: found, tag, term, renewed_before }))
-                            }
+                            Some(term) => Ok(Some(Taken { contents: found, tag, term })),
                             None => Err(error),
                         }
                     }

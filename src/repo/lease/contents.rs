@@ -6,7 +6,7 @@ use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::{TTL_MAX, TTL_MIN, Tenure};
+use super::{CLOCK_DOUBT, TTL_MAX, TTL_MIN, Tenure};
 use crate::error::{Error, Kind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::printable;
@@ -33,6 +33,21 @@ pub struct Progress {
     /// The same, also from a standby: what the server has had is stored.
     #[serde(default)]
     pub all_stored_time: Option<Timestamp>,
+}
+
+impl Progress {
+    /// With the times that were known `before` of the same timeline where none is known now: what was stored then
+    /// still is. A process that has just begun on a silent server knows none for a while.
+    pub(super) fn with_times_of(self, before: Option<Self>) -> Self {
+        let Some(before) = before.filter(|before| before.timeline == self.timeline) else {
+            return self;
+        };
+        Self {
+            caught_up_time: self.caught_up_time.or(before.caught_up_time),
+            all_stored_time: self.all_stored_time.or(before.all_stored_time),
+            ..self
+        }
+    }
 }
 
 /// Who holds, or last held, the lease: for listings and for the refusal.
@@ -99,6 +114,9 @@ pub(super) struct Contents {
     pub(super) progress: Option<Progress>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) key_id: Option<String>,
+    /// Since when the clock is doubted by which this was written, as nobody had been at work for long by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) clock_doubted_since: Option<Timestamp>,
 }
 
 impl Contents {
@@ -132,6 +150,16 @@ impl Contents {
         contents.description = printable(&contents.description);
         contents.process.host = printable(&contents.process.host);
         Ok(contents)
+    }
+
+    /// Since when a successor at the time `now` has to doubt its clock: nobody was at work for more than
+    /// [`CLOCK_DOUBT`] by it, or that was so when a predecessor began, less than that ago.
+    pub(super) fn clock_doubted_since(&self, now: Timestamp) -> Option<Timestamp> {
+        let is_long = |since: Timestamp| now.duration_since(since).unsigned_abs() > CLOCK_DOUBT;
+        if is_long(self.renewed_time) {
+            return Some(now);
+        }
+        self.clock_doubted_since.filter(|since| !is_long(*since))
     }
 
     pub(super) fn is_free(&self) -> bool {

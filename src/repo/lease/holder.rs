@@ -131,6 +131,7 @@ impl Holder {
     /// The contents with what the holder has to say now.
     fn published(&self) -> Contents {
         let progress = *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let progress = progress.map(|now| now.with_times_of(self.contents.progress));
         let key_id = self.shared.key_id.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Contents { progress: progress.or(self.contents.progress), key_id, ..self.contents.clone() }
     }

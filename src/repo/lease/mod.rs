@@ -65,6 +65,8 @@ const TTL_MIN: Duration = Duration::from_secs(5);
 const TTL_MAX: Duration = Duration::from_secs(3600);
 /// Time to live by default: at a third of it, one small request a minute.
 pub const TTL_DEFAULT: Duration = Duration::from_secs(180);
+/// How long a clock is doubted by which nobody was at work for as long: it may not be set yet.
+pub const CLOCK_DOUBT: Duration = Duration::from_secs(24 * 3600);
 /// Longest pause between two tries to take a lost lease again: the longest that a store which came back
 /// waits for us.
 const RETAKE_PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -169,7 +171,7 @@ pub struct Lease {
     /// As whom and where it is taken again.
     candidate: Candidate,
     look_first: bool,
-    renewed_before: Option<Timestamp>,
+    clock_doubted_since: Option<Timestamp>,
 }
 
 /// One acquisition and the task that renews it.
@@ -181,7 +183,7 @@ struct Holding {
 
 impl Holding {
     fn begin(candidate: &Candidate, taken: Taken, look_first: bool) -> Self {
-        let Taken { contents, tag, term, .. } = taken;
+        let Taken { contents, tag, term } = taken;
         let ttl = candidate.options.ttl;
         tokens_held().insert(contents.token.clone());
         let shared = Arc::new(Shared {
@@ -273,15 +275,16 @@ impl Lease {
     }
 
     fn begin(taken: Taken, candidate: Candidate, look_first: bool) -> Self {
-        let renewed_before = taken.renewed_before;
+        let clock_doubted_since = taken.contents.clock_doubted_since;
         let holding = Mutex::new(Holding::begin(&candidate, taken, look_first));
-        Self { holding, candidate, look_first, renewed_before }
+        Self { holding, candidate, look_first, clock_doubted_since }
     }
 
-    /// When the holder before this one was last at work, by its own clock; `None` where there was none.
+    /// Since when this machine's clock is doubted: nobody had been at work for more than [`CLOCK_DOUBT`] by it when
+    /// this lease, or one before it, was taken less than that ago.
     #[must_use]
-    pub fn renewed_before(&self) -> Option<Timestamp> {
-        self.renewed_before
+    pub fn clock_doubted_since(&self) -> Option<Timestamp> {
+        self.clock_doubted_since
     }
 
     fn holding(&self) -> MutexGuard<'_, Holding> {

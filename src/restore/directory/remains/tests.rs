@@ -76,6 +76,21 @@ fn a_directory_that_is_another_clusters_by_now_is_not_emptied() {
 }
 
 #[test]
+fn a_tablespace_inside_of_another_is_taken_and_cleared_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, outer) = (dir.path().join("data"), dir.path().join("outer"));
+    let inner = outer.join("inner");
+    let again = || Directory::claim(&data, &marker(&[&inner, &outer]), None);
+    for _ in 0..2 {
+        drop(again().unwrap());
+        fs::write(outer.join("left"), "x").unwrap();
+        fs::write(inner.join("left"), "x").unwrap();
+    }
+    drop(again().unwrap());
+    assert!(!outer.join("left").exists() && !inner.join("left").exists());
+}
+
+#[test]
 fn a_marker_without_a_token_has_no_say_about_tablespaces() {
     let dir = tempfile::tempdir().unwrap();
     let (data, space) = (dir.path().join("data"), dir.path().join("space"));
