@@ -70,8 +70,9 @@ const SEEDS: std::ops::Range<u64> = 1..13;
 
 /// Seeds that have shown a fault: damaged WAL that was asked for again without end, because an attempt that
 /// the server refused had used up the leave to store it unread; a segment that was not decoded because the
-/// one before it, stored already, is damaged.
-const FOUND: [u64; 2] = [236_090_434_164_048, 236_090_434_164_254];
+/// one before it, stored already, is damaged; damage that was marked from the page on where reading had begun, in
+/// sound WAL that is stored.
+const FOUND: [u64; 3] = [236_090_434_164_048, 236_090_434_164_254, 7706];
 
 /// Runs one seed; panics with all that is needed to run it again.
 fn run(seed: u64) -> scenario::Outcome {

@@ -151,6 +151,8 @@ pub struct Intake {
     received_end: Lsn,
     /// Ranges at or after `received_end` that are stored already, ascending.
     known: VecDeque<LsnRange>,
+    /// End of the last of those that was read, if no record goes on there.
+    known_sound_end: Lsn,
     /// What the known ranges should turn out to be.
     overlap: Overlap,
     commit_times: Vec<PgTime>,
@@ -184,6 +186,7 @@ impl Intake {
             cutter: Cutter::new(policy, attempt.store_from),
             received_end: attempt.stream_from,
             known: before.into_iter().chain(attempt.known.iter().copied()).collect(),
+            known_sound_end: Lsn::INVALID,
             overlap,
             commit_times: Vec::new(),
             barriers: Vec::new(),
@@ -297,6 +300,9 @@ impl Intake {
         steps.push(Step::Boundary(self.boundary()));
         while self.known.front().is_some_and(|known| known.end() <= self.received_end) {
             self.known.pop_front();
+            if self.scanner.as_ref().is_some_and(Scanner::at_record_boundary) {
+                self.known_sound_end = self.received_end;
+            }
             self.cutter.restart_at(self.received_end);
             self.commit_times.clear();
         }
@@ -386,7 +392,8 @@ impl Intake {
                     self.received_end
                 );
                 // What is stored already was marked by whoever stored it, or was sound then.
-                let sound_until = known.unwrap_or(scanner.last_record_end());
+                let read_end = scanner.last_record_end().max(self.known_sound_end);
+                let sound_until = known.unwrap_or(read_end);
                 self.unread = rest_of_segment(segment_size, self.received_end, sound_until);
                 self.scanner = None;
                 self.overlap.forget();
