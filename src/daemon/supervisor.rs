@@ -584,11 +584,18 @@ mod tests {
         tokio::time::sleep(HOUR).await;
         lease.release().await;
         scene.supervisor.writing.lease = take().await;
-        let before = scene.lists();
-        scene.run_for(CLOCK_DOUBT - HOUR).await;
-        let look = scene.lists() - before;
-        scene.run_for(CLOCK_DOUBT + HOUR).await;
-        assert!(scene.lists() - before > 2 * look, "nothing was swept a day later");
+        let lists_in = async |time: Duration| {
+            let before = scene.lists();
+            scene.run_for(time).await;
+            scene.lists() - before
+        };
+        let look = lists_in(Duration::from_secs(10)).await;
+        assert_eq!(
+            lists_in(CLOCK_DOUBT - 2 * HOUR).await,
+            look,
+            "no more than the look at the start"
+        );
+        assert!(lists_in(2 * HOUR).await > look, "the day is over");
         let config = config();
         let mut chores = Chores::new(&scene.supervisor, &config, &scene.clock);
         assert!(!chores.was_clock_set());

@@ -27,7 +27,7 @@ use super::watch::{self, Observation, Watch};
 use super::{Compaction, SlotLife, Stream};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineId};
+use crate::pg::{Lsn, LsnRange, PgTime, SegmentSize, TimelineHistory, TimelineId};
 use crate::repo::lease::{Guard, Lease, Progress};
 use crate::repo::marks::Barrier;
 
@@ -389,11 +389,7 @@ impl<'a> Engine<'a> {
                 self.began_at.get_or_insert(attempt.store_from);
             }
             if let Some(gap) = attempt.gap {
-                self.record_gap(
-                    history.timeline_at(gap.start()),
-                    gap,
-                    "it was removed on the server",
-                );
+                self.record_gap(&history, gap, "it was removed on the server");
             }
             let mut pump = Pump::new(self, attempt, &history, segment_size, status_interval);
             pump.set_synchronous(synchronous);
@@ -502,10 +498,9 @@ impl<'a> Engine<'a> {
         let position = server.segment_size.start_of(server.flushed_end_lsn);
         let position = position.max(lost_from);
         if let Some(gap) = LsnRange::new(lost_from, position).filter(|gap| !gap.is_empty()) {
-            let timeline = server.history.timeline_at(gap.start());
             let reason = "the repository did not take it and the server kept more than \
                           wal.lag_ceiling";
-            self.record_gap(timeline, gap, reason);
+            self.record_gap(&server.history, gap, reason);
         }
         self.ledger.give_up_before(position);
         Attempt {
@@ -517,7 +512,18 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn record_gap(&self, timeline: TimelineId, gap: LsnRange, reason: &str) {
+    /// Notes what is missing of each timeline on the way of `history`.
+    fn record_gap(&self, history: &TimelineHistory, gap: LsnRange, reason: &str) {
+        for part in history.path() {
+            let end = part.end.map_or(gap.end(), |end| end.min(gap.end()));
+            let missing = LsnRange::new(part.start.max(gap.start()), end);
+            if let Some(missing) = missing.filter(|missing| !missing.is_empty()) {
+                self.record_gap_of(part.timeline, missing, reason);
+            }
+        }
+    }
+
+    fn record_gap_of(&self, timeline: TimelineId, gap: LsnRange, reason: &str) {
         if self.stream.options.slot_life == SlotLife::Connection {
             tracing::info!("WAL {gap} of timeline {timeline} is not stored: {reason}");
             return;

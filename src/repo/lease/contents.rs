@@ -37,11 +37,13 @@ pub struct Progress {
 
 impl Progress {
     /// With the times that were known `before` of the same timeline where none is known now: what was stored then
-    /// still is. A process that has just begun on a silent server knows none for a while.
+    /// still is, if no less is counted as stored. A process that has just begun on a silent server knows none for a
+    /// while.
     pub(super) fn with_times_of(self, before: Option<Self>) -> Self {
-        let Some(before) = before.filter(|before| before.timeline == self.timeline) else {
-            return self;
+        let goes_on = |before: &Self| {
+            before.timeline == self.timeline && before.durable_end_lsn <= self.durable_end_lsn
         };
+        let Some(before) = before.filter(goes_on) else { return self };
         Self {
             caught_up_time: self.caught_up_time.or(before.caught_up_time),
             all_stored_time: self.all_stored_time.or(before.all_stored_time),

@@ -66,20 +66,20 @@ async fn a_second_writer_is_refused_at_once_and_told_who_holds_the_lease() {
 #[tokio::test(start_paused = true)]
 async fn a_successor_keeps_the_times_of_its_predecessor_until_it_knows_its_own() {
     let (clock, memory) = (clock(1), Memory::new(&clock(1)));
-    let progress = |timeline, caught_up_time| Progress {
+    let progress = |timeline, end, caught_up_time| Progress {
         timeline: TimelineId::new(timeline).unwrap(),
-        durable_end_lsn: Lsn(0x100),
+        durable_end_lsn: Lsn(end),
         caught_up_time,
         all_stored_time: caught_up_time,
     };
     let first = take(&memory, &clock, on_host("a", Wait::Refuse)).await.unwrap();
     let then = clock.now();
-    first.report(progress(1, Some(then)));
+    first.report(progress(1, 0x100, Some(then)));
     tokio::time::sleep(TTL).await;
     first.release().await;
     let second = take(&memory, &clock, on_host("b", Wait::Refuse)).await.unwrap();
-    for (timeline, expected) in [(1, Some(then)), (2, None)] {
-        second.report(progress(timeline, None));
+    for (timeline, end, expected) in [(1, 0x100, Some(then)), (1, 0x80, None), (2, 0x200, None)] {
+        second.report(progress(timeline, end, None));
         tokio::time::sleep(TTL).await;
         let found = read(&memory, &name()).await.unwrap().unwrap().progress.unwrap();
         assert_eq!((found.caught_up_time, found.all_stored_time), (expected, expected));
