@@ -192,9 +192,9 @@ pub(super) fn missing_tablespace(tablespace: &Tablespace) -> Error {
     let message = format!(
         "unable to back up tablespace {oid}: the server finds none of its files in '{location}'"
     );
-    Error::new(Kind::Unavailable, message)
-        .hint(
-        "Mount its file system on the server, or put its directory back; if it is being dropped, take the backup again.",
+    Error::new(Kind::Unavailable, message).hint(
+        "Mount its file system on the server, or put its directory back; if it is being dropped, \
+         take the backup again.",
     )
 }
 

@@ -424,7 +424,7 @@ impl<'a> Copy<'a> {
             let mut connection = Connection::connect(server, Session::Database, clock).await?;
             let found = connection.query(&sql).await?;
             connection.close().await;
-            Ok(found.is_empty())
+            Ok::<_, Error>(found.is_empty())
         };
         match ask.await {
             Ok(true) => {
@@ -433,16 +433,15 @@ impl<'a> Copy<'a> {
             }
             Ok(false) => Err(missing),
             Err(error) => {
-                let error: Error = error;
                 Err(error.context(format!("{missing}; whether it was dropped cannot be asked")))
             }
         }
     }
 
     /// Ends a backup that could not be restored before it is copied: a standby, which cannot switch to a new
-    /// segment, begins one where its last restartpoint does, which may be in damaged WAL or before a gap. What lies ahead may
-    /// be behind its end, on a standby that replays late: that is asked at the end, and what is asked then may
-    /// fail here.
+    /// segment, begins one where its last restartpoint does, which may be in damaged WAL or before a gap. What
+    /// lies ahead may be behind its end, on a standby that replays late: that is asked at the end, and what is
+    /// asked then may fail here.
     async fn ensure_leads_on(&self, start_lsn: Lsn) -> Result<()> {
         let repository = self.base.writer.repository();
         let history = &self.facts.as_ref().ok_or_else(out_of_order)?.history;

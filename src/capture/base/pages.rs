@@ -154,7 +154,7 @@ pub async fn recheck(
     let mut damaged = Vec::new();
     let mut left: VecDeque<ChecksumFailure> = suspects.iter().cloned().collect();
     for attempt in 1.. {
-        match recheck_each(&mut left, &mut damaged, origin, (postgres, clock)).await {
+        match recheck_each(&mut left, &mut damaged, origin, postgres, clock).await {
             Ok(()) => break,
             Err(error) if error.kind() == Kind::Unavailable && attempt < TRIES_MAX => {
                 tracing::info!("unable to read suspect pages a second time for now: {error}");
@@ -178,7 +178,8 @@ async fn recheck_each(
     left: &mut VecDeque<ChecksumFailure>,
     damaged: &mut Vec<ChecksumFailure>,
     origin: &Origin,
-    (postgres, clock): (&ConnectOptions, &Clock),
+    postgres: &ConnectOptions,
+    clock: &Clock,
 ) -> Result<()> {
     if left.is_empty() {
         return Ok(());

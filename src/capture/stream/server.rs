@@ -275,7 +275,8 @@ pub async fn ensure_slot(
     let found = server.connection.read_slot(&name).await?;
     match (options.slot_life, found) {
         (SlotLife::Connection, standing) => {
-            let slot = make_temporary_slot(server, &name, clock).await?;
+            let name = temporary_name(&name, clock)?;
+            let slot = make_slot(server, name, WireSlotLife::Temporary).await?;
             let follows = |at: &Lsn| resume::touches(&server.history, stored, *at);
             let kept = standing.and_then(|slot| slot.restart_lsn).filter(follows);
             let kept_lsn = kept.unwrap_or(slot.restart_lsn).min(slot.restart_lsn);
@@ -331,10 +332,6 @@ async fn make_slot(server: &mut Server, name: String, life: WireSlotLife) -> Res
     // A server that cannot tell keeps at least what follows its newest checkpoint.
     let restart_lsn = made.and_then(|slot| slot.restart_lsn).unwrap_or(server.flushed_end_lsn);
     Ok(OurSlot::new(name, restart_lsn))
-}
-
-async fn make_temporary_slot(server: &mut Server, name: &str, clock: &Clock) -> Result<OurSlot> {
-    make_slot(server, temporary_name(name, clock)?, WireSlotLife::Temporary).await
 }
 
 /// Makes the slot of a stream for one backup anew on another connection, as it went with the one that it was made

@@ -1,7 +1,7 @@
 //! Taking, renewing, losing and giving back, with simulated time and a store that fails.
 
 use bytes::Bytes;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 
 use super::*;
 use crate::pg::{Lsn, TimelineId};
@@ -15,6 +15,16 @@ fn clock(seed: u64) -> Clock {
 
 fn name() -> ObjectName {
     ObjectName::new("main/lease").unwrap()
+}
+
+/// How far a holder has come, all of it stored and caught up with at `time`.
+fn progress(timeline: u32, end: u64, time: Option<Timestamp>) -> Progress {
+    Progress {
+        timeline: TimelineId::new(timeline).unwrap(),
+        durable_end_lsn: Lsn(end),
+        caught_up_time: time,
+        all_stored_time: time,
+    }
 }
 
 fn on_host(host: &str, wait: Wait) -> LeaseOptions {
@@ -66,12 +76,6 @@ async fn a_second_writer_is_refused_at_once_and_told_who_holds_the_lease() {
 #[tokio::test(start_paused = true)]
 async fn a_successor_keeps_the_times_of_its_predecessor_until_it_knows_its_own() {
     let (clock, memory) = (clock(1), Memory::new(&clock(1)));
-    let progress = |timeline, end, caught_up_time| Progress {
-        timeline: TimelineId::new(timeline).unwrap(),
-        durable_end_lsn: Lsn(end),
-        caught_up_time,
-        all_stored_time: caught_up_time,
-    };
     let first = take(&memory, &clock, on_host("a", Wait::Refuse)).await.unwrap();
     let then = clock.now();
     first.report(progress(1, 0x100, Some(then)));
@@ -92,12 +96,7 @@ async fn a_released_lease_is_taken_at_once_with_the_next_epoch() {
     let memory = Memory::new(&clock);
     let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
     let mut guard = lease.guard();
-    let progress = Progress {
-        timeline: TimelineId::FIRST,
-        durable_end_lsn: Lsn(0x100),
-        caught_up_time: Some(clock.now()),
-        all_stored_time: Some(clock.now()),
-    };
+    let progress = progress(1, 0x100, Some(clock.now()));
     lease.report(progress);
     lease.seals_with("abc".into());
     lease.release().await;
@@ -118,12 +117,7 @@ async fn a_first_report_and_one_of_another_timeline_are_published_at_once() {
     let memory = Memory::new(&clock);
     let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
     let published = async |number, end| {
-        lease.report(Progress {
-            timeline: TimelineId::new(number).unwrap(),
-            durable_end_lsn: Lsn(end),
-            caught_up_time: None,
-            all_stored_time: None,
-        });
+        lease.report(progress(number, end, None));
         tokio::time::sleep(Duration::from_secs(1)).await;
         let told = read(&memory, &name()).await.unwrap().unwrap().progress;
         told.map(|told| (told.timeline.get(), told.durable_end_lsn.0))
@@ -269,12 +263,7 @@ async fn a_lease_lost_in_an_outage_is_taken_again_when_nobody_else_had_it() {
     let clock = clock(13);
     let memory = Memory::new(&clock);
     let lease = take(&memory, &clock, on_host("alpha", Wait::Refuse)).await.unwrap();
-    let progress = Progress {
-        timeline: TimelineId::FIRST,
-        durable_end_lsn: Lsn(0x100),
-        caught_up_time: None,
-        all_stored_time: None,
-    };
+    let progress = progress(1, 0x100, None);
     lease.report(progress);
     lease.seals_with("abc".into());
     let old = lease.guard();

@@ -31,6 +31,16 @@ fn lease(tenure: Tenure, renewed: i64) -> LeaseInfo {
     }
 }
 
+/// What a writer published that has stored up to 1000 of `timeline`, and all there was so many seconds ago.
+fn progress(timeline: u32, all_stored: i64) -> Progress {
+    Progress {
+        timeline: TimelineId::new(timeline).unwrap(),
+        durable_end_lsn: Lsn(1000),
+        caught_up_time: None,
+        all_stored_time: Some(ago(all_stored)),
+    }
+}
+
 /// WAL up to 1000, whose newest commit was so many seconds ago.
 fn catalog(lease: Option<LeaseInfo>, newest_commit: i64) -> Catalog {
     let name = ExtentName {
@@ -99,13 +109,7 @@ fn to_be_far_behind_is_a_failure_and_to_have_nothing_to_do_is_not() {
     let behind = catalog(held(), 365);
     assert_eq!(verdict(&behind, keeps, 2000), State::Failed);
     assert_eq!(verdict(&behind, keeps, 1000), State::Ok, "everything is there");
-    let progress = Progress {
-        timeline: TimelineId::FIRST,
-        durable_end_lsn: Lsn(1000),
-        caught_up_time: None,
-        all_stored_time: Some(ago(20)),
-    };
-    let idle = LeaseInfo { progress: Some(progress), ..lease(Tenure::Standing, 10) };
+    let idle = LeaseInfo { progress: Some(progress(1, 20)), ..lease(Tenure::Standing, 10) };
     assert_eq!(verdict(&catalog(Some(idle), 100_000), keeps, 2000), State::Ok);
     // A base backup that nobody else streams beside.
     let backup = catalog(Some(lease(Tenure::Passing, 10)), 100_000);
@@ -114,12 +118,8 @@ fn to_be_far_behind_is_a_failure_and_to_have_nothing_to_do_is_not() {
 
 #[test]
 fn a_writer_that_streams_another_server_is_a_failure_however_well_it_does() {
-    let timeline = TimelineId::new(2).unwrap();
-    let (durable_end_lsn, caught_up_time) = (Lsn(1000), None);
-    let all_stored_time = Some(ago(1));
-    let progress = Progress { timeline, durable_end_lsn, caught_up_time, all_stored_time };
     for (tenure, expected) in [(Tenure::Standing, State::Failed), (Tenure::Passing, State::Ok)] {
-        let holder = LeaseInfo { progress: Some(progress), ..lease(tenure, 10) };
+        let holder = LeaseInfo { progress: Some(progress(2, 1)), ..lease(tenure, 10) };
         let catalog = catalog(Some(holder), 10);
         for flushed in [900, 2000] {
             let verdict = streaming(&catalog, Slot::Absent, flushed).writer();
@@ -134,13 +134,7 @@ fn times_of_a_clock_far_ahead_hide_nothing() {
     let dead = catalog(Some(lease(Tenure::Standing, -7200)), 0);
     let error = streaming(&dead, keeps, 2000).writer().unwrap().unwrap_err();
     assert!(error.message().contains("ahead of this one"), "{error}");
-    let progress = Progress {
-        timeline: TimelineId::FIRST,
-        durable_end_lsn: Lsn(1000),
-        caught_up_time: None,
-        all_stored_time: Some(ago(1000)),
-    };
-    let stalled = LeaseInfo { progress: Some(progress), ..lease(Tenure::Standing, 10) };
+    let stalled = LeaseInfo { progress: Some(progress(1, 1000)), ..lease(Tenure::Standing, 10) };
     let verdict = streaming(&catalog(Some(stalled), -100_000), keeps, 2000).writer();
     assert_eq!(state(verdict), State::Failed);
 }
